@@ -1,0 +1,236 @@
+"""Artifacts: immutable versions under a name, with parents and metrics; stages point at versions.
+
+In the store: `objects/DIGEST` holds each file once, `artifacts/NAME/versions/ID.json` describes a version,
+`artifacts/NAME/stages.json` maps stages to versions, `artifacts/NAME/log/N.json` records every change of a stage.
+A version's id is a digest of what it is (files, kind, base, parents): keeping the same thing twice gives one version.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
+
+from lmray.artifacts.files import folder_digests, replace_folder, sha256_file, sha256_json
+from lmray.artifacts.store import Store
+from lmray.config import Name
+from lmray.config.places import cache_root
+from lmray.errors import ArtifactError, did_you_mean
+
+STAGES = ("candidate", "staging", "production")
+ALLOWED_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
+"""Endings an artifact may hold: tensors, JSON, and a tokenizer's text files. Never pickles."""
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """`NAME`, `NAME@STAGE` or `NAME@VERSION` (eight or more digits of the id)."""
+
+    name: str
+    at: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ArtifactRef:
+        """Raises ArtifactError for text that is no reference."""
+        name, sign, at = text.partition("@")
+        try:
+            name = TypeAdapter(Name).validate_python(name)
+        except ValidationError:
+            raise ArtifactError(
+                f"artifact `{text}`", "is no artifact reference", allowed="NAME, NAME@STAGE, NAME@VERSION"
+            ) from None
+        if sign and not re.fullmatch(r"[a-z]+|[0-9a-f]{8,64}", at):
+            raise ArtifactError(
+                f"artifact `{text}`", f"`{at}` is neither a stage nor a version", allowed=", ".join(STAGES)
+            )
+        return cls(name, at if sign else None)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.at}" if self.at else self.name
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One version of something kept."""
+
+    name: str
+    id: str
+    kind: str
+    """`adapter`."""
+    base: Mapping[str, Any]
+    """The model it belongs to: `source`, `revision`, `digest` of its weights."""
+    files: Mapping[str, Mapping[str, Any]]
+    """`{path: {sha256, bytes}}`."""
+    parents: tuple[str, ...] = ()
+    """`NAME@VERSION` of the artifacts it was made from."""
+    run_key: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    created: float = 0.0
+    """Seconds since 1970."""
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.id[:12]}"
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(facts["bytes"] for facts in self.files.values())
+
+
+class Artifacts:
+    """The artifacts in a store."""
+
+    def __init__(self, store: Store):
+        self.store = store
+
+    def keep(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        base: Mapping[str, Any],
+        kind: str = "adapter",
+        parents: tuple[str, ...] = (),
+        run_key: str = "",
+        metrics: Mapping[str, float] | None = None,
+    ) -> Artifact:
+        """Stores every file of `folder` as a version of `name`; the version's record is written last."""
+        files = folder_digests(folder)
+        for path in files:
+            if not path.endswith(ALLOWED_FILES):
+                raise ArtifactError(str(folder / path), "cannot be kept", allowed=" ".join(ALLOWED_FILES))
+        content = {"kind": kind, "base": dict(base), "files": files, "parents": list(parents), "run_key": run_key}
+        artifact = Artifact(
+            name,
+            sha256_json(content),
+            kind,
+            dict(base),
+            files,
+            parents,
+            run_key,
+            dict(metrics or {}),
+            round(time.time(), 3),
+        )
+        for path, facts in files.items():
+            if not self._is_intact(facts["sha256"]):
+                self.store.put(f"objects/{facts['sha256']}", folder / path)
+        key = f"artifacts/{name}/versions/{artifact.id}.json"
+        self.store.compare_and_swap(key, None, _bytes(asdict(artifact)))
+        return self.find(ArtifactRef(name, artifact.id))
+
+    def names(self) -> list[str]:
+        """Names of all artifacts, sorted."""
+        return sorted({key.split("/")[1] for key in self.store.list("artifacts") if "/versions/" in key})
+
+    def versions(self, name: str) -> list[Artifact]:
+        """All versions of `name`, oldest first."""
+        keys = self.store.list(f"artifacts/{name}/versions")
+        return sorted((self._read(key) for key in keys), key=lambda artifact: artifact.created)
+
+    def stages(self, name: str) -> dict[str, str]:
+        """`{stage: version id}`."""
+        content = self.store.get(f"artifacts/{name}/stages.json")
+        return json.loads(content) if content else {}
+
+    def find(self, ref: ArtifactRef | str) -> Artifact:
+        """The version that `ref` names; without stage or version, the newest. ArtifactError lists what there is."""
+        ref = ArtifactRef.parse(ref) if isinstance(ref, str) else ref
+        versions = self.versions(ref.name)
+        if not versions:
+            names = self.names()
+            allowed = ", ".join(names) or "nothing is kept yet"
+            hint = did_you_mean(ref.name, names) or "`lmray run` of a job with `output.artifact` keeps one"
+            raise ArtifactError(f"artifact `{ref}`", f"unknown name in {self.store.root}", allowed=allowed, hint=hint)
+        if ref.at is None:
+            return versions[-1]
+        wanted = self.stages(ref.name).get(ref.at, ref.at)
+        found = [artifact for artifact in versions if len(wanted) >= 8 and artifact.id.startswith(wanted)]
+        if len(found) != 1:
+            allowed = ", ".join([*self.stages(ref.name), *(artifact.id[:12] for artifact in versions)])
+            what = f"no version or stage `{ref.at}`" if not found else f"`{ref.at}` fits {len(found)} versions"
+            hint = f"lmray artifacts promote {ref.name} {ref.at}" if ref.at in STAGES else None
+            raise ArtifactError(f"artifact `{ref}`", what, allowed=allowed, hint=hint)
+        return found[0]
+
+    def verify(self, artifact: Artifact) -> None:
+        """Reads every stored file again and compares digests. Raises ArtifactError at the first that differs."""
+        for path, facts in artifact.files.items():
+            if not self._is_intact(facts["sha256"]):
+                where = f"{self.store.root}/objects/{facts['sha256']}"
+                raise ArtifactError(
+                    f"{artifact.ref}: {path}", f"is missing or corrupted in {where}", hint="keep it again"
+                )
+
+    def checkout(self, artifact: Artifact) -> Path:
+        """A local folder with the version's files, verified once; the same folder on every call."""
+        folder = cache_root() / "artifacts" / artifact.id
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{artifact.id}.lock")):  # replicas start side by side
+            if folder.is_dir():
+                return folder
+            self.verify(artifact)
+            with TemporaryDirectory(dir=folder.parent, prefix=".checkout-") as temporary:
+                for path, facts in artifact.files.items():
+                    target = Path(temporary, path)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    content = self.store.get(f"objects/{facts['sha256']}")
+                    assert content is not None
+                    target.write_bytes(content)
+                replace_folder(Path(temporary), folder)
+        return folder
+
+    def promote(self, ref: ArtifactRef | str, stage: str) -> Artifact:
+        """Points `stage` at the version `ref` names and logs it. Raises ArtifactError for an unknown stage."""
+        if stage not in STAGES:
+            raise ArtifactError(
+                f"stage `{stage}`", "unknown", allowed=", ".join(STAGES), hint=did_you_mean(stage, STAGES)
+            )
+        artifact = self.find(ref)
+        self._set_stage(artifact.name, stage, artifact.id, "promote")
+        return artifact
+
+    def rollback(self, name: str, stage: str) -> Artifact:
+        """Points `stage` at the version it held before its last change. Raises ArtifactError where there was none."""
+        history = [entry for entry in self.log(name) if entry["stage"] == stage]
+        previous = history[-1]["previous"] if history else None
+        if previous is None:
+            hint = f"lmray artifacts show {name} lists versions and stages"
+            raise ArtifactError(f"artifact `{name}@{stage}`", "there is no earlier version to go back to", hint=hint)
+        self._set_stage(name, stage, previous, "rollback")
+        return self.find(ArtifactRef(name, previous))
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        """Every change of a stage of `name`, oldest first."""
+        return [json.loads(self.store.get(key) or b"{}") for key in self.store.list(f"artifacts/{name}/log")]
+
+    def _set_stage(self, name: str, stage: str, version: str, action: str) -> None:
+        key = f"artifacts/{name}/stages.json"
+        while True:
+            before = self.store.get(key)
+            stages = json.loads(before) if before else {}
+            if self.store.compare_and_swap(key, before, _bytes(stages | {stage: version})):
+                break
+        entry = {"action": action, "stage": stage, "version": version, "previous": stages.get(stage)}
+        entry |= {"time": round(time.time(), 3), "by": getpass.getuser()}
+        self.store.append(f"artifacts/{name}/log", _bytes(entry))
+
+    def _is_intact(self, digest: str) -> bool:
+        stored = self.store.root / "objects" / digest
+        return stored.is_file() and sha256_file(stored) == digest
+
+    def _read(self, key: str) -> Artifact:
+        fields = json.loads(self.store.get(key) or b"{}")
+        return Artifact(**{**fields, "parents": tuple(fields["parents"])})
+
+
+def _bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,45 @@
+"""The storage port: five verbs over keys like `artifacts/NAME/stages.json`; everything that lasts goes through it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from lmray.artifacts.file_store import FileStore
+from lmray.config.places import store_root
+from lmray.errors import ConfigError
+
+
+class Store(Protocol):
+    """Keys are relative paths with `/`. Every write is seen whole or not at all."""
+
+    root: Path
+    """Where programs lay out their run folders beside the artifacts."""
+
+    def get(self, key: str) -> bytes | None:
+        """The content of `key`, or None."""
+        ...
+
+    def put(self, key: str, content: bytes | Path) -> None:
+        """Sets `key` to `content` (bytes, or a file to copy)."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """Keys below folder `prefix`, sorted."""
+        ...
+
+    def compare_and_swap(self, key: str, expected: bytes | None, content: bytes) -> bool:
+        """Sets `key` if it still holds `expected` (None: nothing); says whether it did."""
+        ...
+
+    def append(self, log: str, entry: bytes) -> str:
+        """Adds an entry to a log: one object an entry, numbered; returns its key."""
+        ...
+
+
+def open_store(root: str | None = None) -> Store:
+    """The store at folder `root`. Empty: `$LMRAY_STORE`, else `~/.lmray/store`. Raises ConfigError for a URL."""
+    place = root or str(store_root())
+    if "://" in place:
+        raise ConfigError("storage", f"`{place}` is a URL", allowed="a folder that every node sees")
+    return FileStore(Path(place).expanduser().absolute())

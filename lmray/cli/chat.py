@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def chat(target: str) -> None:
+    "x"

@@ -1,0 +1,18 @@
+"""Job files: reading YAML with its lines, and decoding it into frozen objects with every problem named at once."""
+
+from lmray.config.base import Config, Member, MemberConfig, Name
+from lmray.config.decode import decode, dump, set_value, with_overrides
+from lmray.config.reader import Document, read_document
+
+__all__ = [
+    "Config",
+    "Document",
+    "Member",
+    "MemberConfig",
+    "Name",
+    "decode",
+    "dump",
+    "read_document",
+    "set_value",
+    "with_overrides",
+]

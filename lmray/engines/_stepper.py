@@ -1,0 +1,185 @@
+"""Continuous batching, one step at a time: read new prompts, then draw one token for every running row.
+
+Runs on one thread, whichever calls it. Requests join and leave between steps. Shapes: N running rows, P prompt tokens,
+L longest row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from lmray.engines._adapters import AdapterBank
+from lmray.engines._cache import SlotCache
+from lmray.engines._sampling import draw
+from lmray.engines._slots import Row, Slots
+from lmray.engines.base import Capabilities, Request, TokenEvent
+from lmray.errors import ConfigError, LmrayError
+
+Outcome = TokenEvent | LmrayError
+"""What a step has for a request: a token, or why it ended without one."""
+
+
+class Stepper:
+    """A model, its slots and its adapters. Not thread-safe. Raises ConfigError for a model it cannot run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        stop_token_ids: Sequence[int],
+        max_batch_size: int,
+        max_adapters: int,
+        max_length: int,
+        max_prefill_tokens: int,
+    ):
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(base, PreTrainedModel)
+        check_model(base, max_length)
+        self.base = base
+        self.adapters = AdapterBank(model)
+        self.slots = Slots(max_batch_size, max_length)
+        vocab_size = base.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+        self.capabilities = Capabilities(max_batch_size, max_adapters, max_length, int(vocab_size))  # type: ignore[arg-type]
+        self.num_generated = 0
+        self._stop = frozenset(stop_token_ids)
+        self._max_prefill_tokens = max_prefill_tokens
+        num_layers = base.config.get_text_config(decoder=True).num_hidden_layers
+        self._cache = SlotCache(num_layers=num_layers, num_rows=max_batch_size, max_length=max_length)
+        takes_limit = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._last_logit = {"logits_to_keep": 1} if takes_limit else {}
+
+    def add(self, request: Request) -> None:
+        """Queues a request that `check_request` let pass."""
+        self.slots.add(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request and frees its row; unknown ids are those that ended by themselves."""
+        if not self.slots.drop_waiting(request_id) and (index := self.slots.find(request_id)) is not None:
+            self._release(index)
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[str, Outcome]]:
+        """One token for each running request, then the first token of new ones, as `(request id, outcome)`.
+
+        New prompts are read one by one into free rows, up to `max_prefill_tokens` tokens of them but always one prompt.
+        """
+        outcomes = self._decode()
+        num_read = 0
+        while num_read < self._max_prefill_tokens and (row := self.slots.admit()) is not None:
+            outcomes += self._prefill(row)
+            num_read += len(row.request.prompt_ids)
+        return outcomes
+
+    def _prefill(self, row: Row) -> list[tuple[str, Outcome]]:
+        index, prompt_ids = len(self.slots.running) - 1, row.request.prompt_ids
+        num_tokens = len(prompt_ids)
+        self._cache.at_prompt(index, num_tokens)
+        visible_PP = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=self.base.device).tril()
+        logits_1V = self._forward(
+            [row],
+            torch.tensor([prompt_ids], device=self.base.device),
+            torch.arange(num_tokens, device=self.base.device)[None],
+            visible_PP[None, None],
+        )
+        row.length = num_tokens
+        return self._draw([index], logits_1V)
+
+    def _decode(self) -> list[tuple[str, Outcome]]:
+        rows = self.slots.running
+        if not rows:
+            return []
+        positions_N = torch.tensor([row.length for row in rows], device=self.base.device)
+        self._cache.at_positions(positions_N)
+        places_L = torch.arange(max(row.length for row in rows) + 1, device=self.base.device)
+        visible_NL = places_L[None] <= positions_N[:, None]
+        tokens_N = torch.tensor([row.last_token for row in rows], device=self.base.device)
+        logits_NV = self._forward(rows, tokens_N[:, None], positions_N[:, None], visible_NL[:, None, None])
+        for row in rows:
+            row.length += 1
+        return self._draw(range(len(rows)), logits_NV)
+
+    def _forward(
+        self, rows: Sequence[Row], input_ids: torch.Tensor, position_ids: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [N, V] after the last token of each row. `visible` is [N, 1, T, L], True where a token is seen."""
+        mask = visible
+        if self.base.config._attn_implementation == "eager":  # adds its mask to the scores
+            mask = torch.zeros(visible.shape, dtype=self.base.dtype, device=visible.device)
+            mask = mask.masked_fill(~visible, torch.finfo(self.base.dtype).min)
+        logits = self.adapters.forward(
+            [row.request.adapter for row in rows],
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **self._last_logit,
+        )
+        return logits[:, -1].float()
+
+    def _draw(self, indices: Sequence[int], logits_NV: torch.Tensor) -> list[tuple[str, Outcome]]:
+        """Draws a token for rows `indices`, whose logits are given in that order, and ends the rows that are done."""
+        highest_N, greedy_N = logits_NV.max(dim=-1)
+        broken, greedy = highest_N.isnan().tolist(), greedy_N.tolist()
+        outcomes: list[tuple[str, Outcome]] = []
+        done = []
+        for place, index in enumerate(indices):
+            row = self.slots.running[index]
+            outcome: Outcome
+            if broken[place]:
+                self._cache.wipe(index)
+                outcome = _not_a_number(row.request)
+            else:
+                sampling = row.request.sampling
+                warm = sampling.temperature > 0
+                token = draw(logits_NV[place].cpu(), sampling, row.random.random()) if warm else greedy[place]
+                outcome = row.take(token, self._stop)
+                self.num_generated += outcome.token_id is not None
+            outcomes.append((row.request.id, outcome))
+            if isinstance(outcome, LmrayError) or outcome.finish_reason:
+                done.append(index)
+        for index in reversed(done):  # from the end, so that rows moved down are rows that go on
+            self._release(index)
+        return outcomes
+
+    def _release(self, index: int) -> None:
+        move = self.slots.release(index)
+        if move is not None:
+            self._cache.move(move.source, move.target, self.slots.running[move.target].length)
+
+
+def _not_a_number(request: Request) -> LmrayError:
+    what = f"adapter `{request.adapter}`" if request.adapter else "the model"
+    return LmrayError(f"request {request.id}", f"{what} answered with NaN", hint="its weights are too large")
+
+
+def check_model(model: PreTrainedModel, max_length: int) -> None:
+    """Raises ConfigError where slots would give other answers than the model: unknown inputs, states besides keys and
+    values, attention windows shorter than `max_length`, positions beyond the model's."""
+    name = type(model).__name__
+    inputs = inspect.signature(model.forward).parameters
+    missing = [key for key in ("position_ids", "attention_mask", "past_key_values") if key not in inputs]
+    if missing:
+        raise ConfigError("engine.name", f"`native` cannot run {name}: it takes no {', '.join(missing)}")
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise ConfigError("engine.name", f"`native` cannot run attention `{attention}`", allowed="sdpa, eager")
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            if layer.sliding_window < max_length:
+                found = f"{max_length} tokens are more than the attention window of {name}"
+                hint = f"set it to {layer.sliding_window} or less"
+                raise ConfigError("engine.max_length", found, allowed=f"up to {layer.sliding_window}", hint=hint)
+        elif type(layer) is not DynamicLayer:
+            raise ConfigError("engine.name", f"`native` cannot run {name}: a layer keeps {type(layer).__name__} states")
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and limit < max_length:
+        found = f"{max_length} tokens are more than {name} has positions for"
+        raise ConfigError("engine.max_length", found, allowed=f"up to {limit}", hint=f"set it to {limit} or less")

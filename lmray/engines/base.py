@@ -1,0 +1,139 @@
+"""The engine interface: token ids in, token ids out, asynchronous. Templates, stop strings and keys stay above it.
+
+An engine is made by its config (`EngineConfig.start`) and owns one base model and any number of adapters on it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field
+
+from lmray.config import MemberConfig
+from lmray.errors import ArtifactError, DataError, did_you_mean
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Raises DataError for a value outside its range."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    seed: int | None = None
+    """Equal seeds give equal draws; empty: another draw each time."""
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "temperature": (0.0 <= self.temperature < float("inf"), "0 or more"),
+            "top_p": (0.0 < self.top_p <= 1.0, "above 0, at most 1"),
+            "top_k": (self.top_k >= 0, "0 (no limit) or more"),
+        }
+        for name, (fits, allowed) in ranges.items():
+            if not fits:
+                raise DataError(name, f"is {getattr(self, name)}", allowed=allowed)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    adapter: str | None = None
+    """Handle of an adapter added before; None is the base model."""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token. The last event of a request carries `finish_reason`; a stop token itself is not sent, so
+    an event that ends a request may have no token."""
+
+    request_id: str
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do, for those who route to it."""
+
+    max_batch_size: int
+    max_adapters: int
+    max_length: int
+    """Longest sequence, prompt and answer together, in tokens."""
+    vocab_size: int
+
+
+class Engine(Protocol):
+    """A running engine. All methods are called on one event loop; the work happens elsewhere."""
+
+    capabilities: Capabilities
+
+    def submit(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Queues `request` and yields its tokens as they come. Closing the generator early cancels the request and
+        frees its place. Raises DataError for a prompt that leaves no room, ArtifactError for an unknown adapter,
+        LmrayError where the engine fails."""
+        ...
+
+    async def add_adapter(self, handle: str, folder: Path) -> None:
+        """Loads a PEFT folder under `handle`. Raises ArtifactError for anything but a matching safetensors adapter,
+        CapacityError beyond `max_adapters`."""
+        ...
+
+    async def remove_adapter(self, handle: str) -> None:
+        """Refuses new requests for `handle` at once, and unloads it when its last request is done."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """`waiting`, `running`, `adapters` (handles), `generated_tokens`, `failure` (None, or why the engine ended);
+        JSON types."""
+        ...
+
+    async def close(self) -> None:
+        """Ends all requests and the engine's own threads."""
+        ...
+
+
+class EngineConfig(MemberConfig):
+    """Base of `lmray/engines/*.py`."""
+
+    max_batch_size: Annotated[int, Field(ge=1)] = 32
+    """Sequences that are decoded side by side."""
+    max_adapters: Annotated[int, Field(ge=0)] = 16
+    max_length: Annotated[int, Field(ge=16)] = 2048
+    """Longest sequence, prompt and answer together, in tokens."""
+
+    @abstractmethod
+    def start(self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int) -> Engine:
+        """A running engine over a loaded `transformers` causal model, plain or with PEFT adapters attached."""
+        raise NotImplementedError
+
+
+def check_request(request: Request, capabilities: Capabilities, adapters: tuple[str, ...]) -> None:
+    """Raises DataError or ArtifactError for a request that an engine cannot run."""
+    where, num_tokens = f"request {request.id}", len(request.prompt_ids)
+    if request.adapter is not None and request.adapter not in adapters:
+        allowed = ", ".join(adapters) or "only the base model"
+        hint = did_you_mean(request.adapter, adapters)
+        raise ArtifactError(where, f"unknown adapter `{request.adapter}`", allowed=allowed, hint=hint)
+    if num_tokens == 0:
+        raise DataError(where, "the prompt is empty")
+    if num_tokens >= capabilities.max_length:
+        allowed = f"up to {capabilities.max_length - 1}, so that an answer of one token fits"
+        hint = "shorten the prompt, or raise `engine.max_length`"
+        raise DataError(where, f"the prompt has {num_tokens} tokens", allowed=allowed, hint=hint)
+    odd = next((token for token in request.prompt_ids if not 0 <= token < capabilities.vocab_size), None)
+    if odd is not None:
+        raise DataError(where, f"token {odd} is none of the model's", allowed=f"0 to {capabilities.vocab_size - 1}")

@@ -1,0 +1,1 @@
+"""Measuring a model on held-out examples: loss, and what it answers."""

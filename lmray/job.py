@@ -1,0 +1,248 @@
+"""The job types: frozen descriptions of what to run. They compose the families' bases and nothing else.
+
+`kind:` selects one. A job is picklable, comparable, and decodes from the tree that `dump` gives of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lmray.adapters.base import Adapter
+from lmray.config import Config, Document, Member, Name, decode, dump, read_document, set_value, with_overrides
+from lmray.data.spec import DataSpec
+from lmray.engines.base import EngineConfig
+from lmray.errors import ConfigError, did_you_mean
+from lmray.methods.base import Method
+from lmray.models.spec import ModelSpec
+from lmray.registry import ADAPTERS, ENGINES, METHODS, SHARDINGS, TASKS
+from lmray.sharding.base import Sharding
+from lmray.tasks.base import Task
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class TrainArgs(Config):
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = 8
+    """Rows of one forward pass on one worker."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Forward passes per optimizer step. The curve depends on the product with the batch size only."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: Fraction = 0.05
+    """Share of all steps over which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    num_train_epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; overrides `num_train_epochs`."""
+    eval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Held-out loss every this many steps, besides the end. Empty: at the end only."""
+    save_steps: Annotated[int, Field(ge=1)] = 50
+    """A checkpoint every this many steps, besides the end."""
+    seed: int = 0
+
+
+class EvaluateArgs(Config):
+    tasks: tuple[Annotated[Task, Member(TASKS)], ...] = ()
+    base: bool = True
+    """Also measure the untouched model, as `base.*`."""
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """Held-out examples that answers are generated for, drawn evenly. Empty: all. The loss always uses all."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Sequences that are generated side by side."""
+
+
+class Resources(Config):
+    workers: Annotated[int, Field(ge=1)] = 1
+    gpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    cpus_per_worker: Annotated[int, Field(ge=1)] | None = None
+    """CPU cores a worker reserves and computes with. Empty: the cores of the smallest node, shared evenly."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often a failed worker group starts again from the last checkpoint."""
+
+
+class Output(Config):
+    artifact: Name
+    """The name under which the result is kept in the store."""
+
+
+class Job(Config):
+    """Base of all jobs. `name` is the run's: the same job under the same name goes on where it stopped."""
+
+    kind: str
+    name: Name
+    storage: str | None = None
+    """Folder of runs and artifacts. Empty: `$LMRAY_STORE`, else `~/.lmray/store`."""
+
+    def changed(self, values: dict[str, Any]) -> Any:
+        """This job with dotted keys set to other values, decoded afresh. Raises ConfigError as decoding does."""
+        document = Document(f"job `{self.name}`", dump(self))
+        for key, value in values.items():
+            document = set_value(document, key.split("."), value, f"job `{self.name}`")
+        return decode(type(self), document)
+
+
+class TrainJob(Job):
+    kind: Literal["train"] = "train"
+    model: ModelSpec
+    data: DataSpec
+    method: Annotated[Method, Member(METHODS)]
+    adapter: Annotated[Adapter, Member(ADAPTERS)]
+    sharding: Annotated[Sharding, Member(SHARDINGS)]
+    train: TrainArgs = TrainArgs()
+    evaluate: EvaluateArgs = EvaluateArgs()
+    resources: Resources = Resources()
+    output: Output | None = None
+
+    @model_validator(mode="after")
+    def _held_out(self):
+        if self.data.eval is None and (self.evaluate.tasks or self.train.eval_steps):
+            raise ValueError("evaluates but holds no data out; hint: add `eval: {split: 0.1}` under `data`")
+        return self
+
+
+class Target(Config):
+    """One model to measure: the job's base model, alone or with an adapter."""
+
+    label: Name
+    adapter: str | None = None
+    """`NAME`, `NAME@STAGE` or `NAME@VERSION` of an artifact, or an adapter's folder. Empty: the base model."""
+    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    """Solved examples of the training data put before each question."""
+
+
+class EvaluateJob(Job):
+    kind: Literal["evaluate"] = "evaluate"
+    model: ModelSpec
+    data: DataSpec
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)]
+    evaluate: EvaluateArgs
+    resources: Resources = Resources()
+
+
+class Space(Config):
+    """Where one key's values are drawn from: exactly one of the three."""
+
+    choice: tuple[Any, ...] | None = None
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _one(self):
+        given = [self.choice, self.uniform, self.loguniform]
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("needs exactly one of `choice`, `uniform`, `loguniform`; hint: `{choice: [4, 8, 16]}`")
+        bounds = self.uniform or self.loguniform
+        if bounds and not bounds[0] < bounds[1]:
+            raise ValueError(f"bounds {list(bounds)} are not ascending")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("`loguniform` needs bounds above 0")
+        if self.choice == ():
+            raise ValueError("`choice` is empty")
+        return self
+
+
+class Search(Config):
+    name: Literal["optuna", "random"] = "optuna"
+    num_trials: Annotated[int, Field(ge=1)] = 8
+    seed: int = 0
+
+
+class Scheduler(Config):
+    name: Literal["asha", "none"] = "asha"
+    grace_steps: Annotated[int, Field(ge=1)] = 20
+    """Optimizer steps before a trial may be stopped."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    """One in this many trials goes on at each rung."""
+
+
+class SweepJob(Job):
+    kind: Literal["sweep"] = "sweep"
+    job: TrainJob
+    """The job that is varied; its `output.artifact` names what the best trial is kept as."""
+    space: Annotated[dict[str, Space], Field(min_length=1)]
+    """Dotted keys of the job, each with where its values come from."""
+    objectives: Annotated[dict[str, Literal["min", "max"]], Field(min_length=1, max_length=1)]
+    """The metric that decides, and its direction."""
+    search: Search = Search()
+    scheduler: Scheduler = Scheduler()
+    max_concurrent_trials: Annotated[int, Field(ge=1)] = 2
+
+    @field_validator("objectives")
+    @classmethod
+    def _measured(cls, value: dict[str, str]):
+        if next(iter(value)) != "eval.loss":
+            raise ValueError(f"`{next(iter(value))}` is not reported while training; hint: use `eval.loss: min`")
+        return value
+
+    @model_validator(mode="after")
+    def _decodable(self):
+        for key, space in self.space.items():
+            bounds = space.uniform or space.loguniform or ()
+            for value in space.choice if space.choice is not None else bounds:
+                try:
+                    self.job.changed({key: value})
+                except ConfigError as error:
+                    problem = error.problems[0]
+                    hint = f"; hint: {problem.hint}" if problem.hint else ""
+                    raise ValueError(f"`space` sets `{key}` to {value!r}: {problem.found}{hint}") from None
+        return self
+
+
+class ServedAdapter(Config):
+    artifact: Name
+    stage: str | None = None
+    """The stage whose version is served. Empty: the newest version."""
+
+
+class Http(Config):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    api_keys_file: str | None = None
+    """File with one API key a line. Empty: no key is asked for, so keep `host` on loopback."""
+
+
+class Autoscaling(Config):
+    preset: Literal["cheap", "balanced", "fast"] = "balanced"
+    """How fast replicas come and go; see `lmray.policies.autoscaling`."""
+    min_replicas: Annotated[int, Field(ge=1)] = 1
+    max_replicas: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class ServeJob(Job):
+    kind: Literal["serve"] = "serve"
+    model: ModelSpec
+    adapters: tuple[ServedAdapter, ...] = ()
+    engine: Annotated[EngineConfig, Member(ENGINES)]
+    http: Http = Http()
+    autoscaling: Autoscaling = Autoscaling()
+    resources: Resources = Resources()
+
+
+KINDS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "sweep": SweepJob, "serve": ServeJob}
+
+
+def load(path: str | Path, *overrides: str) -> Any:
+    """The job in file `path` with `a.b=value` overrides laid over it. Raises ConfigError with every problem."""
+    return decode_job(with_overrides(read_document(path), overrides))
+
+
+def decode_job(document: Document) -> Any:
+    """The job that `document` describes; its `kind` selects the type."""
+    kind = document.tree.get("kind")
+    if kind is None:
+        raise ConfigError(document.source, "has no `kind`", allowed=", ".join(KINDS), hint="start it with `kind: train`")
+    if kind not in KINDS:
+        where = f"{document.where(('kind',))}: kind"
+        raise ConfigError(where, f"unknown kind `{kind}`", allowed=", ".join(KINDS), hint=did_you_mean(str(kind), KINDS))
+    return decode(KINDS[kind], document)

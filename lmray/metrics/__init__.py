@@ -1,0 +1,1 @@
+"""Metrics: their one list of names, the event log of a run, and its pictures."""

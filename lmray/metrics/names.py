@@ -1,0 +1,43 @@
+"""The one list of metric names, with unit and help. Programs, reports and dashboards use no other names.
+
+`base.X` is metric `eval.X` of the untouched model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    unit: str
+    help: str
+    better: str = ""
+    """`min`, `max`, or empty where neither is better."""
+
+
+METRICS = {
+    "train.loss": Metric("nats/token", "Mean loss over the supervised tokens of one optimizer step.", "min"),
+    "train.learning_rate": Metric("", "Learning rate of the step."),
+    "train.grad_norm": Metric("", "Gradient norm before clipping."),
+    "train.tokens_per_s": Metric("tokens/s", "Tokens processed per second, padding not counted.", "max"),
+    "train.supervised_tokens": Metric("tokens", "Tokens the step's loss was taken over."),
+    "train.mfu": Metric("fraction", "Model FLOPs per second over the device's peak.", "max"),
+    "train.epoch": Metric("epochs", "Passes over the training data so far."),
+    "eval.loss": Metric("nats/token", "Mean loss over the supervised tokens of the held-out data.", "min"),
+    "eval.perplexity": Metric("", "exp(eval.loss).", "min"),
+    "eval.json_match": Metric("fraction", "Answers that are JSON with an accepted value everywhere.", "max"),
+    "eval.json_name_match": Metric("fraction", "Answers that are JSON and name the right function.", "max"),
+    "eval.examples": Metric("examples", "Examples that were generated for and scored."),
+    "model.parameters": Metric("parameters", "Parameters of the model, adapter included."),
+    "model.trainable_parameters": Metric("parameters", "Parameters that are trained."),
+    "model.bytes": Metric("bytes", "Size of the kept artifact.", "min"),
+    "serve.decode_tokens_per_s": Metric("tokens/s", "Tokens generated per second, all requests together.", "max"),
+    "serve.ttft_ms": Metric("ms", "Time from a request to its first token.", "min"),
+    "run.seconds": Metric("s", "Wall-clock time of the run.", "min"),
+}
+
+
+def metric(name: str) -> Metric:
+    """The entry of `name`; `base.X` resolves to `eval.X`. Raises KeyError for a name not in the list."""
+    return METRICS["eval." + name.removeprefix("base.") if name.startswith("base.") else name]

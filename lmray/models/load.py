@@ -1,0 +1,53 @@
+"""Loads a model folder with plain `transformers`: safetensors only, no code from the folder, frozen in eval mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lmray.errors import ArtifactError
+from lmray.models.quiet import quiet
+
+
+def load_model(folder: Path, dtype: str) -> PreTrainedModel:
+    """The causal language model in `folder` with weights of `dtype` (`float32`, `bfloat16`), on the CPU.
+
+    Raises ArtifactError for weights or a config that cannot be read.
+    """
+    with quiet():
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False
+            ).eval()
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise _corrupted(folder, error) from None
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`. Raises ArtifactError where it is missing, or has no chat template."""
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise _corrupted(folder, error) from None
+    if not tokenizer.chat_template:
+        hint = "put a chat_template.jinja beside tokenizer.json"
+        raise ArtifactError(f"tokenizer in {folder}", "has no chat template", hint=hint)
+    return tokenizer
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end an answer: those of the generation config, and the tokenizer's end of turn."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [ids] if ids is not None else [])
+    return tuple(sorted(found))
+
+
+def _corrupted(folder: Path, error: Exception) -> ArtifactError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ArtifactError(f"model folder {folder}", f"cannot be loaded: {lines[0][:200]}", hint="download or convert it again")

@@ -1,0 +1,16 @@
+"""What a job says of its model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lmray.config import Config
+
+
+class ModelSpec(Config):
+    source: str
+    """A catalogue name, a local folder, or a Hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub id; must stay empty for the other sources."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights. `auto`: bfloat16 where the device computes it in hardware, else float32."""

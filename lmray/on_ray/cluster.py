@@ -1,0 +1,189 @@
+"""The connection to Ray: the cluster that RAY_ADDRESS names, else a local Ray that is stopped again; in the driver.
+
+A local Ray asks for a token (on one machine other users can reach its ports too). Where the user has none, one is made
+for this process only and handed to Ray's own processes by environment: nothing is written into the user's home.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray.exceptions import AuthenticationError
+
+from lmray.errors import CapacityError, ConfigError, RemoteError
+from lmray.job import Resources
+
+PROBE_TIMEOUT_S = 5.0
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Of a local Ray. Data and checkpoints go through storage, so little passes through Ray's own object store."""
+_TOKEN = secrets.token_hex(32)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one node of the cluster offers in total, used or not."""
+
+    address: str
+    cpus: float
+    gpus: float
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class ClusterResources:
+    """The nodes that are alive."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
+
+    def room_for(self, *, cpus: float, gpus: float) -> int:
+        """How many workers of that size fit, each whole on one node."""
+        return sum(_fits(node, cpus, gpus) for node in self.nodes)
+
+
+def _fits(node: Node, cpus: float, gpus: float) -> int:
+    shares = [offered // wanted for offered, wanted in ((node.cpus, cpus), (node.gpus, gpus)) if wanted > 0]
+    return int(min(shares, default=0))
+
+
+@contextmanager
+def connected(*, num_cpus: int | None = None, num_gpus: int | None = None) -> Iterator[ClusterResources]:
+    """Connects this process to Ray for the length of the block and gives what the cluster offers.
+
+    A connection that exists already is used and left alone. `num_cpus`, `num_gpus` are what a local Ray pretends to
+    have; by default what the machine has. Raises RemoteError for a cluster that does not answer, ConfigError for an
+    address of another kind.
+    """
+    if ray.is_initialized():
+        yield cluster_resources()
+        return
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        _start_local(num_cpus, num_gpus)
+    else:
+        _join(address)
+    try:
+        yield cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def cluster_resources() -> ClusterResources:
+    """The connected cluster's nodes, in a stable order."""
+    nodes = [_node(facts) for facts in ray.nodes() if facts["Alive"]]
+    return ClusterResources(tuple(sorted(nodes, key=lambda node: node.address)))
+
+
+def _node(facts: dict) -> Node:
+    offered = facts["Resources"]
+    return Node(
+        facts["NodeManagerAddress"], offered.get("CPU", 0.0), offered.get("GPU", 0.0), offered.get("memory", 0.0)
+    )
+
+
+def check_resources(resources: Resources) -> None:
+    """Raises CapacityError where the connected cluster can never place the workers that `resources` asks for."""
+    offered = cluster_resources()
+    cpus, gpus, workers = resources.cpus_per_worker or 1, resources.gpus_per_worker, resources.workers
+    there = f"{offered.cpus:g} CPUs and {offered.gpus:g} GPUs on {len(offered.nodes)} node(s)"
+    if gpus and not offered.gpus:
+        hint = "set `resources.gpus_per_worker=0` to train on CPUs"
+        raise CapacityError(
+            "resources.gpus_per_worker", f"{gpus} GPU(s) a worker, but there is none", allowed=there, hint=hint
+        )
+    room = offered.room_for(cpus=cpus, gpus=gpus)
+    if room < workers:
+        wanted = f"{workers} worker(s) with {cpus} CPU(s) and {gpus} GPU(s) each"
+        hint = (
+            f"lower `resources.workers` to {room}" if room else "lower `resources.cpus_per_worker` or `gpus_per_worker`"
+        )
+        raise CapacityError("resources", f"{wanted} do not fit; there is room for {room}", allowed=there, hint=hint)
+
+
+def _start_local(num_cpus: int | None, num_gpus: int | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with _own_token():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """Ray switches authentication on for a local cluster and writes `~/.ray/auth_token` where it finds no token;
+    giving it one prevents that. Ray's processes inherit the environment, so it is needed for their start only."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not user_token():
+        os.environ["RAY_AUTH_TOKEN"] = _TOKEN
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def user_token() -> str | None:
+    """The token this user has for Ray clusters: `$RAY_AUTH_TOKEN`, the file `$RAY_AUTH_TOKEN_PATH` names, else
+    `~/.ray/auth_token`. Raises ConfigError for a file that is named and cannot be read."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except OSError as error:
+        if not named:
+            return None
+        raise ConfigError(f"RAY_AUTH_TOKEN_PATH `{named}`", f"cannot be read: {error.strerror}") from None
+
+
+def _join(address: str) -> None:
+    where = f"RAY_ADDRESS `{address}`"
+    if "://" in address:
+        hint = "`lmray submit CONFIG --address http://HOST:8265` runs a job there; unset RAY_ADDRESS to run it here"
+        raise ConfigError(where, "is not a cluster's own address", allowed="HOST:6379, auto, local", hint=hint)
+    if address != "auto":
+        _probe(address, where)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError:
+        hint = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+        raise RemoteError(where, "the cluster refused this token, or asks for one", hint=hint) from None
+    except (ConnectionError, RuntimeError) as error:
+        hint = "start it with `ray start --head`, or unset RAY_ADDRESS to run here"
+        raise RemoteError(where, f"no cluster to connect to: {error}", hint=hint) from None
+
+
+def _probe(address: str, where: str) -> None:
+    """Ray itself waits two minutes for a head that is not there, and then ends the process."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(where, "is no address", allowed="HOST:6379, auto, local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        hint = "check host and port, or unset RAY_ADDRESS to run on this machine"
+        raise RemoteError(where, f"no cluster answers: {error.strerror or error}", hint=hint) from None

@@ -1,0 +1,37 @@
+"""Runs the evaluation program as one Ray task with the job's resources."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import ray
+
+from lmray.artifacts.store import open_store
+from lmray.context import LocalContext, Result
+from lmray.evaluate.program import evaluate as evaluate_program
+from lmray.job import EvaluateJob
+from lmray.on_ray.cluster import check_resources
+from lmray.on_ray.train import placed
+
+
+def evaluate(job: EvaluateJob, *, progress: bool = True) -> Result:
+    """Evaluates `job` on the connected cluster; runs again from the start if it was interrupted. `progress` is not shown:
+    an evaluation reports nothing until a target is done."""
+    job = placed(job)
+    check_resources(job.resources)
+    options = {"num_cpus": job.resources.cpus_per_worker, "num_gpus": job.resources.gpus_per_worker}
+    task = ray.remote(**options, max_retries=job.resources.max_failures)(_evaluate)
+    return ray.get(task.remote(job))
+
+
+def _evaluate(job: EvaluateJob) -> Result:
+    scratch = Path(tempfile.mkdtemp(prefix="lmray-"))
+    device = "cuda" if job.resources.gpus_per_worker else "cpu"
+    folder = open_store(job.storage).root / "runs" / job.name
+    context = LocalContext(folder, scratch=scratch, device=device, threads=job.resources.cpus_per_worker or 1)
+    try:
+        return evaluate_program(job, context)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

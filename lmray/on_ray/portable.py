@@ -1,0 +1,55 @@
+"""Makes a job fit to run in another working directory: relative paths become absolute, or are refused. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lmray.config import dump
+from lmray.errors import ConfigError
+from lmray.job import Job
+
+HINT = "the job runs elsewhere: give the absolute path of a place that every node sees, or a source like `pypi:PACKAGE`"
+
+
+def portable(job: Job, *, folder: Path) -> Any:
+    """`job` with every relative path made absolute against `folder`. Raises ConfigError for one that leads nowhere."""
+    moved = {}
+    for key, text, must_exist in _paths(dump(job), ""):
+        path = _absolute(text, folder)
+        if path is not None:
+            moved[key] = path
+        elif must_exist or text.startswith(("./", "../")):
+            raise ConfigError(
+                f"job `{job.name}`: {key}", f"relative path `{text}` leads to nothing in {folder}", hint=HINT
+            )
+    return job.changed(moved) if moved else job
+
+
+def _absolute(text: str, folder: Path) -> str | None:
+    """`text` as an absolute path if it is one, or names something below `folder`; else None."""
+    if text.startswith("~"):
+        return str(Path(text).expanduser())
+    if Path(text).is_absolute() or "://" in text or text.startswith("pypi:"):
+        return text
+    there = (folder / text).exists() or next(folder.glob(text), None) is not None
+    return str((folder / text).absolute()) if there else None
+
+
+def _paths(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, bool]]:
+    """Dotted key and text of every field that may be a path, and whether it can be nothing else."""
+    found: list[tuple[str, Any, bool]] = [("model.source", tree.get("model", {}).get("source"), False)]
+    data = tree.get("data") or {}
+    found += [(f"data.train.{i}.source", source["source"], True) for i, source in enumerate(data.get("train") or ())]
+    held_out = (data.get("eval") or {}).get("sources") or ()
+    found += [(f"data.eval.sources.{i}.source", source["source"], True) for i, source in enumerate(held_out)]
+    found += [(f"targets.{i}.adapter", target["adapter"], False) for i, target in enumerate(tree.get("targets") or ())]
+    found += [("http.api_keys_file", (tree.get("http") or {}).get("api_keys_file"), True)]
+    for key, text, must_exist in found:
+        if text:
+            yield prefix + key, text, must_exist
+    if tree.get("storage"):
+        yield f"{prefix}storage", str(Path(tree["storage"]).expanduser().absolute()), True
+    if isinstance(tree.get("job"), dict):
+        yield from _paths(tree["job"], f"{prefix}job.")

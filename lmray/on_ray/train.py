@@ -1,0 +1,105 @@
+"""Runs the training program under Ray Train: plans in the driver, trains in a worker group that outlives failures.
+
+The run's name and store are Ray Train's too, so the same command goes on from the last committed checkpoint. Ctrl-C asks the
+workers to save and end; a second one ends them at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from concurrent.futures import Future, wait
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from lmray.artifacts.store import open_store
+from lmray.context import CHECKPOINTS_KEPT, Result
+from lmray.errors import RemoteError
+from lmray.job import Resources, TrainJob
+from lmray.metrics.progress import follow
+from lmray.on_ray.cluster import check_resources, cluster_resources
+from lmray.on_ray.context import STOP, RayContext
+from lmray.train.plan import check_same_run, make_plan
+from lmray.train.program import finished, run_folder
+from lmray.train.program import train as train_program
+
+
+def train(job: TrainJob, *, progress: bool = True) -> Result:
+    """Trains `job` on the connected cluster. Raises what planning raises before anything is written, CapacityError for
+    resources that are not there, and what a worker raised once its failures exceed `resources.max_failures`."""
+    job = placed(job)
+    check_resources(job.resources)
+    folder = run_folder(job)
+    plan = make_plan(job)
+    check_same_run(plan, folder)
+    if (done := finished(folder)) is not None:
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOP).unlink(missing_ok=True)
+    with follow(folder) if progress else nullcontext():
+        return _fit(_trainer(job, folder), folder)
+
+
+def placed(job: Any) -> Any:
+    """`job` with its store's absolute path and its workers' CPU share: workers see neither this process's environment
+    nor its working directory."""
+    resources: Resources = job.resources
+    if resources.cpus_per_worker is None:
+        smallest = min(node.cpus for node in cluster_resources().nodes)
+        resources = resources.model_copy(update={"cpus_per_worker": max(1, int(smallest // resources.workers))})
+    return job.model_copy(update={"storage": str(open_store(job.storage).root), "resources": resources})
+
+
+def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
+    resources = job.resources
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={"CPU": resources.cpus_per_worker or 1, "GPU": resources.gpus_per_worker},
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.name,
+            storage_path=str(folder.parent),
+            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+        ),
+    )
+
+
+def _worker(config: dict[str, Any]) -> Result:
+    job: TrainJob = config["job"]
+    device = "cuda" if job.resources.gpus_per_worker else "cpu"
+    context = RayContext(run_folder(job), device=device, threads=job.resources.cpus_per_worker or 1)
+    try:
+        return train_program(job, context)
+    finally:
+        context.close()
+
+
+def _fit(trainer: TorchTrainer, folder: Path) -> Result:
+    """Fits in a thread, so that an interrupt reaches this one: Ray Train's own handler would abort without saving."""
+    future: Future[ray.train.Result] = Future()
+
+    def fit() -> None:
+        try:
+            future.set_result(trainer.fit())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=fit, name="lmray-fit", daemon=True).start()
+    try:
+        wait([future])
+    except KeyboardInterrupt:
+        print("stopping: the workers save and end; once more ends them at once", file=sys.stderr, flush=True)
+        (folder / STOP).touch()
+    result = future.result().return_value
+    if result is None:
+        raise RemoteError(f"run {folder.name}", "ended without a result", hint=f"see the Ray Train log beside {folder}")
+    return result

@@ -1,0 +1,154 @@
+"""OpenAI's chat completions on the wire: what is read, what is sent.
+
+A field that would change the answer and is not supported is refused, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lmray.errors import DataError, did_you_mean
+
+_NO_EFFECT = frozenset(
+    ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
+)
+"""Fields that label a request or steer a provider's own service."""
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+"""Fields that are accepted with the value that changes nothing."""
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(_Wire):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Wire):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """The message as chat templates take it: content as one string."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class StreamOptions(_Wire):
+    include_usage: bool = False
+
+
+class ChatRequest(_Wire):
+    """The body of `POST /v1/chat/completions`."""
+
+    model: str
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
+    ) = []
+    seed: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class RequestError(DataError):
+    """A request that OpenAI's protocol or this server does not allow; `param` is the field."""
+
+    def __init__(self, param: str | None, found: str, *, allowed: str | None = None, hint: str | None = None):
+        super().__init__(param or "request", found, allowed=allowed, hint=hint)
+        self.param = param
+
+
+def read_chat_request(body: Any) -> ChatRequest:
+    """`body` (decoded JSON) as a request. Raises RequestError naming the field."""
+    if not isinstance(body, dict):
+        raise RequestError(None, "the body is not a JSON object")
+    fields = {}
+    for key, value in body.items():
+        if value is None or key in _NO_EFFECT:
+            continue
+        if key in _NEUTRAL:
+            if value not in _NEUTRAL[key]:
+                allowed = f"{_NEUTRAL[key][0]!r}, or leave it out"
+                raise RequestError(key, f"{value!r} is not supported", allowed=allowed)
+        elif key not in ChatRequest.model_fields:
+            known = sorted({*ChatRequest.model_fields, *_NEUTRAL, *_NO_EFFECT})
+            raise RequestError(key, "unknown field", allowed=", ".join(known), hint=did_you_mean(key, known))
+        else:
+            fields[key] = value
+    try:
+        request = ChatRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        param = ".".join(str(part) for part in first["loc"])
+        raise RequestError(param, first["msg"]) from None
+    if None not in (request.max_tokens, request.max_completion_tokens):
+        raise RequestError("max_tokens", "means the same as `max_completion_tokens`", hint="give one")
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options", "is given without `stream`", hint='add `"stream": true`')
+    return request
+
+
+def completion(head: Mapping[str, Any], text: str, finish_reason: str, usage: Mapping[str, int]) -> dict[str, Any]:
+    """The whole answer of a request without `stream`. `head` holds `id`, `created`, `model`."""
+    message = {"role": "assistant", "content": text, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+    return {**head, "object": "chat.completion", "choices": [choice], "usage": dict(usage)}
+
+
+def chunk(head: Mapping[str, Any], delta: Mapping[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    """One piece of a streamed answer."""
+    choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": finish_reason}
+    return {**head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def usage_chunk(head: Mapping[str, Any], usage: Mapping[str, int]) -> dict[str, Any]:
+    """The last piece of a stream that asked for `include_usage`."""
+    return {**head, "object": "chat.completion.chunk", "choices": [], "usage": dict(usage)}
+
+
+def token_usage(num_prompt_tokens: int, num_answer_tokens: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_answer_tokens,
+        "total_tokens": num_prompt_tokens + num_answer_tokens,
+    }
+
+
+def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients expect it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def model_list(names: Mapping[str, str | None], created: int) -> dict[str, Any]:
+    """The answer of `GET /v1/models`; `names` maps a model's name to its adapter, None for the base model."""
+    base = next(name for name, adapter in names.items() if adapter is None)
+    data = [
+        {"id": name, "object": "model", "created": created, "owned_by": "lmray", "parent": base if adapter else None}
+        for name, adapter in names.items()
+    ]
+    return {"object": "list", "data": data}

@@ -1,0 +1,118 @@
+"""Everything that can be known before an endpoint starts: model, adapters, keys, port. Ray-free.
+
+A replica may run on another node than the one that prepared, so a plan names things and their digests; `check_out`
+finds them again where it is called and refuses anything else than what was planned.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
+from lmray.artifacts.store import open_store
+from lmray.errors import ArtifactError, CapacityError, ConfigError
+from lmray.job import ServeJob
+from lmray.models.source import FoundModel, find_model
+from lmray.serve.keys import check_exposure, read_key_hashes
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """What will be served."""
+
+    model_name: str
+    """The base model's name in requests."""
+    source: str
+    revision: str | None
+    digest: str
+    """Of the base model's weights."""
+    store: str
+    """Folder of the artifact store."""
+    adapters: dict[str, str]
+    """Name in requests -> version id of the artifact of that name."""
+    key_hashes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CheckedOut:
+    """What a plan names, on this node's disk."""
+
+    model: Path
+    adapters: dict[str, Path]
+
+
+def prepare(job: ServeJob) -> ServePlan:
+    """Resolves and checks all that `job` names. Raises ArtifactError, ConfigError, CapacityError."""
+    key_hashes = read_key_hashes(job.http.api_keys_file)
+    check_exposure(job.http.host, key_hashes)
+    check_port(job.http.host, job.http.port)
+    if job.resources.workers != 1:
+        hint = "set `autoscaling.min_replicas` and `max_replicas`"
+        raise ConfigError("resources.workers", f"{job.resources.workers} says nothing to an endpoint", hint=hint)
+    found = find_model(job.model.source, job.model.revision)
+    store = open_store(job.storage)
+    adapters = _adapters(job, Artifacts(store), found)
+    is_folder = Path(job.model.source).expanduser().exists()
+    return ServePlan(
+        model_name=found.folder.name if is_folder else job.model.source,
+        source=str(found.folder) if is_folder else job.model.source,
+        revision=job.model.revision,
+        digest=found.digest,
+        store=str(store.root),
+        adapters=adapters,
+        key_hashes=key_hashes,
+    )
+
+
+def check_out(plan: ServePlan) -> CheckedOut:
+    """Model and adapters of `plan` as folders of this node. Raises ArtifactError where the model is another here."""
+    found = find_model(plan.source, plan.revision)
+    if found.digest != plan.digest:
+        what = f"has other weights on this node ({found.digest[:12]})"
+        hint = "put the model where every node reads the same"
+        raise ArtifactError(f"model `{plan.source}`", what, allowed=plan.digest[:12], hint=hint)
+    artifacts = Artifacts(open_store(plan.store))
+    folders = {name: artifacts.checkout(artifacts.find(ArtifactRef(name, id))) for name, id in plan.adapters.items()}
+    return CheckedOut(found.folder, folders)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises CapacityError where nothing can listen on `host:port` of this machine."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        hint = "set `http.port` to a free one, or stop what listens there"
+        raise CapacityError(f"http {host}:{port}", f"cannot listen there: {error.strerror}", hint=hint) from None
+
+
+def _adapters(job: ServeJob, artifacts: Artifacts, base: FoundModel) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if len(job.adapters) > job.engine.max_adapters:
+        hint = f"set `engine.max_adapters` to {len(job.adapters)}"
+        raise ConfigError("adapters", f"{len(job.adapters)} are more than the engine holds", hint=hint)
+    for wanted in job.adapters:
+        artifact = artifacts.find(ArtifactRef(wanted.artifact, wanted.stage))
+        _check_base(artifact, base)
+        if artifact.name in found or artifact.name == job.model.source:
+            raise ConfigError(
+                "adapters", f"the name `{artifact.name}` is taken", hint="serve one version of an artifact"
+            )
+        artifacts.checkout(artifact)
+        found[artifact.name] = artifact.id
+    return found
+
+
+def _check_base(artifact: Artifact, base: FoundModel) -> None:
+    if artifact.kind != "adapter":
+        raise ArtifactError(f"artifact `{artifact.ref}`", f"is a {artifact.kind}", allowed="adapter")
+    digest = artifact.base.get("digest")
+    if digest != base.digest:
+        was = f"was trained on `{artifact.base.get('source')}` ({str(digest)[:12]})"
+        hint = f"set `model.source: {artifact.base.get('source')}`, or train it again on this model"
+        allowed = f"adapters of `{base.source}` ({base.digest[:12]})"
+        raise ArtifactError(f"artifact `{artifact.ref}`", was, allowed=allowed, hint=hint)

@@ -1,0 +1,78 @@
+"""From tokens to text while they come: whole characters only, cut at stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"
+"""What a decoder puts for bytes that are no character, or not yet."""
+_MAX_HELD = 3
+"""Bytes of an unfinished character: UTF-8 has at most four."""
+_LONG, _KEPT = 64, 16
+"""Tokens decoded together at most, and kept as context when the window moves on."""
+
+
+class Detokeniser:
+    """Text of one answer, piece by piece. The pieces together are `decode` of all tokens."""
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._window: list[int] = []
+        self._num_sent = 0
+        self._text = ""
+
+    def push(self, token_id: int) -> str:
+        """What `token_id` adds, without the start of a character that later tokens finish."""
+        self._window.append(token_id)
+        self._text = self._decode(self._window)
+        num_held = min(len(self._text) - len(self._text.rstrip(REPLACEMENT)), _MAX_HELD)
+        piece = self._take(len(self._text) - num_held)
+        if num_held == 0 and len(self._window) > _LONG:
+            self._window = self._window[-_KEPT:]
+            self._text = self._decode(self._window)
+            self._num_sent = len(self._text)
+        return piece
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        return self._take(len(self._text))
+
+    def _take(self, end: int) -> str:
+        piece = self._text[self._num_sent : end]
+        self._num_sent = max(self._num_sent, end)
+        return piece
+
+
+class StopStrings:
+    """Ends a text before the first of some strings, wherever pieces happen to be cut."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """What can be sent of the text so far: nothing that may yet turn out to be a stop string's start."""
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)]
+        num_held = self._unfinished(text)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+    def _unfinished(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string starts with."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return length
+        return 0

@@ -1,0 +1,1 @@
+"""How a model lies on the workers: one file a strategy."""

@@ -1,0 +1,1 @@
+"""What answers are scored by: one file a task."""

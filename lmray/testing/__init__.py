@@ -1,0 +1,1 @@
+"""Shipped fakes: small models and contexts for tests of lmray and of what is built on it."""

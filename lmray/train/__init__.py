@@ -1,0 +1,1 @@
+"""The training program: plan, one learner, one loop, checkpoints, report."""

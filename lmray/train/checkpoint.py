@@ -1,0 +1,65 @@
+"""A checkpoint: adapter, optimizer, random state and place in the data; safetensors and JSON, manifest last.
+
+Written by rank 0 into a scratch folder; the context commits that folder. Nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lmray.adapters.base import Adapter
+from lmray.artifacts.files import read_sealed, seal, write_json
+from lmray.errors import ArtifactError, CheckpointError
+from lmray.models.tensors import save_tensors
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    run_key: str
+    step: int
+    """Optimizer steps done."""
+    samples: int
+    """Rows seen: the place in the sampler's stream."""
+    seconds: float
+    """Time spent training, all attempts that led here together."""
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, model: torch.nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer
+) -> None:
+    """Writes a whole checkpoint into the empty or new `folder`."""
+    adapter.save(model, folder / "adapter")
+    state = optimizer.state_dict()["state"]
+    tensors = {f"{index}.{key}": torch.as_tensor(value) for index, facts in state.items() for key, value in facts.items()}
+    save_tensors(tensors, folder / "optimizer.safetensors")
+    save_tensors({"cpu": torch.get_rng_state()}, folder / "rng.safetensors")
+    write_json(folder / "progress.json", asdict(progress))
+    seal(folder, step=progress.step, run_key=progress.run_key)
+
+
+def load_checkpoint(
+    folder: Path, run_key: str, model: torch.nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Sets model, optimizer and random state to those in `folder`. Raises CheckpointError where a file is missing or not
+    what the manifest says, or the checkpoint is another run's."""
+    try:
+        manifest = read_sealed(folder)
+    except ArtifactError as error:
+        raise CheckpointError(error.where, error.found, hint="remove this checkpoint; the run goes on from the one before") from None
+    if manifest["run_key"] != run_key:
+        raise CheckpointError(str(folder), "belongs to another run", allowed=run_key[:12], hint="give the job another name")
+    adapter.load(model, folder / "adapter")
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(folder / "optimizer.safetensors").items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(load_file(folder / "rng.safetensors")["cpu"])
+    return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))

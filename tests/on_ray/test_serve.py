@@ -1,0 +1,140 @@
+"""A real endpoint on Ray Serve, asked with OpenAI's own client: what Ray adds to the gateway and the engine."""
+
+from __future__ import annotations
+
+import socket
+
+import openai
+import pytest
+import torch
+from peft import PeftModel
+from ray import serve as ray_serve
+
+from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.store import open_store
+from lmray.data.tokenise import prompt_ids
+from lmray.errors import CapacityError
+from lmray.job import ServeJob
+from lmray.models.load import load_model, load_tokenizer
+from lmray.models.source import find_model
+from lmray.on_ray.serve import serve
+from lmray.serve.client import chat_stream, list_models
+from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
+
+MESSAGES = [{"role": "user", "content": "日本語で答えてください 🙂"}]
+MAX_TOKENS = 24
+KEY = "a key"
+
+
+@pytest.fixture(scope="module")
+def job(ray_cluster, tmp_path_factory) -> ServeJob:
+    """An endpoint over the tiny model, with one adapter in production and a key."""
+    root = tmp_path_factory.mktemp("serve")
+    model = tiny_model_folder(root / "tiny")
+    artifacts = Artifacts(open_store(str(root / "store")))
+    base = {"source": str(model), "revision": None, "digest": find_model(str(model)).digest}
+    artifacts.keep("helper", tiny_adapter_folder(model, root / "adapter", seed=1), base=base)
+    artifacts.promote("helper", "production")
+    (root / "keys").write_text(f"# the test's\n{KEY}\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ServeJob.model_validate(
+        {
+            "name": "endpoint",
+            "model": {"source": str(model), "dtype": "float32"},
+            "adapters": [{"artifact": "helper", "stage": "production"}],
+            "engine": {"name": "native", "max_batch_size": 4, "max_length": 1024},
+            "http": {"port": port, "api_keys_file": str(root / "keys")},
+            "resources": {"cpus_per_worker": 1},
+            "storage": str(root / "store"),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def service(job):
+    with serve(job) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(service):
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def texts(job) -> dict[str, str]:
+    """What `transformers` answers, by model name."""
+    folder = find_model(job.model.source).folder
+    model, tokenizer = load_model(folder, "float32"), load_tokenizer(folder)
+    artifacts = Artifacts(open_store(job.storage))
+    adapted = PeftModel.from_pretrained(load_model(folder, "float32"), artifacts.checkout(artifacts.find("helper")))
+    ids = torch.tensor([prompt_ids(tokenizer, MESSAGES)])
+
+    def answer(model) -> str:
+        told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": MAX_TOKENS, "do_sample": False}
+        return tokenizer.decode(model.generate(ids, **told)[0, ids.shape[1] :], skip_special_tokens=True)
+
+    found = {"tiny": answer(model), "helper": answer(adapted)}
+    assert found["tiny"] != found["helper"], "the adapter does not show, so nothing below would tell them apart"
+    return {**found, "tiny:helper": found["helper"]}
+
+
+@pytest.mark.parametrize("name", ["tiny", "helper", "tiny:helper"])
+def test_whole_and_streamed_answers_are_those_of_transformers(client, texts, name):
+    told = {"model": name, "messages": MESSAGES, "temperature": 0, "max_tokens": MAX_TOKENS}
+    whole = client.chat.completions.create(**told)
+    assert whole.choices[0].message.content == texts[name]
+    pieces = list(client.chat.completions.create(**told, stream=True, stream_options={"include_usage": True}))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == texts[name]
+    assert pieces[-1].usage == whole.usage
+
+
+def test_the_clients_of_lmray_and_openai_see_the_same_models(service, client):
+    assert list_models(service.url, api_key=KEY) == [model.id for model in client.models.list()]
+
+
+def test_lmrays_own_client_streams_the_same_text(service, texts):
+    pieces = chat_stream(service.url, "helper", MESSAGES, api_key=KEY, max_tokens=MAX_TOKENS)
+    assert "".join(pieces) == texts["helper"]
+
+
+def test_errors_come_back_through_serve_in_openais_shape(service, client):
+    with pytest.raises(openai.NotFoundError, match="there are: tiny, helper, tiny:helper"):
+        client.chat.completions.create(model="other", messages=MESSAGES)
+    with (
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="wrong", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError, match="wrong API key"),
+    ):
+        stranger.models.list()
+
+
+def test_a_client_that_leaves_ends_its_request_in_the_replica(client, job):
+    engine = ray_serve.get_deployment_handle("engine", job.name)
+    before = engine.stats.remote().result()["generated_tokens"]
+    stream = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=1, seed=5, stream=True)
+    next(iter(stream))
+    stream.close()
+    while (stats := engine.stats.remote().result())["running"]:
+        pass
+    assert stats["generated_tokens"] - before < 400, "it was generated to its end"
+
+
+def test_a_second_endpoint_is_refused_while_one_runs(service, job):
+    with pytest.raises(CapacityError, match="cannot listen there"):
+        serve(job)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        other = probe.getsockname()[1]
+    with pytest.raises(CapacityError, match="Ray Serve already runs `endpoint`"):
+        serve(job.changed({"http.port": other}))
+
+
+def test_replicas_that_can_never_be_placed_are_refused(job):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        other = probe.getsockname()[1]
+    with pytest.raises(CapacityError, match="there is room for 0"):
+        serve(job.changed({"http.port": other, "resources.cpus_per_worker": 64}))

@@ -1,0 +1,99 @@
+"""The five verbs of the storage port on a file system."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from lmray.artifacts.file_store import FileStore
+from lmray.artifacts.store import open_store
+from lmray.config.places import cache_root, store_root
+from lmray.errors import ConfigError
+
+
+@pytest.fixture
+def store(tmp_path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
+def test_get_gives_what_was_put_and_none_where_nothing_was(store, tmp_path):
+    assert store.get("a/b") is None
+    store.put("a/b", b"bytes")
+    store.put("a/b", b"others")
+    (tmp_path / "file").write_bytes(b"content")
+    store.put("a/c", tmp_path / "file")
+    assert (store.get("a/b"), store.get("a/c")) == (b"others", b"content")
+
+
+def test_list_gives_keys_below_a_folder_without_locks_and_temporary_files(store):
+    for key in ("log/2", "log/1", "log/deep/3", "logs/4"):
+        store.put(key, b"")
+    store.compare_and_swap("log/5", None, b"")
+    (store.root / "log" / ".1.123.tmp").write_bytes(b"")
+    assert store.list("log") == ["log/1", "log/2", "log/5", "log/deep/3"]
+    assert store.list("nowhere") == []
+
+
+def test_compare_and_swap_writes_only_over_what_was_expected(store):
+    assert store.compare_and_swap("a", None, b"1")
+    assert not store.compare_and_swap("a", None, b"2")
+    assert not store.compare_and_swap("a", b"0", b"2")
+    assert store.get("a") == b"1"
+    assert store.compare_and_swap("a", b"1", b"2")
+    assert store.get("a") == b"2"
+
+
+def test_many_threads_that_count_with_compare_and_swap_lose_nothing(store):
+    def add(_):
+        while True:
+            before = store.get("count")
+            if store.compare_and_swap("count", before, str(int(before or b"0") + 1).encode()):
+                return
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(64)))
+    assert store.get("count") == b"64"
+
+
+def test_append_numbers_entries_in_order_also_from_many_threads(store):
+    assert store.append("log", b"first") == "log/00000000.json"
+    with ThreadPoolExecutor(8) as pool:
+        keys = list(pool.map(lambda number: store.append("log", str(number).encode()), range(32)))
+    assert sorted(keys) == [f"log/{number:08d}.json" for number in range(1, 33)]
+    assert sorted(store.get(key) for key in keys) == sorted(str(number).encode() for number in range(32))
+
+
+def test_a_put_that_fails_leaves_the_old_content_and_no_temporary_file(store, tmp_path):
+    store.put("a", b"old")
+    with pytest.raises(FileNotFoundError):
+        store.put("a", tmp_path / "missing")
+    assert store.get("a") == b"old"
+    assert [path.name for path in store.root.iterdir()] == ["a"]
+
+
+def test_the_store_is_the_folder_given_or_the_environments(tmp_path, monkeypatch):
+    monkeypatch.setenv("LMRAY_STORE", str(tmp_path / "mine"))
+    assert open_store().root == tmp_path / "mine"
+    assert open_store(str(tmp_path / "given")).root == tmp_path / "given"
+    monkeypatch.delenv("LMRAY_STORE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_store().root == tmp_path / ".lmray" / "store"
+    assert open_store("~/here").root == tmp_path / "here"
+
+
+def test_a_url_is_refused_while_no_store_speaks_it():
+    with pytest.raises(ConfigError, match="allowed: a folder that every node sees"):
+        open_store("s3://bucket/key")
+
+
+def test_places_come_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("LMRAY_STORE", "LMRAY_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert store_root() == tmp_path / ".lmray" / "store"
+    assert cache_root() == tmp_path / ".cache" / "lmray"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_root() == tmp_path / "xdg" / "lmray"
+    monkeypatch.setenv("LMRAY_CACHE", "~/mine")
+    assert cache_root() == tmp_path / "mine"
