@@ -30,7 +30,7 @@ test-full: lint  ## lint and every test but those that need a GPU
 
 lint: $(READY)  ## style, floors and types, without running anything
 	@echo "lint: ruff"
-	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff check --quiet --output-format concise .
 	@$(BIN)/ruff format --check --quiet . || { echo "lint: not formatted as \`$(BIN)/ruff format .\` would"; exit 1; }
 	@echo "lint: import-linter"
 	@$(BIN)/lint-imports --no-logo --no-cache

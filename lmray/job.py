@@ -241,8 +241,12 @@ def decode_job(document: Document) -> Any:
     """The job that `document` describes; its `kind` selects the type."""
     kind = document.tree.get("kind")
     if kind is None:
-        raise ConfigError(document.source, "has no `kind`", allowed=", ".join(KINDS), hint="start it with `kind: train`")
+        raise ConfigError(
+            document.source, "has no `kind`", allowed=", ".join(KINDS), hint="start it with `kind: train`"
+        )
     if kind not in KINDS:
         where = f"{document.where(('kind',))}: kind"
-        raise ConfigError(where, f"unknown kind `{kind}`", allowed=", ".join(KINDS), hint=did_you_mean(str(kind), KINDS))
+        raise ConfigError(
+            where, f"unknown kind `{kind}`", allowed=", ".join(KINDS), hint=did_you_mean(str(kind), KINDS)
+        )
     return decode(KINDS[kind], document)

@@ -1,7 +1,7 @@
 """LoRA: a frozen weight W gets a trained low-rank side path, W x + (alpha / r) B A x.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3, through the `peft` library.
-Differs from the paper in: nothing; B starts at zero, A as `peft` starts it (Kaiming uniform).
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3, through the `peft`
+library. Differs from the paper in: nothing; B starts at zero, A as `peft` starts it (Kaiming uniform).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(_plain(item) for item in value)
+        return sorted(map(str, value))
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, (str, int, float, bool)) else getattr(value, "value", str(value))

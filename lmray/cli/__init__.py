@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `lmray ARGV...` and leaves with its exit code: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
-    from lmray.cli.output import leaving_with_exit_code, use_utf8
+    from lmray.cli.output import leaving_with_exit_code, tune_streams
 
-    use_utf8()
+    tune_streams()
     with leaving_with_exit_code(argv):
         from lmray.cli.app import app
 

@@ -47,7 +47,7 @@ app.command("doctor")(doctor.doctor)
 
 @app.command()
 def demo() -> None:
-    """Train, promote, serve and ask a small model on this machine, in a few minutes."""
+    """Train, promote, serve and ask a small model. On this machine, in a few minutes."""
     from lmray.cli import demo as scenario
 
     scenario.main()

@@ -12,7 +12,7 @@ from lmray.cli.run import Config
 
 
 def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Find out everything that can be known before a worker starts, and print the plan."""
+    """Check a job and print its plan. Finds out what can be known before a worker starts."""
     from lmray.config import dump
     from lmray.job import load
 
@@ -34,7 +34,7 @@ def show(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """The job a file resolves to, every default written out; or the members of a family and their fields."""
+    """Show a job, every default written out; or a family. A family: methods, adapters, sharding, tasks, ..."""
     from lmray.config import dump
     from lmray.job import load
     from lmray.registry import FAMILIES
@@ -48,7 +48,7 @@ def show(
 
 
 def schema(kind: Annotated[str, typer.Argument(metavar="KIND", help="train, evaluate, sweep, serve")]) -> None:
-    """The JSON schema of a kind of job file, for editors and other programs."""
+    """Print the JSON schema of a kind of job. For editors and other programs."""
     from lmray.errors import ConfigError, did_you_mean
     from lmray.job import KINDS
 

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "ray", "transformers", "peft", "optuna")
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Look at Python, libraries, cores, memory, GPUs, folders and the cluster; exit code 1 where something is wrong."""
+    """Look whether this machine has what a run needs. Exit code 1 where something is wrong."""
     with clean_stdout(as_json):
         checks = list(examine())
     rows = [{"name": name, "ok": ok, "found": found} for name, ok, found in checks]

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any
@@ -25,8 +26,10 @@ Address = Annotated[
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Values laid over the file's.")]
 
 
-def use_utf8() -> None:
-    """Names may be in any script, whatever the locale says."""
+def tune_streams() -> None:
+    """UTF-8, whatever the locale says: names may be in any script. Libraries' notices to their own users stay away."""
+    if not _debugging():
+        warnings.simplefilter("ignore", FutureWarning)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")

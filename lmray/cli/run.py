@@ -18,15 +18,27 @@ EXIT_CODES = {"succeeded": 0, "already-done": 0, "failed": 1, "stopped": 130}
 
 
 def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Run a job to its end, on the cluster RAY_ADDRESS names, else on a local Ray started for it."""
+    """Run a job to its end. On the cluster RAY_ADDRESS names, else on a local Ray started for it."""
     from lmray.job import load
 
     with clean_stdout(as_json):
         job = load(config, *(overrides or ()))
         from lmray.on_ray.run import run as run_job
 
-        result = run_job(job)
+        try:
+            result = run_job(job)
+        except KeyboardInterrupt:
+            result = interrupted(job)
     report(result, as_json=as_json)
+
+
+def interrupted(job: Any) -> Result:
+    """What is said of a run that was ended before it could say anything itself."""
+    from lmray.artifacts.store import open_store
+    from lmray.context import Result
+
+    folder = open_store(job.storage).root / "runs" / job.name
+    return Result("stopped", run=str(folder) if folder.is_dir() else "")
 
 
 def submit(
@@ -37,7 +49,7 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", help="Print what it prints, then the result.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Start a job on a cluster through the Ray Jobs API. A job that is still going there is not started twice."""
+    """Start a job on a cluster, by the Ray Jobs API. A job that is still going there is not started twice."""
     from lmray.job import load
 
     job = load(config, *(overrides or ()))

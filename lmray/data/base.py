@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping as Mapping_
+from collections.abc import Callable, Iterator
+from collections.abc import Mapping as Mapping_
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,11 @@ class Row:
 class Mapping(MemberConfig):
     """Base of `lmray/data/mappings/*.py`: turns rows into examples."""
 
-    def rows(self, files: tuple[Path, ...]) -> Iterator[Row]:
-        """All rows of a source's files, in order. A mapping that joins several files overrides this."""
-        from lmray.data.files import read_rows
-
+    def rows(self, files: tuple[Path, ...], read: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
+        """All rows of a source's files, in order; `read` gives those of one. A mapping that joins files overrides
+        this."""
         for file in files:
-            yield from read_rows(file)
+            yield from read(file)
 
     def members(self) -> tuple[str, ...] | None:
         """For a source that names an archive and no path in it: the paths to read. None: the path must be named."""

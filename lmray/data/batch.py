@@ -38,8 +38,8 @@ class Batch:
         return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT}
 
     def to(self, device: str) -> Batch:
-        moved = (tensor.to(device) for tensor in (self.input_ids_BT, self.position_ids_BT, self.labels_BT))
-        return Batch(*moved, self.num_supervised, self.num_tokens)
+        ids, positions, labels = (one.to(device) for one in (self.input_ids_BT, self.position_ids_BT, self.labels_BT))
+        return Batch(ids, positions, labels, self.num_supervised, self.num_tokens)
 
 
 def pack(examples: Sequence[Tokenised], *, max_length: int) -> tuple[Packed, ...]:

@@ -35,7 +35,10 @@ class Examples:
 def read_examples(spec: DataSpec) -> Examples:
     """All examples of `spec`. Raises DataError for missing, malformed or empty data, naming file, row and column."""
     read = [_read_source(source) for source in spec.train]
-    train = tuple(chain.from_iterable(_weighted(examples, source.weight) for (examples, _), source in zip(read, spec.train, strict=True)))
+    weights = [source.weight for source in spec.train]
+    train = tuple(
+        one for (examples, _), weight in zip(read, weights, strict=True) for one in _weighted(examples, weight)
+    )
     held_out: tuple[Example, ...] = ()
     if spec.eval is not None and spec.eval.split is not None:
         everything = tuple(chain.from_iterable(examples for examples, _ in read))
@@ -46,12 +49,13 @@ def read_examples(spec: DataSpec) -> Examples:
         held_out = tuple(chain.from_iterable(_read_source(source)[0] for source in spec.eval.sources))
     if not train:
         raise DataError("data.train", "no example is left to train on", hint="lower `eval.split` or add data")
-    return Examples(train, held_out, tuple(f"{source.source}: {name}" for (_, name), source in zip(read, spec.train, strict=True)))
+    formats = tuple(f"{source.source}: {name}" for (_, name), source in zip(read, spec.train, strict=True))
+    return Examples(train, held_out, formats)
 
 
 def _read_source(source: DataSource) -> tuple[tuple[Example, ...], str]:
     files = find_files(source.source, source.mapping)
-    rows = source.mapping.rows(files) if source.mapping else chain.from_iterable(read_rows(file) for file in files)
+    rows = source.mapping.rows(files, read_rows) if source.mapping else chain.from_iterable(map(read_rows, files))
     head = list(islice(rows, 1))
     if not head:
         raise DataError(f"data source `{source.source}`", f"is empty: no row in {len(files)} file(s)")
@@ -66,7 +70,9 @@ def detect_mapping(row: Row) -> Mapping:
     if {"prompt", "completion"} <= row.value.keys():
         return Columns()
     hint = "say which columns: `mapping: {prompt: COLUMN, completion: COLUMN}`"
-    raise DataError(row.where, f"columns {', '.join(row.value)}", allowed="`messages`, or `prompt` and `completion`", hint=hint)
+    raise DataError(
+        row.where, f"columns {', '.join(row.value)}", allowed="`messages`, or `prompt` and `completion`", hint=hint
+    )
 
 
 def _weighted(examples: tuple[Example, ...], weight: float) -> tuple[Example, ...]:
@@ -79,7 +85,9 @@ def _group(example: Example, spec: EvalData) -> str:
     if spec.by is None:
         return example.where
     if spec.by not in example.columns:
-        raise ConfigError("data.eval.by", f"no column `{spec.by}` in {example.where}", allowed=", ".join(example.columns))
+        raise ConfigError(
+            "data.eval.by", f"no column `{spec.by}` in {example.where}", allowed=", ".join(example.columns)
+        )
     return str(example.columns[spec.by])
 
 

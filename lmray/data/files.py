@@ -34,8 +34,12 @@ def find_files(source: str, mapping: Mapping | None) -> tuple[Path, ...]:
         found = [path] if path.is_file() else []
     if not found:
         hint = "give a file, a folder, a glob, or pypi:PACKAGE"
-        raise DataError(f"data source `{source}`", "no such file" if not path.is_dir() else "holds no data files",
-                        allowed=" ".join(SUFFIXES), hint=hint)
+        raise DataError(
+            f"data source `{source}`",
+            "no such file" if not path.is_dir() else "holds no data files",
+            allowed=" ".join(SUFFIXES),
+            hint=hint,
+        )
     return tuple(found)
 
 
@@ -53,7 +57,9 @@ def _wheel_files(source: str, mapping: Mapping | None) -> tuple[Path, ...]:
     for file in found:
         if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
             names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in SUFFIXES)
-            raise DataError(f"data source `{source}`", f"the wheel has no such file: {member}", allowed=", ".join(names[:8]))
+            raise DataError(
+                f"data source `{source}`", f"the wheel has no such file: {member}", allowed=", ".join(names[:8])
+            )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,18 +11,22 @@ import torch
 
 @dataclass(frozen=True)
 class Sampler:
-    """Rows 0 to `num_rows` - 1, shuffled anew each epoch; the order depends on `seed` and the epoch only, not on how many
-    workers or micro-batches share a step."""
+    """Rows 0 to `num_rows` - 1, shuffled anew each epoch; the order depends on `seed` and the epoch only, not on how
+    many workers or micro-batches share a step."""
 
     num_rows: int
     seed: int
 
     def rows(self, start: int, stop: int) -> list[int]:
         """Rows of samples `start` to `stop` of the stream."""
-        return [_order(self.num_rows, self.seed, place // self.num_rows)[place % self.num_rows] for place in range(start, stop)]
+        return [
+            _order(self.num_rows, self.seed, place // self.num_rows)[place % self.num_rows]
+            for place in range(start, stop)
+        ]
 
 
 @lru_cache(maxsize=4)
 def _order(num_rows: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed((seed << 32) + epoch)
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()  # torch's generator uses 32 bits of its seed only
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4]))
     return torch.randperm(num_rows, generator=generator).tolist()

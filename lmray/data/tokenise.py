@@ -1,7 +1,9 @@
-"""Conversations to token ids with an exact loss mask: supervised are the assistant's tokens and the stop token after them.
+"""Conversations to token ids with an exact loss mask: supervised are the assistant's tokens and the stop token after
+them.
 
-The tokenizer's own chat template is rendered up to each answer and through it; prompt and answer are encoded apart, as they
-are when the model is asked later, so that no token straddles the border. Special tokens come from the template alone.
+The tokenizer's own chat template is rendered up to each answer and through it; prompt and answer are encoded apart,
+as they are when the model is asked later, so that no token straddles the border. Special tokens come from the
+template alone.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, 
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, example: Example) -> Tokenised:
-    """`example` as ids and labels. Raises DataError where the template rewrites earlier turns or ends without a stop."""
+    """`example` as ids and labels. Raises DataError where the template rewrites earlier turns or ends without a
+    stop."""
     ids: list[int] = []
     labels: list[int] = []
     done = ""
@@ -71,7 +74,9 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, example: Example) -> Tokenised:
         answered = render(tokenizer, example.messages[: index + 1], ask=False)
         if not (asked.startswith(done) and answered.startswith(asked)):
             hint = "the chat template changes earlier turns; keep one assistant turn an example"
-            raise DataError(f"{example.where}, turn {index + 1}", "its place in the template cannot be told exactly", hint=hint)
+            raise DataError(
+                f"{example.where}, turn {index + 1}", "its place in the template cannot be told exactly", hint=hint
+            )
         answer, rest = _through_stop(tokenizer, answered[len(asked) :], f"{example.where}, turn {index + 1}")
         for text, supervised in ((asked[len(done) :], False), (answer, True), (rest, False)):
             piece = encode(tokenizer, text)
@@ -95,7 +100,8 @@ def _through_stop(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> 
 def tokenise_all(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, over_long: str
 ) -> TokenisedData:
-    """All `examples`, longer ones dropped, cut at the end, or refused. Raises DataError where nothing supervised is left."""
+    """All `examples`, longer ones dropped, cut at the end, or refused. Raises DataError where nothing supervised is
+    left."""
     kept, dropped, truncated = [], 0, 0
     first = None
     for example in examples:
@@ -104,7 +110,9 @@ def tokenise_all(
         if len(tokens) > max_length:
             if over_long == "error":
                 hint = "raise `max_length`, or `over_long: drop`"
-                raise DataError(example.where, f"is {len(tokens)} tokens long", allowed=f"at most {max_length}", hint=hint)
+                raise DataError(
+                    example.where, f"is {len(tokens)} tokens long", allowed=f"at most {max_length}", hint=hint
+                )
             if over_long == "drop":
                 dropped += 1
                 continue

@@ -166,8 +166,9 @@ def check_model(model: PreTrainedModel, max_length: int) -> None:
     name = type(model).__name__
     inputs = inspect.signature(model.forward).parameters
     missing = [key for key in ("position_ids", "attention_mask", "past_key_values") if key not in inputs]
-    if missing:
-        raise ConfigError("engine.name", f"`native` cannot run {name}: it takes no {', '.join(missing)}")
+    if missing or getattr(model.config, "alibi", False):
+        found = f"it takes no {', '.join(missing)}" if missing else "its positions are in the attention mask (ALiBi)"
+        raise ConfigError("engine.name", f"`native` cannot run {name}: {found}")
     attention = model.config._attn_implementation
     if attention not in ("sdpa", "eager"):
         raise ConfigError("engine.name", f"`native` cannot run attention `{attention}`", allowed="sdpa, eager")

@@ -46,8 +46,8 @@ def answer_examples(
     threads: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
-    """Greedy answers of `model` to `examples`, scored by every task of `args` that generates. `shots` are solved examples
-    put before each question; `adapter` is the attached adapter's handle, None the base model."""
+    """Greedy answers of `model` to `examples`, scored by every task of `args` that generates. `shots` are solved
+    examples put before each question; `adapter` is the attached adapter's handle, None the base model."""
     shown = [message for shot in shots for message in shot.messages]
     prompts = [prompt_ids(tokenizer, [*shown, *example.prompt]) for example in examples]
     with computing(model):
@@ -78,6 +78,7 @@ def mean_scores(answers: Sequence[Answer], prefix: str) -> dict[str, float]:
     """`{prefix.NAME: mean}` over `answers`."""
     names = {name for answer in answers for name in answer.scores}
     scores: dict[str, Any] = {
-        f"{prefix}.{name}": sum(answer.scores.get(name, 0.0) for answer in answers) / len(answers) for name in sorted(names)
+        f"{prefix}.{name}": sum(answer.scores.get(name, 0.0) for answer in answers) / len(answers)
+        for name in sorted(names)
     }
     return scores

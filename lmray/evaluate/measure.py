@@ -16,6 +16,7 @@ from lmray.data.batch import Packed
 from lmray.evaluate.answers import Answer, answer_examples, mean_scores, sample_evenly
 from lmray.evaluate.loss import held_out_loss
 from lmray.job import EvaluateArgs
+from lmray.models.load import pad_token_id
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ def measure(
     if any(task.name == "loss" for task in args.tasks) and held_out.rows:
         with _with_adapter(model, adapter):
             loss = held_out_loss(
-                model, held_out.rows, batch_size=8, pad_token_id=tokenizer.pad_token_id or 0, device=device
+                model, held_out.rows, batch_size=8, pad_token_id=pad_token_id(tokenizer), device=device
             )
         metrics |= {f"{prefix}.loss": loss, f"{prefix}.perplexity": math.exp(loss)}
     answers: list[Answer] = []

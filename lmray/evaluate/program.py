@@ -26,7 +26,8 @@ from lmray.models.source import FoundModel, find_model
 
 
 def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
-    """Measures every target of `job`; writes `job.yaml`, `answers-LABEL.jsonl` and, last, `result.json` into the run folder.
+    """Measures every target of `job`; writes `job.yaml`, `answers-LABEL.jsonl` and, last, `result.json` into the run
+    folder.
 
     `Result.details["targets"]` holds each target's metrics by label. Raises DataError where nothing is held out, and
     ArtifactError for an adapter that is unknown or belongs to another base model.
@@ -40,7 +41,8 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
     tokens = tokenise_all(tokenizer, examples.eval, max_length=job.data.max_length, over_long=job.data.over_long)
     held_out = HeldOut(examples.eval, pack(tokens.examples, max_length=job.data.max_length))
     dtype, _ = resolve_dtype(job.model.dtype, ctx.device)
-    model: Any = load_model(found.folder, dtype).to(ctx.device)
+    model: Any = load_model(found.folder, dtype)
+    model.to(ctx.device)
     for label, folder in adapters.items():
         if folder is not None:
             model = _with_adapter(model, folder, label)
@@ -62,14 +64,18 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
         measured.save_answers(ctx.folder / f"answers-{target.label}.jsonl")
         targets[target.label] = measured.metrics
     metrics = targets[job.targets[-1].label] | {"run.seconds": round(time.time() - started, 3)}
-    result = Result("succeeded", str(ctx.folder), metrics=metrics, seconds=time.time() - started, details={"targets": targets})
+    result = Result(
+        "succeeded", str(ctx.folder), metrics=metrics, seconds=time.time() - started, details={"targets": targets}
+    )
     write_json(ctx.folder / "result.json", result.to_json() | {"job": dump(job)})
     return result
 
 
 def shortest(examples: Any, count: int) -> list[Any]:
     """The `count` shortest solved examples: what fits before every question."""
-    return sorted(examples, key=lambda one: (sum(len(message["content"]) for message in one.messages), one.where))[:count]
+    return sorted(examples, key=lambda one: (sum(len(message["content"]) for message in one.messages), one.where))[
+        :count
+    ]
 
 
 def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> Path | None:
@@ -82,7 +88,9 @@ def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> 
     artifact = artifacts.find(adapter)
     if artifact.base.get("digest") != base.digest:
         allowed = f"{artifact.base.get('source')} with digest {str(artifact.base.get('digest'))[:12]}"
-        raise ArtifactError(f"artifact `{artifact.ref}`", f"was trained on another base than `{base.source}`", allowed=allowed)
+        raise ArtifactError(
+            f"artifact `{artifact.ref}`", f"was trained on another base than `{base.source}`", allowed=allowed
+        )
     return artifacts.checkout(artifact)
 
 

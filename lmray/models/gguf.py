@@ -17,8 +17,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """Writes the model in file `gguf` as a folder that plain `transformers` loads: dequantised to bfloat16 weights,
     tokenizer, chat template. The folder appears whole or not at all.
 
-    `transformers` refuses to save a model it read from GGUF (its config says it is quantised), so the weights move into a
-    fresh model whose config drops `quantization_config`.
+    `transformers` refuses to save a model it read from GGUF (its config says it is quantised), so the weights move
+    into a fresh model whose config drops `quantization_config`.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".gguf-") as scratch, quiet():
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)

@@ -20,7 +20,11 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     with quiet():
         try:
             return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
             ).eval()
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise _corrupted(folder, error) from None
@@ -48,6 +52,14 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return tuple(sorted(found))
 
 
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills rows up; any will do where the tokenizer names none, for no loss is taken on it."""
+    found = tokenizer.pad_token_id
+    return found if isinstance(found, int) else 0
+
+
 def _corrupted(folder: Path, error: Exception) -> ArtifactError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return ArtifactError(f"model folder {folder}", f"cannot be loaded: {lines[0][:200]}", hint="download or convert it again")
+    return ArtifactError(
+        f"model folder {folder}", f"cannot be loaded: {lines[0][:200]}", hint="download or convert it again"
+    )

@@ -29,8 +29,8 @@ def resolve_dtype(dtype: str, device: str) -> tuple[str, str]:
 def computing(model: torch.nn.Module) -> Iterator[None]:
     """Forward passes inside multiply in the type of the base weights, whatever the adapter's own weights are kept in.
 
-    A bfloat16 base carries float32 adapter weights, so that small optimizer steps are not rounded away; without this, `peft`
-    lifts every activation to float32 for the side path, which costs most of a step's time and memory.
+    A bfloat16 base carries float32 adapter weights, so that small optimizer steps are not rounded away; without this,
+    `peft` lifts every activation to float32 for the side path, which costs most of a step's time and memory.
     """
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     casting = disable_input_dtype_casting(model) if isinstance(model, PeftModel) else nullcontext()

@@ -64,7 +64,9 @@ def _from_catalogue(model: CatalogueModel) -> Path:
             found = sha256_file(gguf) if gguf.is_file() else "nothing"
             if found != model.sha256:
                 hint = f"remove {gguf.parent} and run again"
-                raise ArtifactError(str(gguf), f"digest {found[:16]} is not the model's", allowed=model.sha256[:16], hint=hint)
+                raise ArtifactError(
+                    str(gguf), f"digest {found[:16]} is not the model's", allowed=model.sha256[:16], hint=hint
+                )
             convert_gguf(gguf, folder)
     return folder
 
@@ -79,7 +81,9 @@ def _from_hub(source: str, revision: str | None) -> Path:
         raise ArtifactError(f"model `{source}`", "is no model", allowed=alternatives, hint=hint) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise ArtifactError(f"model `{source}`", f"cannot be had from the Hub: {reason}", allowed=alternatives, hint=hint) from None
+        raise ArtifactError(
+            f"model `{source}`", f"cannot be had from the Hub: {reason}", allowed=alternatives, hint=hint
+        ) from None
 
 
 def _weights_digest(folder: Path) -> str:

@@ -1,7 +1,7 @@
 """Logits where they are needed only: at positions whose next token is supervised.
 
-The head is the widest layer of a small model (V tokens); the model's own forward runs unchanged, and a hook hands its head
-the supervised rows alone, so that whatever follows the head (soft caps, scales) stays the architecture's own.
+The head is the widest layer of a small model (V tokens); the model's own forward runs unchanged, and a hook hands its
+head the supervised rows alone, so that whatever follows the head (soft caps, scales) stays the architecture's own.
 
 Shapes: B rows, T positions, D hidden width, N supervised tokens, V vocabulary.
 """

@@ -1,0 +1,1 @@
+"""The one floor that imports Ray: adapters that give programs their surroundings, file for file."""

@@ -1,4 +1,5 @@
-"""The run context inside a Ray Train worker: events to the run folder, checkpoints committed before `report` returns."""
+"""The run context inside a Ray Train worker: events to the run folder, checkpoints committed before `report`
+returns."""
 
 from __future__ import annotations
 
@@ -31,16 +32,21 @@ class RayContext:
     def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
         if checkpoint is not None:
             name = checkpoint_name(step)
-            ray.train.report({"step": step, **metrics}, checkpoint=Checkpoint(str(checkpoint)), checkpoint_dir_name=name)
+            ray.train.report(
+                {"step": step, **metrics}, checkpoint=Checkpoint(str(checkpoint)), checkpoint_dir_name=name
+            )
             self._commit(name)
         if self.rank == 0:
             self._events.append(step, metrics)
 
     def _commit(self, name: str) -> None:
-        """`report` returns before the controller has registered the upload; a rank that dies in between would orphan it."""
+        """`report` returns before the controller has registered the upload; a rank that dies in between would orphan
+        it."""
         committed = ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
         if not any(Path(reported.checkpoint.path).name == name for reported in committed):
-            raise CheckpointError(str(self.folder / name), "was reported but not committed", hint="see the Ray Train log")
+            raise CheckpointError(
+                str(self.folder / name), "was reported but not committed", hint="see the Ray Train log"
+            )
 
     def should_stop(self) -> bool:
         return (self.folder / STOP).exists()

@@ -17,8 +17,8 @@ from lmray.on_ray.train import placed
 
 
 def evaluate(job: EvaluateJob, *, progress: bool = True) -> Result:
-    """Evaluates `job` on the connected cluster; runs again from the start if it was interrupted. `progress` is not shown:
-    an evaluation reports nothing until a target is done."""
+    """Evaluates `job` on the connected cluster; runs again from the start if it was interrupted. `progress` is not
+    shown: an evaluation reports nothing until a target is done."""
     job = placed(job)
     check_resources(job.resources)
     options = {"num_cpus": job.resources.cpus_per_worker, "num_gpus": job.resources.gpus_per_worker}

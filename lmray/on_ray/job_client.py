@@ -19,6 +19,8 @@ from lmray.errors import ConfigError, RemoteError
 from lmray.on_ray.cluster import user_token
 
 DEFAULT_URL = "http://127.0.0.1:8265"
+CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
+"""Loggers of Ray that tell every upload and every end of a stream."""
 _TOKEN_HINT = (
     "put the cluster's token into a file only you can read, then set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
     " (`ray get-auth-token` on the head prints it)"
@@ -39,7 +41,8 @@ def connect(address: str | None = None) -> JobSubmissionClient:
         raise ConfigError(
             f"address `{url}`", "is a Ray Client's", allowed="http(s)://HOST:8265, HOST:6379, auto", hint=hint
         )
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     with speaking(url):
         try:
             return _client(url)

@@ -1,7 +1,7 @@
 """Runs the training program under Ray Train: plans in the driver, trains in a worker group that outlives failures.
 
-The run's name and store are Ray Train's too, so the same command goes on from the last committed checkpoint. Ctrl-C asks the
-workers to save and end; a second one ends them at once.
+The run's name and store are Ray Train's too, so the same command goes on from the last committed checkpoint. Ctrl-C
+asks the workers to save and end; a second one ends them at once.
 """
 
 from __future__ import annotations

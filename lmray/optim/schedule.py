@@ -9,7 +9,8 @@ from typing import Literal
 def learning_rate(
     step: int, *, steps: int, peak: float, warmup_ratio: float, shape: Literal["constant", "linear", "cosine"]
 ) -> float:
-    """Rate of optimizer step `step` (1 to `steps`): a linear rise over the warm-up, then `shape`, to zero after the last."""
+    """Rate of optimizer step `step` (1 to `steps`): a linear rise over the warm-up, then `shape`, to zero after the
+    last."""
     warmup = round(warmup_ratio * steps)
     if step <= warmup:
         return peak * step / warmup

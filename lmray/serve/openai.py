@@ -103,14 +103,23 @@ def read_chat_request(body: Any) -> ChatRequest:
     try:
         request = ChatRequest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        param = ".".join(str(part) for part in first["loc"])
-        raise RequestError(param, first["msg"]) from None
+        raise _request_error(error) from None
     if None not in (request.max_tokens, request.max_completion_tokens):
         raise RequestError("max_tokens", "means the same as `max_completion_tokens`", hint="give one")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options", "is given without `stream`", hint='add `"stream": true`')
     return request
+
+
+def _request_error(error: ValidationError) -> RequestError:
+    """The problem that says most: where a field may be a text or a list, the one about what was given."""
+
+    def depth(problem: Any) -> tuple[bool, int]:
+        return problem["type"] not in ("string_type", "list_type"), len(problem["loc"])
+
+    worst = max(error.errors(include_url=False), key=depth)
+    names = [str(part) for part in worst["loc"] if (part != "str" and str(part).isalnum()) or "_" in str(part)]
+    return RequestError(".".join(names), worst["msg"])
 
 
 def completion(head: Mapping[str, Any], text: str, finish_reason: str, usage: Mapping[str, int]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """JSON answers: right where every value is one that counts as right.
 
-An example may carry accepted values in the Berkeley Function Calling form: `{"name": NAME, "arguments": {PARAMETER: [VALUE,
-...]}}`, any value of a list counts, `""` in it, or no value at all, means the parameter may be left out. Without, the answer itself is the one
-accepted value. Numbers compare by value; text is compared without case, spaces and the punctuation `,./-_*^` and quotes, as
-the leaderboard does it. Differs from the leaderboard in: an integer is accepted where it says a float.
+An example may carry accepted values in the Berkeley Function Calling form: `{"name": NAME, "arguments": {PARAMETER:
+[VALUE, ...]}}`, any value of a list counts, `""` in it, or no value at all, means the parameter may be left out.
+Without, the answer itself is the one accepted value. Numbers compare by value; text is compared without case, spaces
+and the punctuation `,./-_*^` and quotes, as the leaderboard does it. Differs from the leaderboard in: an integer is
+accepted where it says a float.
 """
 
 from __future__ import annotations

@@ -40,9 +40,20 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(**changes) -> LlamaConfig:
     """Two layers, width 32, four heads over two key-value heads, byte vocabulary."""
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    tokens = dict(vocab_size=264, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    return LlamaConfig(**{**sizes, **tokens, "max_position_embeddings": 1024, "tie_word_embeddings": True, **changes})
+    facts = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "vocab_size": 264,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return LlamaConfig(**{**facts, **changes})
 
 
 def tiny_model_folder(folder: Path, *, seed: int = 0, **changes) -> Path:
@@ -63,11 +74,13 @@ def tiny_adapter_folder(model_folder: Path, folder: Path, *, seed: int, r: int =
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         base = LlamaForCausalLM.from_pretrained(model_folder)
-        model = get_peft_model(base, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            base, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -37,7 +37,9 @@ def save_checkpoint(
     """Writes a whole checkpoint into the empty or new `folder`."""
     adapter.save(model, folder / "adapter")
     state = optimizer.state_dict()["state"]
-    tensors = {f"{index}.{key}": torch.as_tensor(value) for index, facts in state.items() for key, value in facts.items()}
+    tensors = {
+        f"{index}.{key}": torch.as_tensor(value) for index, facts in state.items() for key, value in facts.items()
+    }
     save_tensors(tensors, folder / "optimizer.safetensors")
     save_tensors({"cpu": torch.get_rng_state()}, folder / "rng.safetensors")
     write_json(folder / "progress.json", asdict(progress))
@@ -47,14 +49,18 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, run_key: str, model: torch.nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer
 ) -> Progress:
-    """Sets model, optimizer and random state to those in `folder`. Raises CheckpointError where a file is missing or not
-    what the manifest says, or the checkpoint is another run's."""
+    """Sets model, optimizer and random state to those in `folder`. Raises CheckpointError where a file is missing or
+    not what the manifest says, or the checkpoint is another run's."""
     try:
         manifest = read_sealed(folder)
     except ArtifactError as error:
-        raise CheckpointError(error.where, error.found, hint="remove this checkpoint; the run goes on from the one before") from None
+        raise CheckpointError(
+            error.where, error.found, hint="remove this checkpoint; the run goes on from the one before"
+        ) from None
     if manifest["run_key"] != run_key:
-        raise CheckpointError(str(folder), "belongs to another run", allowed=run_key[:12], hint="give the job another name")
+        raise CheckpointError(
+            str(folder), "belongs to another run", allowed=run_key[:12], hint="give the job another name"
+        )
     adapter.load(model, folder / "adapter")
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(folder / "optimizer.safetensors").items():

@@ -1,7 +1,7 @@
 """The one learner: forward, backward and step for any method. Runs on every rank.
 
-Losses are sums; the count they are divided by is taken over all ranks and micro-batches before the first backward pass, so
-the gradient does not depend on how a step's rows are cut into micro-batches.
+Losses are sums; the count they are divided by is taken over all ranks and micro-batches before the first backward
+pass, so the gradient does not depend on how a step's rows are cut into micro-batches.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from lmray.data.batch import Batch, collate
 from lmray.data.sampler import Sampler
 from lmray.evaluate.loss import held_out_loss
 from lmray.job import TrainJob
+from lmray.models.load import pad_token_id
 from lmray.optim.schedule import learning_rate
 from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from lmray.train.learner import Learner, StepReport
@@ -41,7 +42,11 @@ class Loop:
         stop = min(self.progress.samples + self.plan.rows_per_step, self.plan.samples)
         args = self.job.train
         rate = learning_rate(
-            step, steps=self.plan.steps, peak=args.learning_rate, warmup_ratio=args.warmup_ratio, shape=args.lr_scheduler_type
+            step,
+            steps=self.plan.steps,
+            peak=args.learning_rate,
+            warmup_ratio=args.warmup_ratio,
+            shape=args.lr_scheduler_type,
         )
         report = self.learner.step(list(self._batches(stop)), learning_rate=rate)
         seconds = time.perf_counter() - start
@@ -58,7 +63,7 @@ class Loop:
             self.learner.model,
             self.prepared.eval_rows,
             batch_size=self.job.train.per_device_train_batch_size,
-            pad_token_id=self.prepared.tokenizer.pad_token_id or 0,
+            pad_token_id=pad_token_id(self.prepared.tokenizer),
             device=self.ctx.device,
         )
 
@@ -67,7 +72,7 @@ class Loop:
         rows = self.sampler.rows(self.progress.samples, stop)
         mine = rows[self.ctx.rank :: self.ctx.world_size]
         size = self.job.train.per_device_train_batch_size
-        pad = self.prepared.tokenizer.pad_token_id or 0
+        pad = pad_token_id(self.prepared.tokenizer)
         for first in range(0, len(mine), size):
             packed = [self.prepared.rows[row] for row in mine[first : first + size]]
             yield collate(packed, pad_token_id=pad).to(self.ctx.device)

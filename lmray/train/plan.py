@@ -73,14 +73,16 @@ class Plan:
 
 
 def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
-    """The plan of `job`; reads model config and data, loads no weights. Raises what `prepare` raises, and ConfigError or
-    CapacityError for an adapter or a sharding that does not fit."""
+    """The plan of `job`; reads model config and data, loads no weights. Raises what `prepare` raises, and ConfigError
+    or CapacityError for an adapter or a sharding that does not fit."""
     ready = prepared or prepare(job)
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     sharding, sharding_reason = job.sharding.resolve(workers=job.resources.workers)
     sizes = _parameters(job, ready)
-    rows_per_step = job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
+    rows_per_step = (
+        job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
+    )
     samples = max(1, round(job.train.num_train_epochs * len(ready.rows)))
     steps = job.train.max_steps or math.ceil(samples / rows_per_step)
     if job.train.max_steps:
@@ -114,9 +116,14 @@ def check_same_run(plan: Plan, folder: Path) -> None:
     if before["run_key"] == plan.run_key:
         return
     keys = sorted(set(before["fields"]) | set(plan.fields))
-    changed = [f"{key}: {before['fields'].get(key)} -> {plan.fields.get(key)}" for key in keys
-               if before["fields"].get(key) != plan.fields.get(key)]
-    changed += [f"{part} digest" for part in ("model", "data") if before[part]["digest"] != getattr(plan, part)["digest"]]
+    changed = [
+        f"{key}: {before['fields'].get(key)} -> {plan.fields.get(key)}"
+        for key in keys
+        if before["fields"].get(key) != plan.fields.get(key)
+    ]
+    changed += [
+        f"{part} digest" for part in ("model", "data") if before[part]["digest"] != getattr(plan, part)["digest"]
+    ]
     hint = f"give the job another `name`, or remove {folder} to start over"
     raise ConfigError(f"run `{plan.name}`", "is already there with other content: " + "; ".join(changed), hint=hint)
 
@@ -166,8 +173,9 @@ def _data_facts(job: TrainJob, ready: Prepared) -> dict[str, Any]:
 
 
 def _memory(job: TrainJob, ready: Prepared, sizes: _Sizes, dtype: str) -> dict[str, int]:
-    """Bytes by part. Activations: what the backward pass keeps of each layer for one micro-batch, about ten tensors of the
-    hidden width and five of the MLP's a token; logits: supervised tokens only, in float32 with their gradient."""
+    """Bytes by part. Activations: what the backward pass keeps of each layer for one micro-batch, about ten tensors
+    of the hidden width and five of the MLP's a token; logits: supervised tokens only, in float32 with their
+    gradient."""
     width = 2 if dtype == "bfloat16" else 4
     tokens = job.train.per_device_train_batch_size * max(sum(map(len, row)) for row in ready.rows)
     supervised = sum(one.num_supervised for one in ready.train.examples) / sum(map(len, ready.train.examples))

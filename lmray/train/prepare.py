@@ -38,6 +38,10 @@ def prepare(job: TrainJob) -> Prepared:
     limits = {"max_length": job.data.max_length, "over_long": job.data.over_long}
     train = tokenise_all(tokenizer, examples.train, **limits)
     held_out = tokenise_all(tokenizer, examples.eval, **limits)
-    rows = pack(train.examples, max_length=job.data.max_length) if job.data.packing else tuple((one,) for one in train.examples)
+    rows = (
+        pack(train.examples, max_length=job.data.max_length)
+        if job.data.packing
+        else tuple((one,) for one in train.examples)
+    )
     eval_rows = pack(held_out.examples, max_length=job.data.max_length)
     return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows)

@@ -1,7 +1,7 @@
 """The training program: from a job to a kept adapter. Runs on every rank; rank 0 writes the run folder.
 
-Run folder: `job.yaml`, `plan.json`, `events.jsonl`, checkpoints, `adapter/`, `answers-*.jsonl`, `loss.png`, `report.html`,
-and last `result.json`. A run whose folder holds `result.json` is done and is not run again.
+Run folder: `job.yaml`, `plan.json`, `events.jsonl`, checkpoints, `adapter/`, `answers-*.jsonl`, `loss.png`,
+`report.html`, and last `result.json`. A run whose folder holds `result.json` is done and is not run again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +67,9 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
         EventLog(ctx.folder / "events.jsonl").truncate_after(loop.progress.step)
     if not loop.run():
         return Result("stopped", str(ctx.folder), seconds=time.time() - started)
-    metrics = {
-        "model.parameters": plan.model["parameters"],
-        "model.trainable_parameters": plan.model["trainable_parameters"],
-        **_train_metrics(ctx.folder),
-    }
-    result = Result("succeeded", str(ctx.folder), metrics=metrics)
-    if ctx.rank == 0:
-        result = _finish(job, plan, prepared, loop, ctx, result, started)
-    return result
+    if ctx.rank != 0:
+        return Result("succeeded", str(ctx.folder))
+    return _finish(job, plan, prepared, loop, started=started)
 
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
@@ -110,30 +103,34 @@ def _train_metrics(folder: Path) -> dict[str, float]:
     return {name: last[name] for name in ("train.loss", "eval.loss") if name in last} | median
 
 
-def _finish(
-    job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, ctx: RunContext, result: Result, started: float
-) -> Result:
-    measured = _measure(job, prepared, loop.learner.model, ctx)
-    metrics = dict(result.metrics)
+def _finish(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
+    """Measures, keeps and reports; `result.json` last."""
+    folder, model = loop.ctx.folder, loop.learner.model
+    measured = _measure(job, prepared, model, loop.ctx)
     for label, one in measured.items():
-        metrics |= one.metrics
         if one.answers:
-            one.save_answers(ctx.folder / f"answers-{label}.jsonl")
-    adapter = ctx.folder / "adapter"
-    job.adapter.save(loop.learner.model, adapter)
+            one.save_answers(folder / f"answers-{label}.jsonl")
+    adapter = folder / "adapter"
+    job.adapter.save(model, adapter)
     prepared.tokenizer.save_pretrained(adapter)
-    base = {"source": job.model.source, "revision": job.model.revision, "digest": prepared.model.digest}
-    details: dict[str, Any] = {"adapter": str(adapter), "base": base, "run_key": plan.run_key}
+    sizes = {f"model.{name}": plan.model[name] for name in ("parameters", "trainable_parameters")}
+    metrics = (
+        sizes
+        | _train_metrics(folder)
+        | {name: value for one in measured.values() for name, value in one.metrics.items()}
+    )
     metrics["run.seconds"] = round(time.time() - started, 3)
+    base = {name: plan.model[name] for name in ("source", "revision", "digest")}
+    details: dict[str, Any] = {"adapter": str(adapter), "base": base, "run_key": plan.run_key}
     kept = None
     if job.output is not None:
         artifacts = Artifacts(open_store(job.storage))
         artifact = artifacts.keep(job.output.artifact, adapter, base=base, run_key=plan.run_key, metrics=metrics)
         metrics["model.bytes"] = artifact.num_bytes
         kept = artifact.ref
-    result = replace(result, artifact=kept, metrics=metrics, seconds=time.time() - started, details=details)
-    write_report(ctx.folder, job=job, plan=plan, result=result, answers={key: one.answers for key, one in measured.items()})
-    write_json(ctx.folder / RESULT, result.to_json())
+    result = Result("succeeded", str(folder), kept, metrics, time.time() - started, details)
+    write_report(folder, job=job, plan=plan, result=result, answers={key: one.answers for key, one in measured.items()})
+    write_json(folder / RESULT, result.to_json())
     return result
 
 

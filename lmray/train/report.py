@@ -38,16 +38,19 @@ def write_report(
     picture = folder / "loss.png"
     plot_losses(events, picture, title=job.name, base_loss=result.metrics.get("base.loss"))
     encoded = base64.b64encode(picture.read_bytes()).decode()
+    ended = escape(f"{result.status} in {human_seconds(result.seconds)}; kept as {result.artifact}")
     body = [
         f"<h1>{escape(job.name)}</h1>",
-        f'<p class="quiet">{escape(result.status)} in {human_seconds(result.seconds)}; kept as {escape(str(result.artifact))}</p>',
+        f'<p class="quiet">{ended}</p>',
         metrics_table(result.metrics),
         f'<h2>Loss</h2><img alt="Loss over steps" src="data:image/png;base64,{encoded}">',
         f"<h2>Plan</h2><pre>{escape(chr(10).join(plan.lines()))}</pre>",
         *answers_section(answers),
         f"<h2>Job</h2><pre>{escape(yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))}</pre>",
     ]
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(job.name)}</title><style>{_STYLE}</style>'
+    head = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(job.name)}</title><style>{_STYLE}</style>'
+    )
     write_atomic(folder / "report.html", head + "\n".join(body) + "</html>\n")
 
 
@@ -59,13 +62,18 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
         before, after = metrics[f"base.{name[5:]}"], metrics[name]
         better = after > before if metric(name).better == "max" else after < before
         change = f'<td class="number {"good" if better else "bad"}">{after - before:+.4g}'
-        rows.append(f'<tr><td title="{escape(metric(name).help)}">{name[5:]}<td class="number">{before:.4g}'
-                    f'<td class="number">{after:.4g}{change}</tr>')
+        rows.append(
+            f'<tr><td title="{escape(metric(name).help)}">{name[5:]}<td class="number">{before:.4g}'
+            f'<td class="number">{after:.4g}{change}</tr>'
+        )
     rows += ["</table>"] if pairs else []
     others = [name for name in metrics if name not in pairs and not name.startswith("base.")]
     rows.append("<h2>Metrics</h2><table>")
-    rows += [f'<tr><td>{name}<td class="number">{metrics[name]:,.6g}<td class="quiet">{metric(name).unit}<td class="quiet">'
-             f"{escape(metric(name).help)}</tr>" for name in others]
+    rows += [
+        f'<tr><td>{name}<td class="number">{metrics[name]:,.6g}<td class="quiet">{metric(name).unit}<td class="quiet">'
+        f"{escape(metric(name).help)}</tr>"
+        for name in others
+    ]
     return "\n".join([*rows, "</table>"])
 
 
@@ -76,10 +84,13 @@ def answers_section(answers: Mapping[str, Sequence[Answer]], count: int = 8) -> 
         return []
     rows = ["<h2>Answers</h2>"]
     for index, asked in enumerate(answers[targets[0]][:count]):
-        rows.append(f"<table><tr><th>asked<td>{escape(asked.prompt)}</tr><tr><th>expected<td><pre>{escape(asked.expected)}</pre></tr>")
+        rows.append(
+            f"<table><tr><th>asked<td>{escape(asked.prompt)}</tr><tr><th>expected<td><pre>{escape(asked.expected)}</pre></tr>"
+        )
         for label in targets:
             given = answers[label][index]
             right = all(score == 1.0 for score in given.scores.values())
-            rows.append(f'<tr><th class="{"good" if right else "bad"}">{escape(label)}<td><pre>{escape(given.answer)}</pre></tr>')
+            shade = "good" if right else "bad"
+            rows.append(f'<tr><th class="{shade}">{escape(label)}<td><pre>{escape(given.answer)}</pre></tr>')
         rows.append("</table><br>")
     return rows

@@ -1,18 +1,18 @@
 """Berkeley Function Calling questions and their accepted answers, out of the wheel `bfcl-eval` (Apache-2.0).
 
-Prompt: the functions and the user's request; answer: the call as JSON. Single calls only. A row's accepted values keep the
-leaderboard's form: for each parameter a list of what counts as right, an empty string among them where it may be left out.
+Prompt: the functions and the user's request; answer: the call as JSON. Single calls only. A row's accepted values
+keep the leaderboard's form: for each parameter a list of what counts as right, an empty string among them where it
+may be left out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from lmray.data.base import Example, Mapping, Row
-from lmray.data.files import read_rows
 from lmray.errors import DataError
 
 SYSTEM = 'Answer with one function call as JSON: {"name": ..., "arguments": {...}}. Functions:\n'
@@ -30,10 +30,11 @@ class Bfcl(Mapping):
     def members(self) -> tuple[str, ...]:
         return tuple(f"bfcl_eval/data/BFCL_v4_{category}.json" for category in self.categories)
 
-    def rows(self, files: tuple[Path, ...]) -> Iterator[Row]:
+    def rows(self, files: tuple[Path, ...], read: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
         for file in files:
-            answers = {row.value["id"]: row.value["ground_truth"] for row in read_rows(file.parent / "possible_answer" / file.name)}
-            for row in read_rows(file):
+            answered = read(file.parent / "possible_answer" / file.name)
+            answers = {row.value["id"]: row.value["ground_truth"] for row in answered}
+            for row in read(file):
                 yield Row(row.where, {**row.value, "ground_truth": answers.get(row.value.get("id"))})
 
     def example(self, row: Row) -> Example:

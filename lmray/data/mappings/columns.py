@@ -23,7 +23,9 @@ class Columns(Mapping):
 def text_of(row: Row, column: str) -> str:
     """The text in `column` of `row`. Raises DataError naming file, row and column."""
     if column not in row.value:
-        raise DataError(f"{row.where}: column `{column}`", "is missing", allowed=", ".join(row.value) or "no columns here")
+        raise DataError(
+            f"{row.where}: column `{column}`", "is missing", allowed=", ".join(row.value) or "no columns here"
+        )
     value = row.value[column]
     if not isinstance(value, str):
         raise DataError(f"{row.where}: column `{column}`", f"holds a {type(value).__name__}", allowed="text")

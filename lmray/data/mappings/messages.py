@@ -23,7 +23,9 @@ class Messages(Mapping):
             raise DataError(where, found, allowed="a list of {role, content}")
         messages = tuple(_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(turns, start=1))
         if messages[-1]["role"] != "assistant":
-            raise DataError(where, f"ends with a turn of `{messages[-1]['role']}`", allowed="a last turn of `assistant`")
+            raise DataError(
+                where, f"ends with a turn of `{messages[-1]['role']}`", allowed="a last turn of `assistant`"
+            )
         return Example(messages, row.where, columns=row.value)
 
 
@@ -37,4 +39,10 @@ def _turn(turn: Any, where: str) -> dict[str, str]:
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}" if value or value == 0 else f"an empty {type(value).__name__}"
+    return (
+        "nothing"
+        if value is None
+        else f"a {type(value).__name__}"
+        if value or value == 0
+        else f"an empty {type(value).__name__}"
+    )

@@ -1,0 +1,69 @@
+"""A small training job on a tiny model: what tests of programs start from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lmray.config import Document, decode
+from lmray.config.decode import set_value
+from lmray.context import LocalContext, Result
+from lmray.job import TrainJob
+from lmray.metrics.events import read_events
+from lmray.train.program import run_folder, train
+
+WORDS = ("red", "green", "blue", "赤", "緑", "青", "one", "two")
+
+
+def tiny_rows(count: int = 24) -> list[dict[str, Any]]:
+    """Questions of different lengths with short answers, in two scripts."""
+    return [
+        {
+            "prompt": f"say {WORDS[index % len(WORDS)]} " * (1 + index % 3),
+            "completion": f"{WORDS[index % len(WORDS)]} {index % 5}",
+            "topic": f"t{index % 6}",
+        }
+        for index in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """One JSON line a row."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def tiny_job(model: Path, data: Path, storage: Path, **changes: Any) -> TrainJob:
+    """LoRA on the model in folder `model` with the rows in `data`; `changes` are dotted keys with `__` for the dot."""
+    document = Document(
+        "tiny job",
+        {
+            "kind": "train",
+            "name": "tiny",
+            "storage": str(storage),
+            "model": {"source": str(model), "dtype": "float32"},
+            "data": {"train": [{"source": str(data)}], "eval": {"split": 0.25, "by": "topic"}, "max_length": 256},
+            "method": "sft",
+            "adapter": {"name": "lora", "r": 4, "lora_alpha": 8},
+            "sharding": "single",
+            "train": {"per_device_train_batch_size": 4, "learning_rate": 0.01, "max_steps": 6, "save_steps": 2},
+        },
+    )
+    for key, value in changes.items():
+        document = set_value(document, key.split("__"), value, f"change {key}")
+    return decode(TrainJob, document)
+
+
+def run_here(job: TrainJob, scratch: Path, *, stop_at: int | None = None) -> Result:
+    """Trains `job` in this process; `stop_at`: asks it to stop after that many steps of this attempt."""
+    asked = iter(range(1, 10**9))
+    context = LocalContext(
+        run_folder(job), scratch=scratch, stop=lambda: stop_at is not None and next(asked) >= stop_at
+    )
+    return train(job, context)
+
+
+def curve(job: TrainJob, name: str = "train.loss") -> list[float]:
+    """The values of metric `name` that the run of `job` reported, by step."""
+    return [event[name] for event in read_events(run_folder(job) / "events.jsonl") if name in event]

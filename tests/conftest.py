@@ -1,0 +1,36 @@
+"""What all tests share: a tiny model on disk, small data, and lmray's folders inside the test's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmray.testing.jobs import tiny_rows, write_jsonl
+from lmray.testing.tiny import tiny_model_folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_places(tmp_path, monkeypatch, request):
+    """No test touches the user's store or cache. Tests with the shared cluster use the cluster's."""
+    if "ray_cluster" not in request.fixturenames:
+        monkeypatch.setenv("LMRAY_STORE", str(tmp_path / "store"))
+        monkeypatch.setenv("LMRAY_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """Folder of a two-layer Llama over bytes."""
+    return tiny_model_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def tiny_data(tmp_path) -> Path:
+    """Prompt and completion rows, some in Japanese."""
+    return write_jsonl(tmp_path / "データ.jsonl", tiny_rows())

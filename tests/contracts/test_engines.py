@@ -1,0 +1,128 @@
+"""What every engine must do: give `transformers`' greedy tokens, however requests share it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+import torch
+from peft import PeftModel
+
+from lmray.engines.base import EngineConfig, Request, Sampling
+from lmray.errors import ArtifactError, DataError
+from lmray.models.load import load_model, load_tokenizer, stop_token_ids
+from lmray.registry import ENGINES
+from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
+
+NUM_NEW = 16
+LENGTHS = (7, 1, 33, 12)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("engines")
+    model = tiny_model_folder(root / "model")
+    adapters = {name: tiny_adapter_folder(model, root / name, seed=seed) for seed, name in enumerate("ab", 1)}
+    return {None: model, **adapters}
+
+
+@pytest.fixture(scope="module")
+def stops(folders) -> tuple[int, ...]:
+    return stop_token_ids(load_model(folders[None], "float32"), load_tokenizer(folders[None]))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[tuple[int, ...]]:
+    source = random.Random(4)
+    return [tuple(source.randrange(3, 259) for _ in range(length)) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def expected(folders, prompts, stops) -> dict[str | None, list[list[int]]]:
+    def greedy(model, prompt: tuple[int, ...]) -> list[int]:
+        ids = torch.tensor([prompt])
+        told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NUM_NEW, "do_sample": False}
+        answer = model.generate(ids, **told, eos_token_id=list(stops), pad_token_id=0)[0, len(prompt) :].tolist()
+        return answer[:-1] if answer[-1] in stops else answer
+
+    answers = {}
+    for name, folder in folders.items():
+        base = load_model(folders[None], "float32")
+        model = base if name is None else PeftModel.from_pretrained(base, folder)
+        answers[name] = [greedy(model, prompt) for prompt in prompts]
+    assert answers["a"] != answers["b"] != answers[None] != answers["a"], "adapters that do not show prove nothing"
+    return answers
+
+
+@pytest.fixture(params=ENGINES.names())
+def config(request) -> EngineConfig:
+    return ENGINES.load(request.param)(max_batch_size=4, max_adapters=2, max_length=64)
+
+
+def with_engine(config, folders, stops, ask):
+    """Runs `ask(engine)` on a fresh engine that holds both adapters."""
+
+    async def main():
+        engine = config.start(load_model(folders[None], "float32"), stop_token_ids=stops, threads=1)
+        try:
+            for name in ("a", "b"):
+                await engine.add_adapter(name, folders[name])
+            return await ask(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(main())
+
+
+async def answer(engine, prompt: tuple[int, ...], adapter: str | None, name: str = "request") -> list[int]:
+    request = Request(name, prompt, Sampling(NUM_NEW), adapter)
+    return [event.token_id async for event in engine.submit(request) if event.token_id is not None]
+
+
+def test_alone(config, folders, stops, prompts, expected):
+    async def ask(engine):
+        return {name: [await answer(engine, prompt, name) for prompt in prompts] for name in folders}
+
+    assert with_engine(config, folders, stops, ask) == expected
+
+
+@pytest.mark.parametrize("adapter", [None, "a"])
+def test_a_ragged_batch_of_one_adapter(config, folders, stops, prompts, expected, adapter):
+    async def ask(engine):
+        asked = (answer(engine, prompt, adapter, str(place)) for place, prompt in enumerate(prompts))
+        return await asyncio.gather(*asked)
+
+    assert with_engine(config, folders, stops, ask) == expected[adapter]
+
+
+def test_mixed_adapters_in_one_batch_that_is_larger_than_the_rows(config, folders, stops, prompts, expected):
+    wanted = [(place, name) for place in range(len(prompts)) for name in folders]
+
+    async def ask(engine):
+        asked = (answer(engine, prompts[place], name, f"{place} {name}") for place, name in wanted)
+        return await asyncio.gather(*asked)
+
+    answers = with_engine(config, folders, stops, ask)
+    assert answers == [expected[name][place] for place, name in wanted]
+
+
+def test_requests_that_cannot_be_run_are_refused_and_the_engine_goes_on(config, folders, stops, prompts, expected):
+    async def ask(engine):
+        with pytest.raises(DataError):
+            await answer(engine, (5,) * 64, None)
+        with pytest.raises(ArtifactError):
+            await answer(engine, prompts[0], "c")
+        return await answer(engine, prompts[0], "b")
+
+    assert with_engine(config, folders, stops, ask) == expected["b"][0]
+
+
+def test_the_engine_tells_what_it_can_and_what_it_does(config, folders, stops):
+    async def ask(engine):
+        return engine.capabilities, engine.stats()
+
+    capabilities, stats = with_engine(config, folders, stops, ask)
+    assert (capabilities.max_batch_size, capabilities.max_adapters, capabilities.max_length) == (4, 2, 64)
+    assert capabilities.vocab_size == 264
+    assert stats == {"waiting": 0, "running": 0, "adapters": ["a", "b"], "generated_tokens": 0, "failure": None}

@@ -1,0 +1,85 @@
+"""The commands as a user types them, on a tiny model, with a home of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lmray.config import dump
+from lmray.testing.jobs import tiny_job
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Shell:
+    """Runs commands in a folder of its own; nothing of the user's environment that lmray or Ray read leaks in."""
+
+    folder: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def lmray(self, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+        """`lmray ARGUMENTS`, to its end."""
+        return self.python("-m", "lmray", *arguments, **options)
+
+    def python(self, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        """The tests' own Python with `arguments`."""
+        command = [sys.executable, *arguments]
+        return subprocess.run(
+            command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """`lmray ARGUMENTS` in the background, in a process group of its own."""
+        command = [sys.executable, "-m", "lmray", *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+
+@pytest.fixture
+def shell(tmp_path) -> Shell:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LMRAY_", "HF_"))}
+    own = {
+        "HOME": str(tmp_path / "home"),
+        "LMRAY_STORE": str(tmp_path / "store"),
+        "LMRAY_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "PYTHONIOENCODING": "utf-8",
+    }
+    (tmp_path / "home").mkdir()
+    folder = tmp_path / "work"
+    folder.mkdir()
+    return Shell(folder, kept | own)
+
+
+@pytest.fixture
+def train_file(shell, tiny_model, tiny_data) -> Path:
+    """A training job that keeps the artifact `colours`."""
+    job = tiny_job(
+        tiny_model, tiny_data, shell.folder, output={"artifact": "colours"}, resources={"cpus_per_worker": 1}
+    )
+    tree = dump(job)
+    tree.pop("storage")
+    path = shell.folder / "train.yaml"
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def one_json(text: str) -> dict:
+    """`text` must be exactly one JSON object."""
+    return json.loads(text)

@@ -1,0 +1,82 @@
+"""What Ray adds to a training run: the same curve, and going on after a worker is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from lmray.errors import CapacityError, ConfigError
+from lmray.metrics.events import read_events
+from lmray.on_ray.train import train
+from lmray.testing.jobs import curve, run_here, tiny_job
+from lmray.testing.waiting import wait_until
+from lmray.train.program import run_folder
+
+
+@pytest.fixture
+def job(tiny_model, tiny_data, tmp_path):
+    def make(store: str, **changes):
+        return tiny_job(tiny_model, tiny_data, tmp_path / store, resources={"cpus_per_worker": 1}, **changes)
+
+    return make
+
+
+def adapter(job) -> dict:
+    return load_file(run_folder(job) / "adapter" / "adapter_model.safetensors")
+
+
+def worker_pids() -> list[int]:
+    return [one.pid for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(one.cmdline())]
+
+
+def test_a_killed_worker_loses_nothing_and_the_curve_is_the_local_one(ray_cluster, job, tmp_path):
+    changes = {"train__max_steps": 40, "train__save_steps": 4, "output": {"artifact": "kept"}}
+    local, remote = job("local", **changes), job("remote", **changes)
+    run_here(local, tmp_path / "scratch")
+    events = run_folder(remote) / "events.jsonl"
+    outcome = {}
+    runner = threading.Thread(target=lambda: outcome.update(result=train(remote, progress=False)))
+    runner.start()
+    wait_until(lambda: len(read_events(events)) >= 10 or not runner.is_alive(), "ten steps")
+    (pid,) = worker_pids()
+    assert len(read_events(events)) < 40, "killed in the middle, else the test says nothing"
+    os.kill(pid, signal.SIGKILL)
+    runner.join()
+    result = outcome["result"]
+    assert result.status == "succeeded" and result.artifact.startswith("kept@")
+    assert curve(remote) == pytest.approx(curve(local), abs=1e-6)
+    assert [event["step"] for event in read_events(events)] == list(range(1, 41))
+    for name, tensor in adapter(local).items():
+        assert (adapter(remote)[name] - tensor).abs().max() < 1e-5
+    assert train(remote, progress=False).status == "already-done"
+
+
+def test_asked_to_stop_it_saves_and_the_same_job_goes_on(ray_cluster, job, tmp_path):
+    remote = job("remote", train__max_steps=30, train__save_steps=1000)
+    local = job("local", train__max_steps=30, train__save_steps=1000)
+    run_here(local, tmp_path / "scratch")
+    folder = run_folder(remote)
+    outcome = {}
+    runner = threading.Thread(target=lambda: outcome.update(result=train(remote, progress=False)))
+    runner.start()
+    wait_until(lambda: read_events(folder / "events.jsonl") or not runner.is_alive(), "a first step")
+    (folder / "stop").touch()
+    runner.join()
+    done = len(read_events(folder / "events.jsonl"))
+    assert outcome["result"].status == "stopped" and 0 < done < 30
+    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{done:08d}"]
+    assert train(remote, progress=False).status == "succeeded"
+    assert curve(remote) == pytest.approx(curve(local), abs=1e-6)
+
+
+def test_what_is_not_there_is_refused_before_anything_is_written(ray_cluster, job):
+    with pytest.raises(CapacityError, match="there is none"):
+        train(job("s").model_copy(update={"resources": job("s").resources.model_copy(update={"gpus_per_worker": 1})}))
+    with pytest.raises(ConfigError, match="nope"):
+        train(job("s", adapter__target_modules=["nope"]))
+    assert not run_folder(job("s")).exists()

@@ -1,0 +1,128 @@
+"""What is refused before an endpoint starts, and what a replica checks again."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+
+import pytest
+
+from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.store import open_store
+from lmray.errors import ArtifactError, CapacityError, ConfigError
+from lmray.job import ServeJob
+from lmray.models.source import find_model
+from lmray.serve.prepare import check_out, check_port, prepare
+from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("prepare")
+        patch.setenv("LMRAY_CACHE", str(root / "cache"))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    return tiny_model_folder(root / "tiny")
+
+
+@pytest.fixture(scope="module")
+def artifacts(root, model) -> Artifacts:
+    """Three versions: `helper` in production, `other` on another base, `report` that is no adapter."""
+    artifacts = Artifacts(open_store(str(root / "store")))
+    folder = tiny_adapter_folder(model, root / "adapter", seed=1)
+    base = {"source": str(model), "revision": None, "digest": find_model(str(model)).digest}
+    artifacts.keep("helper", folder, base=base)
+    artifacts.promote("helper", "production")
+    artifacts.keep("other", folder, base={"source": "another-model", "revision": None, "digest": "0" * 64})
+    artifacts.keep("report", folder, base=base, kind="report")
+    return artifacts
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def job(root, model, artifacts, free_port) -> ServeJob:
+    return ServeJob.model_validate(
+        {
+            "name": "endpoint",
+            "model": {"source": str(model)},
+            "adapters": [{"artifact": "helper", "stage": "production"}],
+            "engine": {"name": "native"},
+            "http": {"port": free_port},
+            "storage": str(root / "store"),
+        }
+    )
+
+
+def test_a_plan_names_versions_and_digests(job, model, artifacts):
+    plan = prepare(job)
+    assert plan.model_name == "tiny"
+    assert plan.digest == find_model(str(model)).digest
+    assert plan.adapters == {"helper": artifacts.find("helper@production").id}
+    found = check_out(plan)
+    assert found.model == model
+    assert (found.adapters["helper"] / "adapter_model.safetensors").is_file()
+
+
+def test_a_replica_refuses_a_model_that_is_not_the_planned_one(job):
+    plan = dataclasses.replace(prepare(job), digest="f" * 64)
+    with pytest.raises(ArtifactError, match="has other weights on this node"):
+        check_out(plan)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "found"),
+    [
+        ([{"artifact": "helpr"}], "did you mean `helper`"),
+        ([{"artifact": "helper", "stage": "staging"}], "no version or stage `staging`"),
+        ([{"artifact": "other"}], "was trained on `another-model` (000000000000)"),
+        ([{"artifact": "report"}], "is a report\n  allowed: adapter"),
+    ],
+)
+def test_adapters_that_cannot_be_served_are_refused(job, adapters, found):
+    with pytest.raises(ArtifactError) as caught:
+        prepare(job.changed({"adapters": adapters}))
+    assert found in str(caught.value)
+
+
+def test_two_versions_under_one_name_are_refused(job):
+    twice = [{"artifact": "helper"}, {"artifact": "helper", "stage": "production"}]
+    with pytest.raises(ConfigError, match="the name `helper` is taken"):
+        prepare(job.changed({"adapters": twice}))
+
+
+def test_more_adapters_than_the_engine_holds_are_refused(job):
+    with pytest.raises(ConfigError, match="1 are more than the engine holds"):
+        prepare(job.changed({"engine.max_adapters": 0}))
+
+
+def test_an_unknown_model_and_an_open_address_are_refused(job, root):
+    with pytest.raises(ArtifactError, match="holds no model"):
+        prepare(job.changed({"model.source": str(root)}))
+    with pytest.raises(ConfigError, match="is open to other machines"):
+        prepare(job.changed({"http.host": "0.0.0.0"}))
+
+
+def test_workers_mean_nothing_to_an_endpoint(job):
+    with pytest.raises(ConfigError, match="2 says nothing to an endpoint"):
+        prepare(job.changed({"resources.workers": 2}))
+
+
+def test_a_port_in_use_is_refused(job):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", job.http.port))
+        taken.listen()
+        with pytest.raises(CapacityError, match="cannot listen there: Address already in use"):
+            prepare(job)
+    check_port(job.http.host, job.http.port)
+    with pytest.raises(CapacityError, match="cannot listen there"):
+        check_port("192.0.2.1", job.http.port)

@@ -1,0 +1,130 @@
+import json
+
+import pytest
+
+from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.store import open_store
+from lmray.errors import CapacityError, CheckpointError, ConfigError, DataError
+from lmray.metrics.events import read_events
+from lmray.models.load import load_model
+from lmray.testing.jobs import run_here, tiny_job, tiny_rows, write_jsonl
+from lmray.train.plan import make_plan
+from lmray.train.program import run_folder
+
+
+@pytest.fixture
+def job(tiny_model, tiny_data, tmp_path):
+    return lambda **changes: tiny_job(tiny_model, tiny_data, tmp_path / "store", **changes)
+
+
+def test_a_run_leaves_its_folder_and_its_artifact(job, tmp_path):
+    one = job(name="実験", output={"artifact": "関数"}, evaluate={"tasks": ["json_match", "loss"], "max_new_tokens": 8})
+    result = run_here(one, tmp_path / "scratch")
+    folder = run_folder(one)
+    names = {path.name for path in folder.iterdir()}
+    assert {"job.yaml", "plan.json", "events.jsonl", "report.html", "loss.png", "result.json", "adapter"} <= names
+    assert {"answers-base.jsonl", "answers-tuned.jsonl"} <= names
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert "実験" in report and "data:image/png;base64," in report and 'src="http' not in report
+    artifact = Artifacts(open_store(one.storage)).find("関数")
+    assert artifact.ref == result.artifact and artifact.metrics["eval.loss"] == result.metrics["eval.loss"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(
+        artifact.files
+    )
+    events = read_events(folder / "events.jsonl")
+    assert [event["step"] for event in events] == [1, 2, 3, 4, 5, 6]
+    assert result.metrics["base.json_match"] == 0.0
+    assert len((folder / "answers-tuned.jsonl").read_text(encoding="utf-8").splitlines()) == result_examples(one)
+
+
+def result_examples(job) -> int:
+    return make_plan(job).data["eval_examples"]
+
+
+def test_a_finished_run_is_not_run_again(job, tmp_path):
+    first = run_here(job(), tmp_path / "scratch")
+    events = (run_folder(job()) / "events.jsonl").read_bytes()
+    again = run_here(job(), tmp_path / "scratch")
+    assert (first.status, again.status) == ("succeeded", "already-done")
+    assert again.metrics == first.metrics
+    assert (run_folder(job()) / "events.jsonl").read_bytes() == events
+
+
+def test_the_same_name_with_other_content_is_refused_naming_the_fields(job, tmp_path, tiny_data):
+    run_here(job(), tmp_path / "scratch")
+    with pytest.raises(ConfigError, match=r"adapter\.r: 4 -> 8") as caught:
+        run_here(job(adapter__r=8), tmp_path / "scratch")
+    assert "another `name`" in str(caught.value)
+    write_jsonl(tiny_data, tiny_rows(30))
+    with pytest.raises(ConfigError, match="data digest"):
+        run_here(job(), tmp_path / "scratch")
+
+
+def test_placement_is_not_part_of_a_runs_identity(job, tmp_path):
+    keys = {make_plan(one).run_key for one in (job(), job(resources={"cpus_per_worker": 3}), job(name="other"))}
+    assert len(keys) == 1
+    assert make_plan(job(train__seed=1)).run_key not in keys
+
+
+def test_the_plan_counts_what_is_trained(job):
+    plan = make_plan(job())
+    run_text = "\n".join(plan.lines())
+    assert plan.steps == 6 and plan.rows_per_step == 4 and plan.dtype == "float32"
+    # four attention and three MLP matrices, two layers, rank 4: r * (in + out) each
+    expected = 2 * 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64))
+    assert plan.model["trainable_parameters"] == expected
+    assert json.loads(json.dumps(plan.to_json()))["run_key"] == plan.run_key
+    assert "single" in run_text and "held out" in run_text
+
+
+def test_a_corrupted_checkpoint_is_refused_and_named(job, tmp_path):
+    run_here(job(), tmp_path / "scratch", stop_at=3)
+    (checkpoint,) = run_folder(job()).glob("checkpoint-*3")
+    path = checkpoint / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="not what its manifest says") as caught:
+        run_here(job(), tmp_path / "scratch")
+    assert str(path) in caught.value.where
+
+
+def test_a_checkpoint_of_another_run_is_refused(job, tmp_path):
+    run_here(job(), tmp_path / "scratch", stop_at=3)
+    (run_folder(job()) / "plan.json").unlink()
+    with pytest.raises(CheckpointError, match="another run"):
+        run_here(job(train__seed=5), tmp_path / "scratch")
+
+
+def test_a_checkpoint_whose_adapter_does_not_fit_is_refused(job, tiny_model, tmp_path):
+    one, other = job(), job(adapter__r=2)
+    model = one.adapter.attach(load_model(tiny_model, "float32"), seed=0)
+    other.adapter.save(other.adapter.attach(load_model(tiny_model, "float32"), seed=0), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="does not fit the job's adapter"):
+        one.adapter.load(model, tmp_path / "adapter")
+
+
+def test_unknown_target_modules_are_found_before_anything_is_written(job, tmp_path):
+    with pytest.raises(ConfigError, match="nope"):
+        run_here(job(adapter__target_modules=["nope"]), tmp_path / "scratch")
+    assert not (run_folder(job()) / "plan.json").exists()
+
+
+def test_more_workers_than_the_strategy_can_use(job):
+    with pytest.raises(CapacityError, match="one worker"):
+        make_plan(job(resources={"workers": 2}))
+
+
+def test_nothing_supervised_is_an_error_before_anything_is_written(job, tmp_path):
+    with pytest.raises(DataError, match="no supervised token"):
+        run_here(job(data__max_length=8), tmp_path / "scratch")
+    assert not (run_folder(job()) / "plan.json").exists()
+
+
+def test_epochs_and_evaluation_steps(job, tmp_path):
+    one = job(train__max_steps=None, train__num_train_epochs=1.5, train__eval_steps=2)
+    plan = make_plan(one)
+    rows = plan.data["rows"]
+    assert plan.samples == round(1.5 * rows) and plan.steps == -(-plan.samples // 4)
+    run_here(one, tmp_path / "scratch")
+    events = read_events(run_folder(one) / "events.jsonl")
+    assert events[-1]["train.epoch"] == pytest.approx(1.5, abs=0.05)
+    assert [event["step"] for event in events if "eval.loss" in event] == [*range(2, plan.steps, 2), plan.steps]
