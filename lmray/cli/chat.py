@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 Speaker = Callable[[Messages], Iterator[str]]
 """The answer to a conversation, piece by piece."""
+MAX_LENGTH = 4096
+"""Longest local conversation in tokens, where the model reaches that far."""
 Target = Annotated[str, typer.Argument(metavar="URL|MODEL[:ADAPTER]", help="An endpoint, or a model and an artifact.")]
 Question = Annotated[str | None, typer.Argument(metavar="MESSAGE", help="Ask once. Empty: talk, a line at a time.")]
 ServedName = Annotated[str | None, typer.Option(help="Which model of the endpoint. Empty: its first.")]
@@ -112,7 +114,7 @@ def _local(target: str, max_tokens: int, temperature: float) -> Iterator[Speaker
     found = find_model(source)
     adapter = _adapter_folder(ref, found) if ref else None
     tokenizer, loaded = load_tokenizer(found.folder), load_model(found.folder, resolve_dtype("auto", "cpu")[0])
-    config = Native(max_batch_size=1, max_adapters=1)
+    config = Native(max_batch_size=1, max_adapters=1, max_length=min(MAX_LENGTH, loaded.config.max_position_embeddings))
     stops = stop_token_ids(loaded, tokenizer)
     engine = config.start(loaded, stop_token_ids=stops, threads=len(os.sched_getaffinity(0)))
     handle = ref or None

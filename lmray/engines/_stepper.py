@@ -21,9 +21,13 @@ from lmray.engines._sampling import draw
 from lmray.engines._slots import Row, Slots
 from lmray.engines.base import Capabilities, Request, TokenEvent
 from lmray.errors import ConfigError, LmrayError
+from lmray.models.attention import NAME as BY_EXAMPLE
 
 Outcome = TokenEvent | LmrayError
 """What a step has for a request: a token, or why it ended without one."""
+
+ATTENTIONS = ("sdpa", "eager", BY_EXAMPLE)
+"""Attention functions that take a mask of any shape."""
 
 
 class Stepper:
@@ -52,8 +56,7 @@ class Stepper:
         self._max_prefill_tokens = max_prefill_tokens
         num_layers = base.config.get_text_config(decoder=True).num_hidden_layers
         self._cache = SlotCache(num_layers=num_layers, num_rows=max_batch_size, max_length=max_length)
-        takes_limit = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self._last_logit = {"logits_to_keep": 1} if takes_limit else {}
+        self._takes_limit = "logits_to_keep" in inspect.signature(base.forward).parameters
 
     def add(self, request: Request) -> None:
         """Queues a request that `check_request` let pass."""
@@ -120,9 +123,20 @@ class Stepper:
             attention_mask=mask,
             past_key_values=self._cache,
             use_cache=True,
-            **self._last_logit,
+            **self._last_only(input_ids),
         )
         return logits[:, -1].float()
+
+    def _last_only(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Asks the model for the last token's logits alone, where it can be asked.
+
+        By index, not by count: a count makes the model slice, and torch copies the whole output head to multiply it
+        with a slice whose strides are odd, once the head is frozen. That took longer than the rest of the pass.
+        """
+        num_tokens = input_ids.shape[1]
+        if not self._takes_limit or num_tokens == 1:
+            return {}
+        return {"logits_to_keep": torch.tensor([num_tokens - 1], device=input_ids.device)}
 
     def _draw(self, indices: Sequence[int], logits_NV: torch.Tensor) -> list[tuple[str, Outcome]]:
         """Draws a token for rows `indices`, whose logits are given in that order, and ends the rows that are done."""

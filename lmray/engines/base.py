@@ -6,7 +6,7 @@ An engine is made by its config (`EngineConfig.start`) and owns one base model a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -114,6 +114,12 @@ class EngineConfig(MemberConfig):
     max_adapters: Annotated[int, Field(ge=0)] = 16
     max_length: Annotated[int, Field(ge=16)] = 2048
     """Longest sequence, prompt and answer together, in tokens."""
+
+    @abstractmethod
+    def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
+        """Raises ConfigError for a model and ArtifactError for a PEFT folder that this engine cannot run. `model` needs
+        no weights (device `meta`), so that a job can be checked before anything is loaded."""
+        raise NotImplementedError
 
     @abstractmethod
     def start(self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int) -> Engine:

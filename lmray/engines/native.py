@@ -7,13 +7,15 @@ adapters go through PEFT's per-row adapter names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
-from lmray.engines._stepper import Stepper
+from lmray.engines._adapter_folder import read_adapter_folder
+from lmray.engines._stepper import Stepper, check_model
 from lmray.engines._worker import NativeEngine
 from lmray.engines.base import EngineConfig, Request, Sampling, check_request
 from lmray.errors import LmrayError
@@ -35,6 +37,11 @@ class Native(EngineConfig):
             max_length=self.max_length,
             max_prefill_tokens=self.max_prefill_tokens,
         )
+
+    def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
+        check_model(model, self.max_length)
+        for folder in adapters.values():
+            read_adapter_folder(folder, model)
 
     def start(self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int) -> NativeEngine:
         return NativeEngine(self.make_stepper(model, stop_token_ids=stop_token_ids), threads=threads)

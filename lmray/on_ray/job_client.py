@@ -46,9 +46,9 @@ def connect(address: str | None = None) -> JobSubmissionClient:
     with speaking(url):
         try:
             return _client(url)
-        except AuthenticationError:
-            token = user_token() if os.environ.get("RAY_AUTH_MODE", "").lower() != "token" else None
-            if token is None:
+        except AuthenticationError as error:
+            token = user_token()
+            if token is None or _was_refused(error):
                 raise
             return _client(url, {"Authorization": f"Bearer {token}"})
 
@@ -71,14 +71,18 @@ def speaking(where: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        refused = str(error).startswith("Authentication failed")
-        found = "the token was refused (403)" if refused else "asks for a token, and none was sent (401)"
+        found = "the token was refused (403)" if _was_refused(error) else "asks for a token, and none was sent (401)"
         raise RemoteError(where, found, hint=_TOKEN_HINT) from None
     except (ConnectionError, requests.exceptions.ConnectionError):
         hint = "start one with `ray start --head`, or name another with --address or RAY_API_SERVER_ADDRESS"
         raise RemoteError(where, "no cluster's Jobs API answers here", hint=hint) from None
     except (RuntimeError, ValueError, requests.exceptions.RequestException) as error:
         raise RemoteError(where, f"the Jobs API failed: {_first_line(error)}") from error
+
+
+def _was_refused(error: AuthenticationError) -> bool:
+    """Whether a token was sent: Ray says so in words only."""
+    return str(error).startswith("Authentication failed")
 
 
 def _first_line(error: Exception) -> str:

@@ -38,9 +38,16 @@ def run(job: Job, *, progress: bool = True) -> Result:
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """Within the block SIGTERM is handled as SIGINT is, whoever handles that: Python, Ray Tune."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray blocks it in the drivers of submitted jobs
-    with _handling({signal.SIGTERM: lambda *_: signal.raise_signal(signal.SIGINT)}):
+    with _handling({signal.SIGTERM: _interrupt}):
         yield
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    """Calls SIGINT's handler instead of raising it: drivers of submitted jobs may have it blocked or ignored."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 @contextmanager

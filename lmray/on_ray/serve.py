@@ -7,6 +7,7 @@ Tokens pass between them as a streaming handle call. Runs in the driver but for 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
@@ -36,6 +37,8 @@ QUEUED_PER_ROW = 4
 SHUTDOWN_S = 300.0
 """How long a replica that is to go may take to finish the answers it has begun."""
 READY_TIMEOUT_S = 60.0
+_RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
+"""An exception as a traceback ends with it, with the lines `allowed:` and `hint:` below."""
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -145,9 +148,10 @@ def serve(job: ServeJob) -> Service:
         ray_serve.run(_application(job, plan, num_cpus), name=job.name, route_prefix="/", logging_config=_QUIET)
         _await_ready(service.url)
     except BaseException as error:
+        why = _why(job.name, error) if isinstance(error, RuntimeError | RayServeException) else None
         service.stop()
-        if isinstance(error, RuntimeError | RayServeException):
-            raise RemoteError(f"endpoint `{job.name}`", f"did not start: {error}") from None
+        if why is not None:
+            raise RemoteError(f"endpoint `{job.name}`", f"did not start: {why}") from None
         raise
     return service
 
@@ -204,6 +208,17 @@ def _check_free(job: ServeJob) -> None:
     if running:
         hint = "stop it first, or serve from another cluster"
         raise CapacityError(f"endpoint `{job.name}`", f"Ray Serve already runs `{next(iter(running))}`", hint=hint)
+
+
+def _why(name: str, error: Exception) -> str:
+    """What a replica of application `name` raised while it started, else what Ray Serve says itself.
+
+    Ray Serve hands on the text of a traceback only; its last entry is the exception with lmray's own lines below it.
+    """
+    application = ray_serve.status().applications.get(name)
+    said = [one.message for one in application.deployments.values() if one.message] if application else []
+    raised = [entry for text in said for entry in _RAISED.findall(text)]
+    return raised[-1] if raised else str(error)
 
 
 def _await_ready(url: str) -> None:

@@ -118,8 +118,9 @@ def _request_error(error: ValidationError) -> RequestError:
         return problem["type"] not in ("string_type", "list_type"), len(problem["loc"])
 
     worst = max(error.errors(include_url=False), key=depth)
-    names = [str(part) for part in worst["loc"] if (part != "str" and str(part).isalnum()) or "_" in str(part)]
-    return RequestError(".".join(names), worst["msg"])
+    branches = ("str", "constrained-str")  # and `list[...]`: which of a field's types was tried
+    path = [str(part) for part in worst["loc"] if part not in branches and not str(part).startswith("list[")]
+    return RequestError(".".join(path), worst["msg"])
 
 
 def completion(head: Mapping[str, Any], text: str, finish_reason: str, usage: Mapping[str, int]) -> dict[str, Any]:

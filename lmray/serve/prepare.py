@@ -10,10 +10,15 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.store import open_store
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
+from lmray.models.load import load_tokenizer
+from lmray.models.quiet import quiet
 from lmray.models.source import FoundModel, find_model
 from lmray.serve.keys import check_exposure, read_key_hashes
 
@@ -52,10 +57,11 @@ def prepare(job: ServeJob) -> ServePlan:
         hint = "set `autoscaling.min_replicas` and `max_replicas`"
         raise ConfigError("resources.workers", f"{job.resources.workers} says nothing to an endpoint", hint=hint)
     found = find_model(job.model.source, job.model.revision)
+    load_tokenizer(found.folder)
     store = open_store(job.storage)
     adapters = _adapters(job, Artifacts(store), found)
     is_folder = Path(job.model.source).expanduser().exists()
-    return ServePlan(
+    plan = ServePlan(
         model_name=found.folder.name if is_folder else job.model.source,
         source=str(found.folder) if is_folder else job.model.source,
         revision=job.model.revision,
@@ -64,6 +70,8 @@ def prepare(job: ServeJob) -> ServePlan:
         adapters=adapters,
         key_hashes=key_hashes,
     )
+    job.engine.check(load_empty_model(found.folder), check_out(plan).adapters)
+    return plan
 
 
 def check_out(plan: ServePlan) -> CheckedOut:
@@ -76,6 +84,17 @@ def check_out(plan: ServePlan) -> CheckedOut:
     artifacts = Artifacts(open_store(plan.store))
     folders = {name: artifacts.checkout(artifacts.find(ArtifactRef(name, id))) for name, id in plan.adapters.items()}
     return CheckedOut(found.folder, folders)
+
+
+def load_empty_model(folder: Path) -> PreTrainedModel:
+    """The model in `folder` without its weights. Raises ArtifactError for a config that is none."""
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"model folder {folder}", f"is no causal language model: {first[:200]}") from None
 
 
 def check_port(host: str, port: int) -> None:
@@ -102,7 +121,6 @@ def _adapters(job: ServeJob, artifacts: Artifacts, base: FoundModel) -> dict[str
             raise ConfigError(
                 "adapters", f"the name `{artifact.name}` is taken", hint="serve one version of an artifact"
             )
-        artifacts.checkout(artifact)
         found[artifact.name] = artifact.id
     return found
 

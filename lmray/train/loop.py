@@ -12,6 +12,7 @@ from lmray.data.batch import Batch, collate
 from lmray.data.sampler import Sampler
 from lmray.evaluate.loss import held_out_loss
 from lmray.job import TrainJob
+from lmray.models.attention import is_flat
 from lmray.models.load import pad_token_id
 from lmray.optim.schedule import learning_rate
 from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -75,7 +76,7 @@ class Loop:
         pad = pad_token_id(self.prepared.tokenizer)
         for first in range(0, len(mine), size):
             packed = [self.prepared.rows[row] for row in mine[first : first + size]]
-            yield collate(packed, pad_token_id=pad).to(self.ctx.device)
+            yield collate(packed, pad_token_id=pad, flat=is_flat(self.learner.model)).to(self.ctx.device)
 
     def _metrics(self, report: StepReport, rate: float, seconds: float) -> dict[str, float]:
         return {

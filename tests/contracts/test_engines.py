@@ -8,12 +8,13 @@ import random
 import pytest
 import torch
 from peft import PeftModel
+from transformers import LlamaForCausalLM
 
 from lmray.engines.base import EngineConfig, Request, Sampling
-from lmray.errors import ArtifactError, DataError
+from lmray.errors import ArtifactError, ConfigError, DataError
 from lmray.models.load import load_model, load_tokenizer, stop_token_ids
 from lmray.registry import ENGINES
-from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
+from lmray.testing.tiny import tiny_adapter_folder, tiny_config, tiny_model_folder
 
 NUM_NEW = 16
 LENGTHS = (7, 1, 33, 12)
@@ -116,6 +117,16 @@ def test_requests_that_cannot_be_run_are_refused_and_the_engine_goes_on(config, 
         return await answer(engine, prompts[0], "b")
 
     assert with_engine(config, folders, stops, ask) == expected["b"][0]
+
+
+def test_a_model_without_weights_is_enough_to_check_a_job(config, folders):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_config())
+    config.check(model, {name: folder for name, folder in folders.items() if name is not None})
+    with pytest.raises(ArtifactError):
+        config.check(model, {"model": folders[None]})
+    with pytest.raises(ConfigError):
+        type(config)(max_length=10**6).check(model, {})
 
 
 def test_the_engine_tells_what_it_can_and_what_it_does(config, folders, stops):

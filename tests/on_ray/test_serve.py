@@ -112,14 +112,17 @@ def test_errors_come_back_through_serve_in_openais_shape(service, client):
 
 
 def test_a_client_that_leaves_ends_its_request_in_the_replica(client, job):
+    told = {"model": "tiny", "messages": MESSAGES, "temperature": 0}
+    length = client.chat.completions.create(**told).usage.completion_tokens
+    assert length > 800, "too short to be left before its end"
     engine = ray_serve.get_deployment_handle("engine", job.name)
     before = engine.stats.remote().result()["generated_tokens"]
-    stream = client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=1, seed=5, stream=True)
+    stream = client.chat.completions.create(**told, stream=True)
     next(iter(stream))
     stream.close()
     while (stats := engine.stats.remote().result())["running"]:
         pass
-    assert stats["generated_tokens"] - before < 400, "it was generated to its end"
+    assert stats["generated_tokens"] - before < length / 2, "it was generated to its end"
 
 
 def test_a_second_endpoint_is_refused_while_one_runs(service, job):
@@ -130,11 +133,3 @@ def test_a_second_endpoint_is_refused_while_one_runs(service, job):
         other = probe.getsockname()[1]
     with pytest.raises(CapacityError, match="Ray Serve already runs `endpoint`"):
         serve(job.changed({"http.port": other}))
-
-
-def test_replicas_that_can_never_be_placed_are_refused(job):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        other = probe.getsockname()[1]
-    with pytest.raises(CapacityError, match="there is room for 0"):
-        serve(job.changed({"http.port": other, "resources.cpus_per_worker": 64}))

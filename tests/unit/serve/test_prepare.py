@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -31,7 +33,7 @@ def model(root):
 
 @pytest.fixture(scope="module")
 def artifacts(root, model) -> Artifacts:
-    """Three versions: `helper` in production, `other` on another base, `report` that is no adapter."""
+    """`helper` in production, `other` on another base, `report` that is no adapter, `wide` whose base is mistold."""
     artifacts = Artifacts(open_store(str(root / "store")))
     folder = tiny_adapter_folder(model, root / "adapter", seed=1)
     base = {"source": str(model), "revision": None, "digest": find_model(str(model)).digest}
@@ -39,6 +41,8 @@ def artifacts(root, model) -> Artifacts:
     artifacts.promote("helper", "production")
     artifacts.keep("other", folder, base={"source": "another-model", "revision": None, "digest": "0" * 64})
     artifacts.keep("report", folder, base=base, kind="report")
+    deeper = tiny_model_folder(root / "deeper", num_hidden_layers=2, hidden_size=64)
+    artifacts.keep("wide", tiny_adapter_folder(deeper, root / "wide", seed=1), base=base)
     return artifacts
 
 
@@ -56,7 +60,7 @@ def job(root, model, artifacts, free_port) -> ServeJob:
             "name": "endpoint",
             "model": {"source": str(model)},
             "adapters": [{"artifact": "helper", "stage": "production"}],
-            "engine": {"name": "native"},
+            "engine": {"name": "native", "max_length": 512},
             "http": {"port": free_port},
             "storage": str(root / "store"),
         }
@@ -86,6 +90,7 @@ def test_a_replica_refuses_a_model_that_is_not_the_planned_one(job):
         ([{"artifact": "helper", "stage": "staging"}], "no version or stage `staging`"),
         ([{"artifact": "other"}], "was trained on `another-model` (000000000000)"),
         ([{"artifact": "report"}], "is a report\n  allowed: adapter"),
+        ([{"artifact": "wide"}], "allowed: [32, rank], rank up to 512"),
     ],
 )
 def test_adapters_that_cannot_be_served_are_refused(job, adapters, found):
@@ -110,6 +115,18 @@ def test_an_unknown_model_and_an_open_address_are_refused(job, root):
         prepare(job.changed({"model.source": str(root)}))
     with pytest.raises(ConfigError, match="is open to other machines"):
         prepare(job.changed({"http.host": "0.0.0.0"}))
+
+
+def test_a_model_that_the_engine_cannot_run_is_refused_before_it_is_loaded(job):
+    with pytest.raises(ConfigError, match=r"engine\.max_length: 2000 tokens are more than LlamaForCausalLM has"):
+        prepare(job.changed({"engine.max_length": 2000}))
+
+
+def test_a_folder_that_holds_no_causal_model_is_refused(job, model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "odd"))
+    (folder / "config.json").write_text('{"model_type": "nothing-we-know"}')
+    with pytest.raises(ArtifactError, match="is no causal language model"):
+        prepare(job.changed({"model.source": str(folder), "adapters": []}))
 
 
 def test_workers_mean_nothing_to_an_endpoint(job):

@@ -1,0 +1,267 @@
+"""Jobs on a cluster of their own that asks for a token, through Ray's Jobs API; and what needs no cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import requests
+import yaml
+
+import lmray
+from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.store import open_store
+from lmray.config import Document, decode
+from lmray.context import Result, committed
+from lmray.errors import ConfigError, RemoteError
+from lmray.job import EvaluateJob, ServeJob
+from lmray.on_ray.job_client import api_url, connect, speaking
+from lmray.on_ray.jobs import Run, find, last_result, list_jobs, submission_stem, submit
+from lmray.on_ray.portable import portable
+from lmray.testing.jobs import tiny_job
+from lmray.testing.waiting import wait_until
+from lmray.train.program import run_folder
+
+TOKEN = "a" * 64
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+PORTS += ("runtime-env-agent-port", "metrics-export-port", "ray-client-server-port")
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """Address of the dashboard of a Ray head that asks for TOKEN."""
+    root, state = tmp_path_factory.mktemp("head"), tempfile.mkdtemp(prefix="lmray-")  # sockets need a short path
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LMRAY_"))}
+    environment |= {"HOME": str(root), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"OMP_NUM_THREADS": "1", "LMRAY_CACHE": str(root / "cache"), "LMRAY_STORE": str(root / "store")}
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    command += ["--object-store-memory=104857600", "--temp-dir", state]
+    with open(root / "head.log", "wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{ports['dashboard-port']}"
+
+    def answers() -> bool:
+        assert process.poll() is None, (root / "head.log").read_text()
+        try:
+            return requests.get(f"{url}/api/version", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=5).ok
+        except requests.ConnectionError:
+            return False
+
+    try:
+        wait_until(answers, "the head's dashboard")
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest.fixture
+def token(monkeypatch, tmp_path):
+    """The head's token in a file, as a user has it."""
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    return path
+
+
+@pytest.fixture
+def job(tiny_model, tiny_data, tmp_path):
+    return lambda **changes: tiny_job(tiny_model, tiny_data, tmp_path / "store", **changes)
+
+
+def test_a_job_runs_to_its_result(head, token, job, monkeypatch, tiny_data):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head)
+    monkeypatch.chdir(tiny_data.parent)
+    one = job(train__max_steps=2, output={"artifact": "関数"}, data__train=[{"source": tiny_data.name}])
+    run = submit(one)
+    assert run.id.startswith("tiny-") and run.status() in ("pending", "running")
+    result = run.result()
+    assert (result.status, run.status()) == ("succeeded", "succeeded")
+    assert result.artifact == Artifacts(open_store(one.storage)).find("関数").ref
+    assert "step 2/2" in "".join(run.follow()) and "step 2/2" in run.logs()
+    info = run.info()
+    assert info.metadata["lmray.kind"] == "train" and info.metadata["lmray.name"] == "tiny"
+    assert info.metadata["lmray.version"] == lmray.__version__
+    assert TOKEN not in info.model_dump_json()
+
+
+def test_a_job_is_started_once_and_stops_with_what_it_has(head, token, job):
+    one = job(name="long", train__max_steps=100_000)
+    run = submit(one, address=head)
+    assert submit(one, address=head).id == run.id
+    assert find("long", head).id == run.id
+    wait_until(lambda: "step " in run.logs(), "the first step")
+    assert run.stop() and run.wait() == "stopped"
+    result = run.result()
+    assert (result.status, result.run) == ("stopped", str(run_folder(one)))
+    assert committed(run_folder(one)), "it was asked to save, not killed"
+    assert not run.stop(), "it has ended"
+    again = submit(one, address=head)
+    assert again.id == f"{run.id}-2"
+    again.stop()
+    assert again.wait() == "stopped"
+    assert {run.id, again.id} <= {info.submission_id for info in list_jobs(head)}
+    assert submit(one, address=head).id == f"{run.id}-3"
+    find(f"{run.id}-3", head).stop()
+
+
+def test_a_job_that_fails_says_why(head, token, job, tiny_data):
+    run = submit(job(name="fails"), address=head)
+    tiny_data.write_text('{"prompt": "no completion"}\n')
+    with pytest.raises(RemoteError, match=r"row|column|completion") as caught:
+        run.result()
+    assert f"lmray jobs logs {run.id}" in str(caught.value)
+
+
+def test_an_unknown_run_names_those_there_are(head, token):
+    with pytest.raises(ConfigError, match="is not known"):
+        find("nothing", head)
+
+
+def test_without_a_token_the_error_says_what_to_set(head, monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(RemoteError, match="none was sent") as caught:
+        list_jobs(head)
+    assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in str(caught.value)
+
+
+def test_a_wrong_token_is_refused(head, token):
+    token.write_text("b" * 64)
+    with pytest.raises(RemoteError, match="was refused") as caught:
+        list_jobs(head)
+    assert "bbbb" not in str(caught.value)
+
+
+def test_no_cluster_there():
+    with pytest.raises(RemoteError, match="no cluster's Jobs API answers"):
+        connect("http://127.0.0.1:9")
+
+
+def test_a_client_address_is_refused():
+    with pytest.raises(ConfigError, match="Ray Client"):
+        connect("ray://127.0.0.1:10001")
+
+
+def test_what_the_api_answers_with_a_failure_is_a_remote_error():
+    with pytest.raises(RemoteError, match="status code 500: broken"), speaking("http://there"):
+        raise RuntimeError("Request failed with status code 500: broken.\nTraceback ...")
+
+
+def test_the_address_is_the_argument_then_the_environment_then_this_machine(monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    assert api_url() == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert api_url() == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_ADDRESS", "http://b:8265/")
+    assert api_url() == "http://b:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://c:8265")
+    assert api_url() == "http://c:8265"
+    assert api_url("http://d:1") == "http://d:1"
+
+
+def test_ids_are_ascii_and_follow_name_and_content(job):
+    stem = submission_stem(job(name="関数-v2"))
+    assert stem.isascii() and stem.startswith("v2-") and submission_stem(job(name="関数-v2")) == stem
+    assert submission_stem(job(name="関数")).startswith("train-")
+    assert submission_stem(job(name="関数-v2", train__max_steps=7)) != stem
+
+
+def test_the_result_is_the_last_object_a_job_printed():
+    first, last = ({"status": status, "run": "/r"} for status in ("stopped", "succeeded"))
+    logs = f'step 1\n{json.dumps(first)}\n{json.dumps(last)}\n{{broken\n{{"other": 1}}\nRay says bye\n'
+    assert last_result(logs) == last
+    assert last_result("nothing\n") is None
+
+
+class Client:
+    """Answers as Ray's client does, without a cluster."""
+
+    def __init__(self, status, logs="", message=None):
+        self.facts, self.logs = SimpleNamespace(status=SimpleNamespace(value=status), message=message), logs
+
+    def get_job_info(self, id):
+        return self.facts
+
+    def get_job_logs(self, id):
+        return self.logs
+
+
+def test_a_job_that_died_without_a_word_shows_rays_message():
+    run = Run("x-1", Client("FAILED", message="python: not found"))
+    with pytest.raises(RemoteError, match="python: not found"):
+        run.result()
+
+
+def test_a_job_killed_before_it_printed_anything_was_stopped():
+    assert Run("x-1", Client("STOPPED")).result() == Result("stopped", run="")
+
+
+def test_relative_paths_become_absolute(job, tiny_data, tmp_path):
+    moved = portable(
+        job(data__train=[{"source": tiny_data.name}, {"source": "*.jsonl"}, {"source": "pypi:bfcl-eval"}]).changed(
+            {"storage": "s"}
+        ),
+        folder=tiny_data.parent,
+    )
+    assert [one.source for one in moved.data.train] == [str(tiny_data), str(tmp_path / "*.jsonl"), "pypi:bfcl-eval"]
+    assert Path(moved.storage).is_absolute()
+
+
+def test_a_relative_path_that_leads_nowhere_is_refused(job, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.source: relative path `gone.jsonl`") as caught:
+        portable(job(data__train=[{"source": "gone.jsonl"}]), folder=tmp_path)
+    assert "every node sees" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"model\.source"):
+        portable(job(model__source="./gone"), folder=tmp_path)
+
+
+def test_names_and_home_folders_stay_what_they_are(job, tmp_path):
+    moved = portable(job(model__source="smollm2-135m", data__train=[{"source": "~/x.jsonl"}]), folder=tmp_path)
+    assert moved.model.source == "smollm2-135m" and moved.data.train[0].source == str(Path.home() / "x.jsonl")
+
+
+def test_paths_of_other_kinds_are_found_too(tmp_path):
+    (tmp_path / "keys").write_text("k")
+    (tmp_path / "adapter").mkdir()
+    tree = {"name": "s", "model": {"source": "m"}, "engine": "native", "http": {"api_keys_file": "keys"}}
+    assert portable(decode(ServeJob, Document("s", tree)), folder=tmp_path).http.api_keys_file == str(tmp_path / "keys")
+    text = """
+    name: e
+    model: {source: m}
+    data: {train: [{source: "pypi:x"}], eval: {sources: [{source: keys}]}}
+    targets: [{label: base}, {label: a, adapter: adapter}, {label: b, adapter: kept@production}]
+    evaluate: {tasks: [loss]}
+    """
+    moved = portable(decode(EvaluateJob, Document("e", yaml.safe_load(text))), folder=tmp_path)
+    assert moved.data.eval.sources[0].source == str(tmp_path / "keys")
+    assert [target.adapter for target in moved.targets] == [None, str(tmp_path / "adapter"), "kept@production"]

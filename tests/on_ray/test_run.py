@@ -1,0 +1,91 @@
+"""Running a job of any kind: which adapter, and what a signal does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from lmray.context import Result
+from lmray.errors import DataError
+from lmray.on_ray import run as module
+from lmray.on_ray.run import run, sigterm_as_interrupt
+
+
+@pytest.fixture
+def adapter(monkeypatch):
+    """Puts a function in the place of the adapter of kind `train`."""
+
+    def put(function):
+        monkeypatch.setitem(sys.modules, "fake_adapter", SimpleNamespace(train=function))
+        monkeypatch.setitem(module.ADAPTERS, "train", ("fake_adapter", "train"))
+
+    return put
+
+
+JOB = SimpleNamespace(kind="train", name="x")
+
+
+def test_a_job_goes_to_its_kinds_adapter(ray_cluster, adapter):
+    adapter(lambda job, progress: Result("succeeded", f"{job.name} {progress}"))
+    assert run(JOB, progress=False).run == "x False"
+
+
+def test_an_adapters_error_is_the_one_inside(ray_cluster, adapter):
+    def fails(job, progress):
+        raise RuntimeError("wrapped") from DataError("rows.jsonl:3", "bad row")
+
+    adapter(fails)
+    with pytest.raises(DataError, match="bad row"):
+        run(JOB)
+
+
+def test_sigterm_interrupts_as_ctrl_c_does(ray_cluster, adapter):
+    def stopped(job, progress):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            return Result("stopped", "")
+
+    adapter(stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(JOB).status == "stopped"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_interrupts_where_sigint_is_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a job that Ray, nohup or a shell's & started
+    try:
+        with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_service_runs_until_a_signal_and_is_taken_down(ray_cluster, monkeypatch, capsys, number):
+    stopped = []
+
+    def serve(job):
+        threading.Thread(target=os.kill, args=(os.getpid(), number)).start()
+        return SimpleNamespace(url="http://127.0.0.1:8000", stop=lambda: stopped.append(job.name))
+
+    monkeypatch.setitem(sys.modules, "lmray.on_ray.serve", SimpleNamespace(serve=serve))
+    result = run(SimpleNamespace(kind="serve", name="x"))
+    assert stopped == ["x"] and result.status == "stopped" and result.details == {"url": "http://127.0.0.1:8000"}
+    assert "serving at http://127.0.0.1:8000" in capsys.readouterr().err
+
+
+def test_signals_are_left_alone_outside_the_main_thread(ray_cluster, adapter):
+    adapter(lambda job, progress: Result("succeeded", ""))
+    outcome = []
+    thread = threading.Thread(target=lambda: outcome.append(run(JOB).status))
+    thread.start()
+    thread.join()
+    assert outcome == ["succeeded"]

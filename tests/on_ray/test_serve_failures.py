@@ -1,0 +1,66 @@
+"""An endpoint that cannot come up: what is said, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+from ray import serve as ray_serve
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from lmray.errors import CapacityError, DataError, RemoteError
+from lmray.job import ServeJob
+from lmray.on_ray import serve as module
+from lmray.on_ray.serve import serve
+from lmray.testing.tiny import tiny_model_folder
+
+
+@pytest.fixture
+def job(ray_cluster, tmp_path) -> ServeJob:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ServeJob.model_validate(
+        {
+            "name": "endpoint",
+            "model": {"source": str(tiny_model_folder(tmp_path / "tiny"))},
+            "engine": {"name": "native", "max_length": 64},
+            "http": {"port": port},
+            "resources": {"cpus_per_worker": 1},
+            "storage": str(tmp_path / "store"),
+        }
+    )
+
+
+def test_weights_that_cannot_be_read_are_named_with_the_replicas_own_words(job, tmp_path):
+    weights = tmp_path / "tiny" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-500])
+    with pytest.raises(RemoteError) as caught:
+        serve(job)
+    assert f"did not start: model folder {tmp_path / 'tiny'}: cannot be loaded" in str(caught.value)
+    assert "hint: download or convert it again" in str(caught.value)
+    assert ray_serve.status().applications == {}
+
+
+def test_replicas_that_can_never_be_placed_are_refused(job):
+    with pytest.raises(CapacityError, match=r"1 replica\(s\) with 64 CPU\(s\) and 0 GPU\(s\) each do not fit"):
+        serve(job.changed({"resources.cpus_per_worker": 64}))
+
+
+def test_an_address_that_never_answers_is_given_up(monkeypatch):
+    monkeypatch.setattr(module, "READY_TIMEOUT_S", 0.01)
+    with pytest.raises(RemoteError, match="is not ready after 0 s; it said nothing"):
+        module._await_ready("http://127.0.0.1:1")
+
+
+def test_what_a_replica_raises_becomes_lmrays_error():
+    error = DataError("request r", "the prompt is empty")
+    assert module._plain(RayTaskError("stream", "a traceback", error).as_instanceof_cause()) is error
+    assert isinstance(module._plain(BackPressureError(9, 8)), CapacityError)
+    assert "no replica answered: RuntimeError" in str(module._plain(RuntimeError("x")))
+
+
+@pytest.mark.parametrize(("host", "asked"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
+def test_an_endpoint_on_all_addresses_is_asked_at_loopback(host, asked):
+    assert module._reachable(host) == asked
