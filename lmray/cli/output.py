@@ -23,7 +23,7 @@ Address = Annotated[
         help="The cluster's dashboard, like http://HOST:8265. Empty: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, local."
     ),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Values laid over the file's.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Values laid over the file's.")]
 
 
 def tune_streams() -> None:

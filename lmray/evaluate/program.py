@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from lmray.artifacts.files import write_json
 from lmray.artifacts.store import open_store
 from lmray.config import dump
 from lmray.context import Result, RunContext
+from lmray.data.base import Example
 from lmray.data.batch import pack
 from lmray.data.examples import read_examples
 from lmray.data.tokenise import tokenise_all
-from lmray.errors import ArtifactError
+from lmray.errors import ArtifactError, DataError
 from lmray.evaluate.measure import HeldOut, measure
 from lmray.job import EvaluateJob
 from lmray.models.load import load_model, load_tokenizer
@@ -25,21 +27,43 @@ from lmray.models.precision import resolve_dtype
 from lmray.models.source import FoundModel, find_model
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What an evaluation needs before a weight is loaded."""
+
+    model: FoundModel
+    tokenizer: Any
+    held_out: HeldOut
+    solved: tuple[Example, ...]
+    """Training examples, for the shots."""
+
+
+def prepare(job: EvaluateJob) -> Prepared:
+    """Finds the model and reads the data. Raises DataError where nothing is held out, ArtifactError for an adapter that
+    is unknown or belongs to another base model."""
+    found = find_model(job.model.source, job.model.revision)
+    for target in job.targets:
+        _adapter_folder(job, target.adapter, found)
+    tokenizer = load_tokenizer(found.folder)
+    examples = read_examples(job.data)
+    if not examples.eval:
+        raise DataError("data.eval", "holds nothing to measure on", hint="add `eval: {split: 0.1}`")
+    tokens = tokenise_all(tokenizer, examples.eval, max_length=job.data.max_length, over_long=job.data.over_long)
+    held_out = HeldOut(examples.eval, pack(tokens.examples, max_length=job.data.max_length))
+    return Prepared(found, tokenizer, held_out, examples.train)
+
+
 def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
     """Measures every target of `job`; writes `job.yaml`, `answers-LABEL.jsonl` and, last, `result.json` into the run
     folder.
 
-    `Result.details["targets"]` holds each target's metrics by label. Raises DataError where nothing is held out, and
-    ArtifactError for an adapter that is unknown or belongs to another base model.
+    `Result.details["targets"]` holds each target's metrics by label. Raises what `prepare` raises.
     """
     started = time.time()
     torch.set_num_threads(ctx.threads)
-    found = find_model(job.model.source, job.model.revision)
+    ready = prepare(job)
+    tokenizer, found = ready.tokenizer, ready.model
     adapters = {target.label: _adapter_folder(job, target.adapter, found) for target in job.targets}
-    tokenizer = load_tokenizer(found.folder)
-    examples = read_examples(job.data)
-    tokens = tokenise_all(tokenizer, examples.eval, max_length=job.data.max_length, over_long=job.data.over_long)
-    held_out = HeldOut(examples.eval, pack(tokens.examples, max_length=job.data.max_length))
     dtype, _ = resolve_dtype(job.model.dtype, ctx.device)
     model: Any = load_model(found.folder, dtype)
     model.to(ctx.device)
@@ -54,10 +78,10 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
         measured = measure(
             model,
             tokenizer,
-            held_out,
+            ready.held_out,
             job.evaluate,
             adapter=handle,
-            shots=shortest(examples.train, target.num_fewshot),
+            shots=shortest(ready.solved, target.num_fewshot),
             device=ctx.device,
             threads=ctx.threads,
         )

@@ -14,16 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
 
+import lmray
 from lmray.errors import CapacityError, ConfigError, RemoteError
 from lmray.job import Resources
 
 PROBE_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local Ray. Data and checkpoints go through storage, so little passes through Ray's own object store."""
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the driver of a submitted job."""
 _TOKEN = secrets.token_hex(32)
 
 
@@ -167,14 +171,22 @@ def _join(address: str) -> None:
         raise ConfigError(where, "is not a cluster's own address", allowed="HOST:6379, auto, local", hint=hint)
     if address != "auto":
         _probe(address, where)
+    # A submitted job brought its package; a driver from outside brings it here, so that workers run the same code.
+    brought = {} if JOB_VARIABLE in os.environ else {"runtime_env": package_environment()}
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **brought)
     except AuthenticationError:
         hint = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
         raise RemoteError(where, "the cluster refused this token, or asks for one", hint=hint) from None
     except (ConnectionError, RuntimeError) as error:
         hint = "start it with `ray start --head`, or unset RAY_ADDRESS to run here"
         raise RemoteError(where, f"no cluster to connect to: {error}", hint=hint) from None
+
+
+def package_environment() -> dict[str, Any]:
+    """The part of a runtime environment that sends this package: the folder it was imported from."""
+    return {"py_modules": [str(Path(lmray.__file__).parent)], "excludes": ["__pycache__"]}
 
 
 def _probe(address: str, where: str) -> None:

@@ -11,19 +11,21 @@ import ray
 from lmray.artifacts.store import open_store
 from lmray.context import LocalContext, Result
 from lmray.evaluate.program import evaluate as evaluate_program
+from lmray.evaluate.program import prepare
 from lmray.job import EvaluateJob
-from lmray.on_ray.cluster import check_resources
+from lmray.on_ray.cluster import connected
 from lmray.on_ray.train import placed
 
 
 def evaluate(job: EvaluateJob, *, progress: bool = True) -> Result:
-    """Evaluates `job` on the connected cluster; runs again from the start if it was interrupted. `progress` is not
+    """Evaluates `job` on the cluster; runs again from the start if it was interrupted. `progress` is not
     shown: an evaluation reports nothing until a target is done."""
-    job = placed(job)
-    check_resources(job.resources)
-    options = {"num_cpus": job.resources.cpus_per_worker, "num_gpus": job.resources.gpus_per_worker}
-    task = ray.remote(**options, max_retries=job.resources.max_failures)(_evaluate)
-    return ray.get(task.remote(job))
+    prepare(job)
+    with connected():
+        job = placed(job)
+        options = {"num_cpus": job.resources.cpus_per_worker, "num_gpus": job.resources.gpus_per_worker}
+        task = ray.remote(**options, max_retries=job.resources.max_failures)(_evaluate)
+        return ray.get(task.remote(job))
 
 
 def _evaluate(job: EvaluateJob) -> Result:

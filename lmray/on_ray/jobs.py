@@ -25,6 +25,7 @@ from lmray.config import dump
 from lmray.context import Result
 from lmray.errors import ConfigError, RemoteError, did_you_mean
 from lmray.job import Job
+from lmray.on_ray.cluster import package_environment
 from lmray.on_ray.job_client import connect, speaking
 from lmray.on_ray.portable import portable
 
@@ -113,9 +114,10 @@ def submit(job: Job, *, address: str | None = None) -> Run:
     client = connect(address)
     stem = submission_stem(job)
     earlier = _numbered(client, stem)
-    if earlier and not earlier[-1].status.is_terminal():
-        return Run(str(earlier[-1].submission_id), client)
-    run_id = f"{stem}-{len(earlier) + 1}" if earlier else stem
+    last = max(earlier, default=0)
+    if last and not earlier[last].status.is_terminal():
+        return Run(str(earlier[last].submission_id), client)
+    run_id = f"{stem}-{last + 1}" if last else stem
     with tempfile.TemporaryDirectory() as folder:
         text = yaml.safe_dump(dump(job), allow_unicode=True, sort_keys=False)
         (Path(folder) / "job.yaml").write_text(text, encoding="utf-8")
@@ -128,7 +130,7 @@ def submit(job: Job, *, address: str | None = None) -> Run:
                     metadata={"lmray.kind": job.kind, "lmray.name": job.name, "lmray.version": lmray.__version__},
                 )
         except RemoteError:
-            if run_id not in [info.submission_id for info in _numbered(client, stem)]:
+            if last + 1 not in _numbered(client, stem):
                 raise  # else someone submitted the same job in the same moment: that run is this one
     return Run(run_id, client)
 
@@ -171,9 +173,8 @@ def last_result(logs: str) -> dict[str, Any] | None:
 
 
 def _runtime_env(folder: str) -> dict[str, Any]:
-    package = str(Path(lmray.__file__).parent)
-    stop = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUTF8": "1"}
-    return {"working_dir": folder, "py_modules": [package], "excludes": ["__pycache__"], "env_vars": stop}
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "PYTHONUTF8": "1"}
+    return {"working_dir": folder, **package_environment(), "env_vars": variables}
 
 
 def _submitted(client: JobSubmissionClient) -> list[JobDetails]:
@@ -182,14 +183,14 @@ def _submitted(client: JobSubmissionClient) -> list[JobDetails]:
     return sorted(found, key=lambda info: (info.start_time or 0, str(info.submission_id)))
 
 
-def _numbered(client: JobSubmissionClient, stem: str) -> list[JobDetails]:
+def _numbered(client: JobSubmissionClient, stem: str) -> dict[int, JobDetails]:
     """Submissions of one job, by number."""
     found = {}
     for info in _submitted(client):
         match = re.fullmatch(re.escape(stem) + r"(?:-(\d+))?", str(info.submission_id))
         if match:
             found[int(match[1] or 1)] = info
-    return [found[number] for number in sorted(found)]
+    return found
 
 
 def _tail(message: str | None) -> str:

@@ -33,7 +33,10 @@ def _absolute(text: str, folder: Path) -> str | None:
         return str(Path(text).expanduser())
     if Path(text).is_absolute() or "://" in text or text.startswith("pypi:"):
         return text
-    there = (folder / text).exists() or next(folder.glob(text), None) is not None
+    try:
+        there = (folder / text).exists() or next(folder.glob(text), None) is not None
+    except ValueError:  # no pattern that could fit anything
+        there = False
     return str((folder / text).absolute()) if there else None
 
 

@@ -18,6 +18,7 @@ from lmray.context import Result
 from lmray.job import Job
 from lmray.on_ray.cluster import connected
 from lmray.on_ray.failures import unwrapped
+from lmray.serve.prepare import prepare
 
 ADAPTERS = {kind: (f"lmray.on_ray.{kind}", kind) for kind in ("train", "evaluate", "sweep")}
 """Kind of job -> module and function that run it; a module is imported when its kind is run."""
@@ -28,7 +29,7 @@ def run(job: Job, *, progress: bool = True) -> Result:
 
     `progress`: show it on stderr. Raises the LmrayError that stopped it, also when a worker raised it.
     """
-    with unwrapped(), connected(), sigterm_as_interrupt():
+    with unwrapped(), sigterm_as_interrupt():
         if job.kind == "serve":
             return _serve(job)
         module, function = ADAPTERS[job.kind]
@@ -66,7 +67,8 @@ def _handling(handlers: dict[int, Callable[..., Any]]) -> Iterator[None]:
 def _serve(job: Job) -> Result:
     """Serves until SIGINT or SIGTERM, then takes the endpoint down."""
     started, stop = time.monotonic(), threading.Event()
-    with _handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), lambda *_: stop.set())):
+    prepare(job)  # what is wrong shows before Ray starts
+    with connected(), _handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), lambda *_: stop.set())):
         service = import_module("lmray.on_ray.serve").serve(job)
         try:
             print(f"{job.name}: serving at {service.url}; Ctrl-C stops it", file=sys.stderr, flush=True)

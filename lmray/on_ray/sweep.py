@@ -144,7 +144,7 @@ def _settle(folder: Path, grid: ray.tune.ResultGrid) -> None:
 def _share(job: SweepJob) -> dict[str, Any]:
     """CPUs and GPUs of one trial: as its job says, else an even share of the smallest node."""
     wanted = job.job.resources
-    smallest = min(node.cpus for node in cluster_resources().nodes)
+    smallest = min((node.cpus for node in cluster_resources().nodes if node.cpus), default=1.0)  # a head may offer none
     cpus = wanted.cpus_per_worker or max(1, int(smallest // job.max_concurrent_trials))
     return {"CPU": cpus} | ({"GPU": wanted.gpus_per_worker} if wanted.gpus_per_worker else {})
 

@@ -21,7 +21,7 @@ from lmray.context import CHECKPOINTS_KEPT, Result
 from lmray.errors import RemoteError
 from lmray.job import Resources, TrainJob
 from lmray.metrics.progress import follow
-from lmray.on_ray.cluster import check_resources, cluster_resources
+from lmray.on_ray.cluster import check_resources, cluster_resources, connected
 from lmray.on_ray.context import STOP, RayContext
 from lmray.train.plan import check_same_run, make_plan
 from lmray.train.program import finished, run_folder
@@ -29,28 +29,29 @@ from lmray.train.program import train as train_program
 
 
 def train(job: TrainJob, *, progress: bool = True) -> Result:
-    """Trains `job` on the connected cluster. Raises what planning raises before anything is written, CapacityError for
-    resources that are not there, and what a worker raised once its failures exceed `resources.max_failures`."""
-    job = placed(job)
-    check_resources(job.resources)
+    """Trains `job` on the cluster. Raises what planning raises before Ray is started or anything written, CapacityError
+    for resources that are not there, and what a worker raised once its failures exceed `resources.max_failures`."""
     folder = run_folder(job)
     plan = make_plan(job)
     check_same_run(plan, folder)
     if (done := finished(folder)) is not None:
         return done
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / STOP).unlink(missing_ok=True)
-    with follow(folder) if progress else nullcontext():
-        return _fit(_trainer(job, folder), folder)
+    with connected():
+        job = placed(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOP).unlink(missing_ok=True)
+        with follow(folder) if progress else nullcontext():
+            return _fit(_trainer(job, folder), folder)
 
 
 def placed(job: Any) -> Any:
     """`job` with its store's absolute path and its workers' CPU share: workers see neither this process's environment
-    nor its working directory."""
+    nor its working directory. Raises CapacityError where the connected cluster has no room for the workers."""
     resources: Resources = job.resources
     if resources.cpus_per_worker is None:
         smallest = min(node.cpus for node in cluster_resources().nodes)
         resources = resources.model_copy(update={"cpus_per_worker": max(1, int(smallest // resources.workers))})
+    check_resources(resources)
     return job.model_copy(update={"storage": str(open_store(job.storage).root), "resources": resources})
 
 

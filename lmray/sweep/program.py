@@ -79,10 +79,11 @@ def _differences(before: Any, now: Any, key: str) -> Iterator[str]:
 
 
 def trial_job(sweep: SweepJob, values: Mapping[str, Any], trial_id: str) -> TrainJob:
-    """The job of one trial: judged by its held-out loss alone, and kept nowhere."""
+    """The job of one trial: judged by its held-out loss alone, kept nowhere, and saved each time it is judged."""
     changes = {**values, "name": f"trial-{trial_id}", "output": None, "evaluate.tasks": [], "evaluate.base": False}
     if sweep.scheduler.name != "none":
         changes["train.eval_steps"] = sweep.scheduler.grace_steps
+        changes["train.save_steps"] = min(sweep.job.train.save_steps, sweep.scheduler.grace_steps)
     return sweep.job.changed(changes)
 
 

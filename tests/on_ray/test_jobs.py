@@ -50,7 +50,7 @@ PORTS += ("runtime-env-agent-port", "metrics-export-port", "ray-client-server-po
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """Address of the dashboard of a Ray head that asks for TOKEN."""
+    """A Ray head that asks for TOKEN: `url` of its dashboard, `address` of the cluster."""
     root, state = tmp_path_factory.mktemp("head"), tempfile.mkdtemp(prefix="lmray-")  # sockets need a short path
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LMRAY_"))}
@@ -73,7 +73,7 @@ def head(tmp_path_factory):
 
     try:
         wait_until(answers, "the head's dashboard")
-        yield url
+        yield SimpleNamespace(url=url, address=f"127.0.0.1:{ports['port']}")
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
@@ -97,7 +97,7 @@ def job(tiny_model, tiny_data, tmp_path):
 
 
 def test_a_job_runs_to_its_result(head, token, job, monkeypatch, tiny_data):
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.url)
     monkeypatch.chdir(tiny_data.parent)
     one = job(train__max_steps=2, output={"artifact": "関数"}, data__train=[{"source": tiny_data.name}])
     run = submit(one)
@@ -114,35 +114,57 @@ def test_a_job_runs_to_its_result(head, token, job, monkeypatch, tiny_data):
 
 def test_a_job_is_started_once_and_stops_with_what_it_has(head, token, job):
     one = job(name="long", train__max_steps=100_000)
-    run = submit(one, address=head)
-    assert submit(one, address=head).id == run.id
-    assert find("long", head).id == run.id
+    run = submit(one, address=head.url)
+    assert submit(one, address=head.url).id == run.id
+    assert find("long", head.url).id == run.id
     wait_until(lambda: "step " in run.logs(), "the first step")
     assert run.stop() and run.wait() == "stopped"
     result = run.result()
     assert (result.status, result.run) == ("stopped", str(run_folder(one)))
     assert committed(run_folder(one)), "it was asked to save, not killed"
     assert not run.stop(), "it has ended"
-    again = submit(one, address=head)
+    again = submit(one, address=head.url)
     assert again.id == f"{run.id}-2"
     again.stop()
     assert again.wait() == "stopped"
-    assert {run.id, again.id} <= {info.submission_id for info in list_jobs(head)}
-    assert submit(one, address=head).id == f"{run.id}-3"
-    find(f"{run.id}-3", head).stop()
+    assert {run.id, again.id} <= {info.submission_id for info in list_jobs(head.url)}
+    assert submit(one, address=head.url).id == f"{run.id}-3"
+    find(f"{run.id}-3", head.url).stop()
 
 
 def test_a_job_that_fails_says_why(head, token, job, tiny_data):
-    run = submit(job(name="fails"), address=head)
+    run = submit(job(name="fails"), address=head.url)
     tiny_data.write_text('{"prompt": "no completion"}\n')
     with pytest.raises(RemoteError, match=r"row|column|completion") as caught:
         run.result()
     assert f"lmray jobs logs {run.id}" in str(caught.value)
 
 
+JOINED = """
+import os, ray
+from lmray.on_ray.cluster import connected
+@ray.remote(num_cpus=0)
+def origin():
+    import lmray
+    return lmray.__file__
+with connected() as offered:
+    print(offered.cpus, ray.get(origin.remote()))
+"""
+
+
+def test_a_driver_from_outside_brings_its_package(head, token, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    environment |= {"HOME": str(tmp_path), "RAY_ADDRESS": head.address}
+    command = [sys.executable, "-c", JOINED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    cpus, origin = done.stdout.split()
+    assert cpus == "2.0" and "py_modules" in origin and origin != lmray.__file__
+
+
 def test_an_unknown_run_names_those_there_are(head, token):
     with pytest.raises(ConfigError, match="is not known"):
-        find("nothing", head)
+        find("nothing", head.url)
 
 
 def test_without_a_token_the_error_says_what_to_set(head, monkeypatch, tmp_path):
@@ -150,14 +172,14 @@ def test_without_a_token_the_error_says_what_to_set(head, monkeypatch, tmp_path)
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(RemoteError, match="none was sent") as caught:
-        list_jobs(head)
+        list_jobs(head.url)
     assert "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in str(caught.value)
 
 
 def test_a_wrong_token_is_refused(head, token):
     token.write_text("b" * 64)
     with pytest.raises(RemoteError, match="was refused") as caught:
-        list_jobs(head)
+        list_jobs(head.url)
     assert "bbbb" not in str(caught.value)
 
 

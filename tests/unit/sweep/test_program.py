@@ -43,7 +43,8 @@ def make(tiny_model, tiny_data, tmp_path):
 def test_a_trial_is_judged_by_its_held_out_loss_and_kept_nowhere(make):
     job = trial_job(make(), {"adapter.r": 2, "train.learning_rate": 0.05}, "ab12")
     assert (job.adapter.r, job.train.learning_rate, job.name) == (2, 0.05, "trial-ab12")
-    assert job.output is None and job.evaluate.tasks == () and job.train.eval_steps == 2
+    assert job.output is None and job.evaluate.tasks == ()
+    assert (job.train.eval_steps, job.train.save_steps) == (2, 2)
 
 
 def test_without_a_scheduler_the_job_decides_when_it_evaluates(make):
