@@ -7,7 +7,6 @@ held-out questions call functions that no training example calls.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lmray.artifacts.store import open_store
 from lmray.cli.output import say, table
 from lmray.context import Result
 from lmray.data.mappings.bfcl import SYSTEM
-from lmray.errors import ConfigError, LmrayError
+from lmray.errors import ConfigError
 from lmray.job import load
 from lmray.models.export import export
 from lmray.on_ray.cluster import connected
@@ -43,9 +42,9 @@ def main() -> None:
     jobs = {kind: _job(kind) for kind in ("train", "evaluate", "serve")}
     with connected():
         _head(1, "train: LoRA on function calls, then the held-out questions, before and after")
-        trained = run(jobs["train"])
+        trained = _done(run(jobs["train"]))
         _head(2, "compare: the untouched model with three solved examples before each question")
-        three_shot = run(jobs["evaluate"])
+        three_shot = _done(run(jobs["evaluate"]))
         say(scores(trained, three_shot))
         say(three_answers(Path(trained.run)))
         _head(3, "keep: promote the adapter, export it merged")
@@ -62,6 +61,13 @@ def _job(kind: str) -> Any:
     if not path.is_file():
         raise ConfigError(str(path), "is not there", hint="the demo's jobs lie in the repository: run it from a clone")
     return load(path)
+
+
+def _done(result: Result) -> Result:
+    """`result`, unless the run was asked to stop: then the demo ends as Ctrl-C does."""
+    if result.status == "stopped":
+        raise KeyboardInterrupt
+    return result
 
 
 def _head(number: int, text: str) -> None:
@@ -138,11 +144,3 @@ next
   lmray artifacts show {name}
   lmray check configs/train/demo.yaml                   what a job will do, before it does it
 """
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except LmrayError as error:
-        say(f"error: {error}")
-        sys.exit(error.exit_code)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -33,18 +31,15 @@ class Batch:
     num_supervised: int
     num_tokens: int
     """Without padding."""
-    bounds: tuple[int, ...] | None = None
-    """Of a flat batch (one row, no padding): where its examples start, and the row's length at the end."""
 
     @property
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self) -> dict[str, torch.Tensor]:
         """What the model is called with."""
-        inputs: dict[str, Any] = {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT}
-        return inputs if self.bounds is None else inputs | {"bounds": self.bounds}
+        return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT}
 
     def to(self, device: str) -> Batch:
         ids, positions, labels = (one.to(device) for one in (self.input_ids_BT, self.position_ids_BT, self.labels_BT))
-        return Batch(ids, positions, labels, self.num_supervised, self.num_tokens, self.bounds)
+        return Batch(ids, positions, labels, self.num_supervised, self.num_tokens)
 
 
 def pack(examples: Sequence[Tokenised], *, max_length: int) -> tuple[Packed, ...]:
@@ -66,16 +61,9 @@ def pack(examples: Sequence[Tokenised], *, max_length: int) -> tuple[Packed, ...
     return tuple(tuple(examples[index] for index in row) for row in rows)
 
 
-def collate(rows: Sequence[Packed], *, pad_token_id: int, flat: bool = False) -> Batch:
+def collate(rows: Sequence[Packed], *, pad_token_id: int) -> Batch:
     """`rows` side by side. Padding counts positions on where no row is packed (causal attention suffices); else every
-    padding token is an example of its own, which nothing attends to.
-
-    `flat`: all examples behind one another in one row without padding, for attention that is told their `bounds`.
-    """
-    if flat:
-        examples = tuple(example for row in rows for example in row)
-        batch = collate([examples], pad_token_id=pad_token_id)
-        return replace(batch, bounds=tuple(accumulate(map(len, examples), initial=0)))
+    padding token is an example of its own, which nothing attends to."""
     packed = any(len(row) > 1 for row in rows)
     width = max(sum(map(len, row)) for row in rows)
     ids, positions, labels = [], [], []

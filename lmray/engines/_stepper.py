@@ -21,12 +21,11 @@ from lmray.engines._sampling import draw
 from lmray.engines._slots import Row, Slots
 from lmray.engines.base import Capabilities, Request, TokenEvent
 from lmray.errors import ConfigError, LmrayError
-from lmray.models.attention import NAME as BY_EXAMPLE
 
 Outcome = TokenEvent | LmrayError
 """What a step has for a request: a token, or why it ended without one."""
 
-ATTENTIONS = ("sdpa", "eager", BY_EXAMPLE)
+ATTENTIONS = ("sdpa", "eager")
 """Attention functions that take a mask of any shape."""
 
 
@@ -184,8 +183,9 @@ def check_model(model: PreTrainedModel, max_length: int) -> None:
         found = f"it takes no {', '.join(missing)}" if missing else "its positions are in the attention mask (ALiBi)"
         raise ConfigError("engine.name", f"`native` cannot run {name}: {found}")
     attention = model.config._attn_implementation
-    if attention not in ("sdpa", "eager"):
-        raise ConfigError("engine.name", f"`native` cannot run attention `{attention}`", allowed="sdpa, eager")
+    if attention not in ATTENTIONS:
+        allowed = ", ".join(ATTENTIONS)
+        raise ConfigError("engine.name", f"`native` cannot run attention `{attention}`", allowed=allowed)
     for layer in DynamicCache(config=model.config).layers:
         if type(layer) is DynamicSlidingWindowLayer:
             if layer.sliding_window < max_length:

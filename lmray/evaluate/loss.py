@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from lmray.data.batch import Packed, collate
-from lmray.models.attention import is_flat
 from lmray.models.precision import computing
 from lmray.models.supervised import supervised_logits
 from lmray.ops.cross_entropy import cross_entropy_sum
@@ -22,8 +21,7 @@ def held_out_loss(
     model.eval()
     total, count = 0.0, 0
     for first in range(0, len(rows), batch_size):
-        some = rows[first : first + batch_size]
-        batch = collate(some, pad_token_id=pad_token_id, flat=is_flat(model)).to(device)
+        batch = collate(rows[first : first + batch_size], pad_token_id=pad_token_id).to(device)
         with computing(model):
             total += float(cross_entropy_sum(*supervised_logits(model, batch.inputs, batch.labels_BT)))
         count += batch.num_supervised

@@ -52,6 +52,7 @@ def measure(
     *,
     adapter: str | None,
     prefix: str = "eval",
+    loss: float | None = None,
     shots: Sequence[Example] = (),
     device: str = "cpu",
     threads: int = 1,
@@ -59,14 +60,16 @@ def measure(
 ) -> Measured:
     """Runs every task of `args`. `adapter` None measures the base model even where an adapter is attached.
 
-    The loss is taken without shots: it asks how likely the right answers are, not what is copied from solved examples.
+    `loss` is the held-out loss where it is known already. It is taken without shots: it asks how likely the right
+    answers are, not what is copied from solved examples.
     """
     metrics: dict[str, float] = {}
     if any(task.name == "loss" for task in args.tasks) and held_out.rows:
-        with _with_adapter(model, adapter):
-            loss = held_out_loss(
-                model, held_out.rows, batch_size=8, pad_token_id=pad_token_id(tokenizer), device=device
-            )
+        if loss is None:
+            with _with_adapter(model, adapter):
+                loss = held_out_loss(
+                    model, held_out.rows, batch_size=8, pad_token_id=pad_token_id(tokenizer), device=device
+                )
         metrics |= {f"{prefix}.loss": loss, f"{prefix}.perplexity": math.exp(loss)}
     answers: list[Answer] = []
     if any(task.generates for task in args.tasks) and held_out.examples:

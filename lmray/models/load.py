@@ -9,13 +9,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmray.errors import ArtifactError
-from lmray.models import attention as _registers_by_example  # noqa: F401
 from lmray.models.quiet import quiet
 
 
-def load_model(folder: Path, dtype: str, *, attention: str = "sdpa") -> PreTrainedModel:
-    """The causal language model in `folder` with weights of `dtype` (`float32`, `bfloat16`), on the CPU, with
-    `attention` as in `lmray.models.attention`.
+def load_model(folder: Path, dtype: str) -> PreTrainedModel:
+    """The causal language model in `folder` with weights of `dtype` (`float32`, `bfloat16`), on the CPU.
 
     Raises ArtifactError for weights or a config that cannot be read.
     """
@@ -24,7 +22,6 @@ def load_model(folder: Path, dtype: str, *, attention: str = "sdpa") -> PreTrain
             return AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
-                attn_implementation=attention,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 
 from lmray.artifacts.files import sha256_file, sha256_json
 from lmray.artifacts.wheels import wheel_folder
@@ -92,7 +93,20 @@ def _weights_digest(folder: Path) -> str:
         found = ", ".join(sorted(path.name for path in folder.glob("*"))[:6]) if folder.is_dir() else "nothing"
         allowed = "a folder with config.json, *.safetensors and a tokenizer"
         raise ArtifactError(f"model folder {folder}", f"holds no model, found {found or 'nothing'}", allowed=allowed)
+    for path in weights:
+        _check_readable(path)
     return sha256_json([_file_digest(path) for path in weights])
+
+
+def _check_readable(path: Path) -> None:
+    """Reads the header, which must describe the whole file: a download that broke off is found without a worker."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            str(path), f"is no whole safetensors file: {error}", hint="download or convert it again"
+        ) from None
 
 
 def _file_digest(path: Path) -> str:

@@ -14,5 +14,3 @@ class ModelSpec(Config):
     """Commit, tag or branch of a Hub id; must stay empty for the other sources."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights. `auto`: bfloat16 where the device computes it in hardware, else float32."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "by_example"] = "auto"
-    """How attention is computed in training. `auto`: `by_example` on CPUs, else `sdpa`."""

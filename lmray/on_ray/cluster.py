@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication import authentication_token_setup
 from ray.exceptions import AuthenticationError
 
 import lmray
@@ -28,6 +31,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local Ray. Data and checkpoints go through storage, so little passes through Ray's own object store."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job."""
+TOKEN_HINT = "where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with it"
 _TOKEN = secrets.token_hex(32)
 
 
@@ -77,10 +81,11 @@ def connected(*, num_cpus: int | None = None, num_gpus: int | None = None) -> It
         yield cluster_resources()
         return
     address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "local"):
-        _start_local(num_cpus, num_gpus)
-    else:
-        _join(address)
+    with _same_sigterm():
+        if address in ("", "local"):
+            _start_local(num_cpus, num_gpus)
+        else:
+            _join(address)
     try:
         yield cluster_resources()
     finally:
@@ -117,6 +122,15 @@ def check_resources(resources: Resources) -> None:
             f"lower `resources.workers` to {room}" if room else "lower `resources.cpus_per_worker` or `gpus_per_worker`"
         )
         raise CapacityError("resources", f"{wanted} do not fit; there is room for {room}", allowed=there, hint=hint)
+
+
+@contextmanager
+def _same_sigterm() -> Iterator[None]:
+    """Connecting makes SIGTERM end the process; a handler that was there before stays."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start_local(num_cpus: int | None, num_gpus: int | None) -> None:
@@ -172,15 +186,17 @@ def _join(address: str) -> None:
     if address != "auto":
         _probe(address, where)
     # A submitted job brought its package; a driver from outside brings it here, so that workers run the same code.
-    brought = {} if JOB_VARIABLE in os.environ else {"runtime_env": package_environment()}
-    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
+    brought = None if JOB_VARIABLE in os.environ else package_environment()
+    for name in ("ray._private.runtime_env.packaging", authentication_token_setup.__name__):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray does this for `ray start`, but lets a driver that joins send no token although the user has one.
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **brought)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=brought)
     except AuthenticationError:
-        hint = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
-        raise RemoteError(where, "the cluster refused this token, or asks for one", hint=hint) from None
+        raise RemoteError(where, "the cluster refused this token, or asks for one", hint=TOKEN_HINT) from None
     except (ConnectionError, RuntimeError) as error:
-        hint = "start it with `ray start --head`, or unset RAY_ADDRESS to run here"
+        hint = "start it with `ray start --head`, or unset RAY_ADDRESS to run here; " + TOKEN_HINT
         raise RemoteError(where, f"no cluster to connect to: {error}", hint=hint) from None
 
 

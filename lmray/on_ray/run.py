@@ -1,4 +1,4 @@
-"""Runs a job of any kind to its end: connects to Ray, hands the job to its kind's adapter, gives the Result.
+"""Runs a job of any kind to its end: hands it to its kind's adapter, which plans first and then connects to Ray.
 
 A SIGTERM (what `ray job stop`, Kubernetes and Slurm send) does what Ctrl-C does.
 """
@@ -64,7 +64,7 @@ def _handling(handlers: dict[int, Callable[..., Any]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _serve(job: Job) -> Result:
+def _serve(job: Any) -> Result:
     """Serves until SIGINT or SIGTERM, then takes the endpoint down."""
     started, stop = time.monotonic(), threading.Event()
     prepare(job)  # what is wrong shows before Ray starts

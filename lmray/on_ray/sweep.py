@@ -31,7 +31,7 @@ from lmray.config import dump
 from lmray.context import LocalContext, Result, RunContext
 from lmray.errors import LmrayError
 from lmray.job import Space, SweepJob, TrainJob
-from lmray.on_ray.cluster import check_resources, cluster_resources
+from lmray.on_ray.cluster import check_resources, cluster_resources, connected
 from lmray.on_ray.failures import reason
 from lmray.sweep.picture import plot_sweep
 from lmray.sweep.program import (
@@ -48,6 +48,7 @@ from lmray.sweep.program import (
     trial_job,
     write_outcome,
 )
+from lmray.train.plan import make_plan
 from lmray.train.program import train as train_program
 
 Train = Callable[[TrainJob, RunContext], Result]
@@ -78,24 +79,30 @@ class TuneContext(LocalContext):
 
 
 def sweep(job: SweepJob, *, progress: bool = True, train: Train = train_program) -> Result:
-    """Runs the sweep on the connected cluster and keeps the best trial's adapter.
+    """Runs the sweep on the cluster and keeps the best trial's adapter; goes on where an earlier attempt stopped.
 
-    Goes on where an earlier attempt stopped. Raises ConfigError or CapacityError for what cannot run, and the first
-    trial's error where every trial failed.
+    Raises what planning its job raises before Ray is started or anything written, CapacityError for resources that
+    are not there, and LmrayError with the first trial's reason where every trial failed.
     """
     started, store = time.monotonic(), open_store(job.storage)
     folder = store.root / "runs" / job.name
     check_sweep(job, folder)
-    check_resources(job.job.resources)
     if (done := _finished(folder)) is not None:
         return done
-    write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
+    make_plan(job.job)
+    with connected():
+        check_resources(job.job.resources)
+        write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
+        _quieten()
+        _settle(folder, _tuner(job, folder, train, progress).fit())
+    return _conclude(job, folder, store, started, progress=progress)
+
+
+def _quieten() -> None:
     os.environ |= ENVIRONMENT
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     for name in ("ray.tune", "optuna"):  # what happens to a trial is said by the Watcher
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    _settle(folder, _tuner(job, folder, train, progress).fit())
-    return _conclude(job, folder, store, started, progress=progress)
 
 
 def _tuner(job: SweepJob, folder: Path, train: Train, progress: bool) -> ray.tune.Tuner:

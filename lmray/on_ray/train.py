@@ -18,7 +18,7 @@ from ray.train.torch import TorchTrainer
 
 from lmray.artifacts.store import open_store
 from lmray.context import CHECKPOINTS_KEPT, Result
-from lmray.errors import RemoteError
+from lmray.errors import LmrayError, RemoteError
 from lmray.job import Resources, TrainJob
 from lmray.metrics.progress import follow
 from lmray.on_ray.cluster import check_resources, cluster_resources, connected
@@ -74,12 +74,16 @@ def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
     )
 
 
-def _worker(config: dict[str, Any]) -> Result:
+def _worker(config: dict[str, Any]) -> Result | LmrayError:
     job: TrainJob = config["job"]
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     context = RayContext(run_folder(job), device=device, threads=job.resources.cpus_per_worker or 1)
     try:
         return train_program(job, context)
+    except LmrayError as error:
+        if error.exit_code != 2:
+            raise
+        return error  # wrong input stays wrong: handed back instead of raised, so that it is not tried again
     finally:
         context.close()
 
@@ -101,6 +105,8 @@ def _fit(trainer: TorchTrainer, folder: Path) -> Result:
         print("stopping: the workers save and end; once more ends them at once", file=sys.stderr, flush=True)
         (folder / STOP).touch()
     result = future.result().return_value
+    if isinstance(result, LmrayError):
+        raise result
     if result is None:
         raise RemoteError(f"run {folder.name}", "ended without a result", hint=f"see the Ray Train log beside {folder}")
     return result

@@ -12,7 +12,6 @@ from lmray.data.batch import Batch, collate
 from lmray.data.sampler import Sampler
 from lmray.evaluate.loss import held_out_loss
 from lmray.job import TrainJob
-from lmray.models.attention import is_flat
 from lmray.models.load import pad_token_id
 from lmray.optim.schedule import learning_rate
 from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -28,6 +27,8 @@ class Loop:
         self.job, self.plan, self.prepared, self.learner, self.ctx = job, plan, prepared, learner, ctx
         self.sampler = Sampler(len(prepared.rows), job.train.seed)
         self.progress = self._resumed()
+        self.final_loss: float | None = None
+        """Held-out loss after the last step, where this attempt took it."""
 
     def run(self) -> bool:
         """Trains to the last step; True when done, False when asked to stop; the last step is committed either way."""
@@ -56,6 +57,7 @@ class Loop:
         last = step == self.plan.steps
         if self.prepared.eval_rows and (last or (args.eval_steps and step % args.eval_steps == 0)):
             metrics["eval.loss"] = self.held_out_loss()
+            self.final_loss = metrics["eval.loss"] if last else None
         self._report(step, metrics, save=save or last or step % args.save_steps == 0)
 
     def held_out_loss(self) -> float:
@@ -76,7 +78,7 @@ class Loop:
         pad = pad_token_id(self.prepared.tokenizer)
         for first in range(0, len(mine), size):
             packed = [self.prepared.rows[row] for row in mine[first : first + size]]
-            yield collate(packed, pad_token_id=pad, flat=is_flat(self.learner.model)).to(self.ctx.device)
+            yield collate(packed, pad_token_id=pad).to(self.ctx.device)
 
     def _metrics(self, report: StepReport, rate: float, seconds: float) -> dict[str, float]:
         return {

@@ -16,7 +16,6 @@ from lmray.artifacts.files import sha256_json
 from lmray.config import dump
 from lmray.errors import ConfigError
 from lmray.job import TrainJob
-from lmray.models.attention import resolve_attention
 from lmray.models.precision import resolve_dtype
 from lmray.train.prepare import Prepared, prepare
 from lmray.units import human_bytes, human_count
@@ -39,7 +38,6 @@ class Plan:
     """`digest`, `formats`, counts of examples, rows and tokens."""
     device: str
     dtype: str
-    attention: str
     sharding: Mapping[str, Any]
     reasons: Mapping[str, str]
     """Why each `auto` became what it is."""
@@ -63,7 +61,6 @@ class Plan:
             f"model      {model['source']}, {human_count(model['parameters'])} parameters, "
             f"{human_count(model['trainable_parameters'])} trained ({share:.2%}), digest {model['digest'][:12]}",
             f"precision  {self.dtype}: {self.reasons['dtype']}",
-            f"attention  {self.attention}: {self.reasons['attention']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
             *(f"data       {line}" for line in data["formats"]),
             f"data       {data['train_examples']} to train on, {data['eval_examples']} held out, "
@@ -83,9 +80,6 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     sharding, sharding_reason = job.sharding.resolve(workers=job.resources.workers)
     config = AutoConfig.from_pretrained(ready.model.folder, local_files_only=True)
-    attention, attention_reason = resolve_attention(
-        job.model.attn_implementation, device, config, max_length=job.data.max_length
-    )
     sizes = _parameters(job, config)
     rows_per_step = (
         job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
@@ -105,9 +99,8 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         data=data,
         device=device,
         dtype=dtype,
-        attention=attention,
         sharding=dump(sharding),
-        reasons={"dtype": dtype_reason, "attention": attention_reason, "sharding": sharding_reason},
+        reasons={"dtype": dtype_reason, "sharding": sharding_reason},
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,

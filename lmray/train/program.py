@@ -74,7 +74,7 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
     """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
-    model = load_model(prepared.model.folder, plan.dtype, attention=plan.attention)
+    model = load_model(prepared.model.folder, plan.dtype)
     model.requires_grad_(False)
     adapted = job.adapter.attach(model, seed=job.train.seed)
     torch.manual_seed(job.train.seed)
@@ -106,14 +106,17 @@ def _train_metrics(folder: Path) -> dict[str, float]:
 def _finish(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
     """Measures, keeps and reports; `result.json` last."""
     folder, model = loop.ctx.folder, loop.learner.model
-    measured = _measure(job, prepared, model, loop.ctx)
+    measured = _measure(job, prepared, loop)
     for label, one in measured.items():
         if one.answers:
             one.save_answers(folder / f"answers-{label}.jsonl")
     adapter = folder / "adapter"
     job.adapter.save(model, adapter)
     prepared.tokenizer.save_pretrained(adapter)
-    sizes = {f"model.{name}": plan.model[name] for name in ("parameters", "trainable_parameters")}
+    sizes = {
+        "model.parameters": plan.model["parameters"],
+        "model.trainable_parameters": plan.model["trainable_parameters"],
+    }
     metrics = (
         sizes
         | _train_metrics(folder)
@@ -134,17 +137,19 @@ def _finish(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, starte
     return result
 
 
-def _measure(job: TrainJob, prepared: Prepared, model: torch.nn.Module, ctx: RunContext) -> Mapping[str, Measured]:
+def _measure(job: TrainJob, prepared: Prepared, loop: Loop) -> Mapping[str, Measured]:
     """`base` (where asked for) and `tuned`."""
     if not job.evaluate.tasks:
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
-    settings = {"device": ctx.device, "threads": ctx.threads}
+    model, settings = loop.learner.model, {"device": loop.ctx.device, "threads": loop.ctx.threads}
     model.eval()
     measured = {}
     if job.evaluate.base:
         measured["base"] = measure(
             model, prepared.tokenizer, held_out, job.evaluate, adapter=None, prefix="base", **settings
         )
-    measured["tuned"] = measure(model, prepared.tokenizer, held_out, job.evaluate, adapter="default", **settings)
+    measured["tuned"] = measure(
+        model, prepared.tokenizer, held_out, job.evaluate, adapter="default", loss=loop.final_loss, **settings
+    )
     return measured

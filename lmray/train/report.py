@@ -18,7 +18,7 @@ from lmray.metrics.events import read_events
 from lmray.metrics.names import metric
 from lmray.metrics.plots import plot_losses
 from lmray.train.plan import Plan
-from lmray.units import human_seconds
+from lmray.units import human_bytes, human_count, human_seconds
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2530 }
@@ -69,12 +69,20 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
     rows += ["</table>"] if pairs else []
     others = [name for name in metrics if name not in pairs and not name.startswith("base.")]
     rows.append("<h2>Metrics</h2><table>")
-    rows += [
-        f'<tr><td>{name}<td class="number">{metrics[name]:,.6g}<td class="quiet">{metric(name).unit}<td class="quiet">'
-        f"{escape(metric(name).help)}</tr>"
-        for name in others
-    ]
+    for name in others:
+        facts = metric(name)
+        shown = f'<td class="number">{_shown(metrics[name], facts.unit)}<td class="quiet">{escape(facts.help)}'
+        rows.append(f"<tr><td>{name}{shown}</tr>")
     return "\n".join([*rows, "</table>"])
+
+
+def _shown(value: float, unit: str) -> str:
+    """A value as people read it."""
+    if unit == "bytes":
+        return human_bytes(value)
+    if unit == "s":
+        return human_seconds(value)
+    return human_count(value) if unit == "parameters" else f"{value:,.4g} {unit}".rstrip()
 
 
 def answers_section(answers: Mapping[str, Sequence[Answer]], count: int = 8) -> list[str]:

@@ -79,7 +79,7 @@ CASES = {
     empty_data: ("empty.jsonl", "is empty"),
     a_row_of_the_wrong_shape: ("rows.jsonl:2: column `completion`", "holds a int"),
     zero_supervised_tokens: ("no supervised token", "hint:"),
-    a_corrupted_model: ("model folder", "cannot be loaded"),
+    a_corrupted_model: ("model.safetensors", "is no whole safetensors file"),
     a_gpu_where_there_is_none: ("gpus_per_worker", "there is none"),
     a_path_as_a_name: ("name: '../escape' is not a name", "allowed:"),
     a_path_as_an_artifacts_name: ("output.artifact", "is not a name"),
@@ -109,7 +109,7 @@ def test_unknown_artifacts_and_stages(shell):
         ("artifacts", "show", "nope"),
         ("artifacts", "promote", "nope", "production"),
         ("artifacts", "export", "../x", "out"),
-        ("artifacts", "rollback", "nope"),
+        ("artifacts", "rollback", "nope", "production"),
     ):
         done = shell.lmray(*arguments)
         assert done.returncode == 2, (arguments, done.stderr)

@@ -47,6 +47,23 @@ def serve_file(shell, train_file, port: int):
     return path
 
 
+def compare(shell, train_file):
+    """Several targets on one base, one of them the artifact just kept."""
+    tree = yaml.safe_load(train_file.read_text(encoding="utf-8"))
+    job = {key: tree[key] for key in ("model", "data", "resources")} | {"kind": "evaluate", "name": "compare"}
+    job["targets"] = [{"label": "base"}, {"label": "shots", "num_fewshot": 2}, {"label": "tuned", "adapter": "colours"}]
+    job["evaluate"] = {"tasks": ["json_match", "loss"], "max_examples": 2, "max_new_tokens": 4}
+    (shell.folder / "compare.yaml").write_text(yaml.safe_dump(job, allow_unicode=True), encoding="utf-8")
+    unknown = shell.lmray("run", "compare.yaml", "targets.2.adapter=colour")
+    assert unknown.returncode == 2 and "did you mean `colours`" in unknown.stderr
+    done = shell.lmray("run", "compare.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    targets = one_json(done.stdout)["details"]["targets"]
+    assert targets["tuned"]["eval.loss"] < targets["base"]["eval.loss"] == targets["shots"]["eval.loss"]
+    lines = (shell.folder.parent / "store/runs/compare/answers-shots.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and json.loads(lines[0])["expected"]
+
+
 def test_train_keep_serve_ask(shell, train_file, tmp_path):
     checked = shell.lmray("check", "train.yaml", "--json")
     assert checked.returncode == 0, checked.stderr
@@ -64,6 +81,7 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
     other = shell.lmray("run", "train.yaml", "adapter.r=2")
     assert other.returncode == 2 and "adapter.r: 4 -> 2" in other.stderr
 
+    compare(shell, train_file)
     early = shell.lmray("run", str(serve_file(shell, train_file, free_port())))
     assert early.returncode == 2 and "no version or stage `production`" in early.stderr
     promoted = shell.lmray("artifacts", "promote", "colours", "production", "--json")
@@ -83,7 +101,7 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
         names = [model.id for model in client.models.list()]
         assert "colours" in names
         question = [{"role": "user", "content": "say 赤 "}]
-        said = client.chat.completions.create(model="colours", messages=question, max_tokens=12)
+        said = client.chat.completions.create(model="colours", messages=question, max_tokens=12, temperature=0)
         spoken = shell.lmray("chat", f"http://127.0.0.1:{port}", "say 赤 ", "--model", "colours", "--max-tokens", "12")
         assert spoken.returncode == 0 and spoken.stdout.strip() == (said.choices[0].message.content or "").strip()
     finally:
@@ -128,20 +146,3 @@ def test_jobs_run_py_is_the_same_call(shell, train_file, wrong):
     done = shell.python("jobs/run.py", "train.yaml", override)
     assert done.returncode == (2 if wrong else 0), done.stderr
     assert ("did you mean `max_steps`" in done.stderr) if wrong else ("succeeded" in done.stdout + done.stderr)
-
-
-def test_evaluate_compares_targets(shell, train_file):
-    tree = yaml.safe_load(train_file.read_text(encoding="utf-8"))
-    job = {key: tree[key] for key in ("model", "data", "resources")} | {"kind": "evaluate", "name": "compare"}
-    job["targets"] = [{"label": "base"}, {"label": "shots", "num_fewshot": 2}, {"label": "tuned", "adapter": "colours"}]
-    job["evaluate"] = {"tasks": ["json_match", "loss"], "max_examples": 2, "max_new_tokens": 4}
-    (shell.folder / "compare.yaml").write_text(yaml.safe_dump(job, allow_unicode=True), encoding="utf-8")
-    unknown = shell.lmray("run", "compare.yaml")
-    assert unknown.returncode == 2 and "artifact `colours`" in unknown.stderr
-    assert shell.lmray("run", "train.yaml").returncode == 0
-    done = shell.lmray("run", "compare.yaml", "--json")
-    assert done.returncode == 0, done.stderr
-    targets = one_json(done.stdout)["details"]["targets"]
-    assert targets["tuned"]["eval.loss"] < targets["base"]["eval.loss"] == targets["shots"]["eval.loss"]
-    lines = (shell.folder.parent / "store/runs/compare/answers-shots.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 2 and json.loads(lines[0])["expected"]

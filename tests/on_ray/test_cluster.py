@@ -82,13 +82,19 @@ def test_a_refused_token_says_what_to_set(monkeypatch):
 
 
 LOCAL = """
-import os, ray
+import os, ray, signal, threading
 from lmray.on_ray.cluster import connected
+from lmray.on_ray.run import sigterm_as_interrupt
 @ray.remote
 def token(): return os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])
-with connected(num_cpus=3) as offered:
+with sigterm_as_interrupt(), connected(num_cpus=3) as offered:
     assert offered.cpus == 3
     print(*ray.get(token.remote()))
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("interrupted")
 assert not ray.is_initialized()
 assert "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_MODE" not in os.environ
 """
@@ -101,7 +107,7 @@ def test_a_local_ray_has_a_token_and_leaves_nothing_behind(tmp_path):
         [sys.executable, "-c", LOCAL], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["token", "64"]
+    assert done.stdout.split() == ["token", "64", "interrupted"]
     assert list(tmp_path.iterdir()) == []
 
 

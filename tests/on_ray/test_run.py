@@ -76,6 +76,7 @@ def test_a_service_runs_until_a_signal_and_is_taken_down(ray_cluster, monkeypatc
         threading.Thread(target=os.kill, args=(os.getpid(), number)).start()
         return SimpleNamespace(url="http://127.0.0.1:8000", stop=lambda: stopped.append(job.name))
 
+    monkeypatch.setattr(module, "prepare", lambda job: None)
     monkeypatch.setitem(sys.modules, "lmray.on_ray.serve", SimpleNamespace(serve=serve))
     result = run(SimpleNamespace(kind="serve", name="x"))
     assert stopped == ["x"] and result.status == "stopped" and result.details == {"url": "http://127.0.0.1:8000"}

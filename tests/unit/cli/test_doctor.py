@@ -21,6 +21,7 @@ def test_a_store_that_is_a_file_and_a_cluster_that_is_away(cli, tmp_path, monkey
     file.write_text("")
     monkeypatch.setenv("LMRAY_STORE", str(file))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests of the session may be connected
     said = cli("doctor")
     bad = {line.split()[1]: line for line in said.out.splitlines() if line.startswith("BAD")}
     assert said.code == 1 and set(bad) == {"cluster", "store"}

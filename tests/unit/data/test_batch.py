@@ -37,17 +37,6 @@ def test_single_rows_are_padded_with_positions_going_on():
     assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3]] * 2
 
 
-def test_flat_batches_hold_the_same_examples_without_padding():
-    rows = [(example(3), example(2, start=50)), (example(4, start=90),)]
-    batch = collate(rows, pad_token_id=0, flat=True)
-    assert batch.input_ids_BT.tolist() == [[10, 11, 12, 50, 51, 90, 91, 92, 93]]
-    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 3]]
-    assert batch.bounds == (0, 3, 5, 9)
-    padded = collate(rows, pad_token_id=0)
-    assert (batch.num_supervised, batch.num_tokens) == (padded.num_supervised, padded.num_tokens)
-    assert "bounds" in batch.inputs and "bounds" not in padded.inputs
-
-
 def test_batches_move_whole():
     batch = collate([(example(2),)], pad_token_id=0).to("meta")
     assert batch.input_ids_BT.device == torch.device("meta") and batch.num_tokens == 2

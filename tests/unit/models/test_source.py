@@ -58,6 +58,8 @@ def test_corrupted_weights_and_a_missing_template_are_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     with pytest.raises(ArtifactError, match="cannot be loaded"):
         load_model(folder, "float32")
+    with pytest.raises(ArtifactError, match="no whole safetensors file"):
+        find_model(str(folder))
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ArtifactError, match="no chat template"):
         load_tokenizer(folder)
