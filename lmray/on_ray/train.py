@@ -57,6 +57,8 @@ def placed(job: Any) -> Any:
 
 def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
     resources = job.resources
+    # Ray Train puts the run's name into metrics that hold ASCII only; checkpoints stay in the run folder either way.
+    storage, name = (folder.parent, job.name) if job.name.isascii() else (folder, "ray")
     return TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -66,8 +68,8 @@ def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
             resources_per_worker={"CPU": resources.cpus_per_worker or 1, "GPU": resources.gpus_per_worker},
         ),
         run_config=ray.train.RunConfig(
-            name=job.name,
-            storage_path=str(folder.parent),
+            name=name,
+            storage_path=str(storage),
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
         ),

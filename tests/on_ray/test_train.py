@@ -57,7 +57,7 @@ def test_a_killed_worker_loses_nothing_and_the_curve_is_the_local_one(ray_cluste
 
 
 def test_asked_to_stop_it_saves_and_the_same_job_goes_on(ray_cluster, job, tmp_path):
-    remote = job("remote", train__max_steps=30, train__save_steps=1000)
+    remote = job("remote", name="実験", train__max_steps=30, train__save_steps=1000)
     local = job("local", train__max_steps=30, train__save_steps=1000)
     run_here(local, tmp_path / "scratch")
     folder = run_folder(remote)
@@ -69,7 +69,7 @@ def test_asked_to_stop_it_saves_and_the_same_job_goes_on(ray_cluster, job, tmp_p
     runner.join()
     done = len(read_events(folder / "events.jsonl"))
     assert outcome["result"].status == "stopped" and 0 < done < 30
-    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{done:08d}"]
+    assert [path.name for path in folder.rglob("checkpoint-*")] == [f"checkpoint-{done:08d}"]
     assert train(remote, progress=False).status == "succeeded"
     assert curve(remote) == pytest.approx(curve(local), abs=1e-6)
 
