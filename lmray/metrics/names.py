@@ -22,7 +22,6 @@ METRICS = {
     "train.grad_norm": Metric("", "Gradient norm before clipping."),
     "train.tokens_per_s": Metric("tokens/s", "Tokens processed per second, padding not counted.", "max"),
     "train.supervised_tokens": Metric("tokens", "Tokens the step's loss was taken over."),
-    "train.mfu": Metric("fraction", "Model FLOPs per second over the device's peak.", "max"),
     "train.epoch": Metric("epochs", "Passes over the training data so far."),
     "eval.loss": Metric("nats/token", "Mean loss over the supervised tokens of the held-out data.", "min"),
     "eval.perplexity": Metric("", "exp(eval.loss).", "min"),
@@ -32,8 +31,6 @@ METRICS = {
     "model.parameters": Metric("parameters", "Parameters of the model, adapter included."),
     "model.trainable_parameters": Metric("parameters", "Parameters that are trained."),
     "model.bytes": Metric("bytes", "Size of the kept artifact.", "min"),
-    "serve.decode_tokens_per_s": Metric("tokens/s", "Tokens generated per second, all requests together.", "max"),
-    "serve.ttft_ms": Metric("ms", "Time from a request to its first token.", "min"),
     "run.seconds": Metric("s", "Wall-clock time of the run.", "min"),
 }
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 
 import pytest
+import torch
 from ray import serve as ray_serve
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError
+from safetensors.torch import load_file, save_file
 
 from lmray.errors import CapacityError, DataError, RemoteError
 from lmray.job import ServeJob
@@ -35,7 +37,7 @@ def job(ray_cluster, tmp_path) -> ServeJob:
 
 def test_weights_that_cannot_be_read_are_named_with_the_replicas_own_words(job, tmp_path):
     weights = tmp_path / "tiny" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-500])
+    save_file({**load_file(weights), "model.norm.weight": torch.zeros(7)}, weights, metadata={"format": "pt"})
     with pytest.raises(RemoteError) as caught:
         serve(job)
     assert f"did not start: model folder {tmp_path / 'tiny'}: cannot be loaded" in str(caught.value)
