@@ -7,11 +7,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lmray.errors import ArtifactError
+from filelock import FileLock, Timeout
+
+from lmray.errors import ArtifactError, CapacityError
 
 MANIFEST = "manifest.json"
 
@@ -48,6 +51,23 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Keeps a second writer out of `folder` for the length of the block; the lock ends with its process, however that
+    ends. Raises CapacityError where another process writes there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        hint = "wait for it, stop it, or choose another `name`"
+        raise CapacityError(str(folder), "another process is running this run", hint=hint) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def replace_folder(source: Path, target: Path) -> None:

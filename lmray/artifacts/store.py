@@ -10,6 +10,16 @@ from lmray.config.places import store_root
 from lmray.errors import ConfigError
 
 
+class HasRuns(Protocol):
+    """What of a job says where it runs."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def storage(self) -> str | None: ...
+
+
 class Store(Protocol):
     """Keys are relative paths with `/`. Every write is seen whole or not at all."""
 
@@ -43,3 +53,8 @@ def open_store(root: str | None = None) -> Store:
     if "://" in place:
         raise ConfigError("storage", f"`{place}` is a URL", allowed="a folder that every node sees")
     return FileStore(Path(place).expanduser().absolute())
+
+
+def run_folder(job: HasRuns) -> Path:
+    """Where a job of any kind runs: below its store, by name."""
+    return open_store(job.storage).root / "runs" / job.name

@@ -34,10 +34,10 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
 
 def interrupted(job: Any) -> Result:
     """What is said of a run that was ended before it could say anything itself."""
-    from lmray.artifacts.store import open_store
+    from lmray.artifacts.store import run_folder
     from lmray.context import Result
 
-    folder = open_store(job.storage).root / "runs" / job.name
+    folder = run_folder(job)
     return Result("stopped", run=str(folder) if folder.is_dir() else "")
 
 

@@ -135,7 +135,7 @@ def _same_sigterm() -> Iterator[None]:
 
 def _start_local(num_cpus: int | None, num_gpus: int | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _own_token():
+    with _own_token(), _deaf_to_sigterm():
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -145,6 +145,17 @@ def _start_local(num_cpus: int | None, num_gpus: int | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """Children inherit the mask: a SIGTERM to the whole process group (Slurm, `timeout`) leaves the local Ray up until
+    its workers have saved and this process ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

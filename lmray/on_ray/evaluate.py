@@ -8,7 +8,8 @@ from pathlib import Path
 
 import ray
 
-from lmray.artifacts.store import open_store
+from lmray.artifacts.files import only_writer
+from lmray.artifacts.store import run_folder
 from lmray.context import LocalContext, Result
 from lmray.evaluate.program import evaluate as evaluate_program
 from lmray.evaluate.program import prepare
@@ -25,14 +26,14 @@ def evaluate(job: EvaluateJob, *, progress: bool = True) -> Result:
         job = placed(job)
         options = {"num_cpus": job.resources.cpus_per_worker, "num_gpus": job.resources.gpus_per_worker}
         task = ray.remote(**options, max_retries=job.resources.max_failures)(_evaluate)
-        return ray.get(task.remote(job))
+        with only_writer(run_folder(job)):
+            return ray.get(task.remote(job))
 
 
 def _evaluate(job: EvaluateJob) -> Result:
     scratch = Path(tempfile.mkdtemp(prefix="lmray-"))
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
-    folder = open_store(job.storage).root / "runs" / job.name
-    context = LocalContext(folder, scratch=scratch, device=device, threads=job.resources.cpus_per_worker or 1)
+    context = LocalContext(run_folder(job), scratch=scratch, device=device, threads=job.resources.cpus_per_worker or 1)
     try:
         return evaluate_program(job, context)
     finally:

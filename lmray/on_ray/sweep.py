@@ -25,8 +25,8 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from lmray.artifacts.artifact import Artifacts
-from lmray.artifacts.files import write_atomic
-from lmray.artifacts.store import Store, open_store
+from lmray.artifacts.files import only_writer, write_atomic
+from lmray.artifacts.store import Store, open_store, run_folder
 from lmray.config import dump
 from lmray.context import LocalContext, Result, RunContext
 from lmray.errors import LmrayError
@@ -84,17 +84,17 @@ def sweep(job: SweepJob, *, progress: bool = True, train: Train = train_program)
     Raises what planning its job raises before Ray is started or anything written, CapacityError for resources that
     are not there, and LmrayError with the first trial's reason where every trial failed.
     """
-    started, store = time.monotonic(), open_store(job.storage)
-    folder = store.root / "runs" / job.name
+    started, store, folder = time.monotonic(), open_store(job.storage), run_folder(job)
     check_sweep(job, folder)
     if (done := _finished(folder)) is not None:
         return done
     make_plan(job.job)
     with connected():
         check_resources(job.job.resources)
-        write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
-        _quieten()
-        _settle(folder, _tuner(job, folder, train, progress).fit())
+        with only_writer(folder):
+            write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
+            _quieten()
+            _settle(folder, _tuner(job, folder, train, progress).fit())
     return _conclude(job, folder, store, started, progress=progress)
 
 

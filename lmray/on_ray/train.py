@@ -16,7 +16,8 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from lmray.artifacts.store import open_store
+from lmray.artifacts.files import only_writer
+from lmray.artifacts.store import open_store, run_folder
 from lmray.context import CHECKPOINTS_KEPT, Result
 from lmray.errors import LmrayError, RemoteError
 from lmray.job import Resources, TrainJob
@@ -24,7 +25,7 @@ from lmray.metrics.progress import follow
 from lmray.on_ray.cluster import check_resources, cluster_resources, connected
 from lmray.on_ray.context import STOP, RayContext
 from lmray.train.plan import check_same_run, make_plan
-from lmray.train.program import finished, run_folder
+from lmray.train.program import finished
 from lmray.train.program import train as train_program
 
 
@@ -38,9 +39,8 @@ def train(job: TrainJob, *, progress: bool = True) -> Result:
         return done
     with connected():
         job = placed(job)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / STOP).unlink(missing_ok=True)
-        with follow(folder) if progress else nullcontext():
+        with only_writer(folder), follow(folder) if progress else nullcontext():
+            (folder / STOP).unlink(missing_ok=True)
             return _fit(_trainer(job, folder), folder)
 
 

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lmray.artifacts.store import run_folder
 from lmray.config import Document, decode
 from lmray.config.decode import set_value
 from lmray.context import LocalContext, Result
 from lmray.job import TrainJob
 from lmray.metrics.events import read_events
-from lmray.train.program import run_folder, train
+from lmray.train.program import train
 
 WORDS = ("red", "green", "blue", "赤", "緑", "青", "one", "two")
 

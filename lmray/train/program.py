@@ -34,11 +34,6 @@ from lmray.train.report import write_report
 RESULT = "result.json"
 
 
-def run_folder(job: TrainJob) -> Path:
-    """Where `job` runs: below its store, by name."""
-    return open_store(job.storage).root / "runs" / job.name
-
-
 def finished(folder: Path) -> Result | None:
     """The result of the run in `folder` if it is done, as `already-done`."""
     path = folder / RESULT

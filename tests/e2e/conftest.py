@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -25,6 +27,7 @@ class Shell:
 
     folder: Path
     env: dict[str, str] = field(default_factory=dict)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def lmray(self, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
         """`lmray ARGUMENTS`, to its end."""
@@ -38,9 +41,9 @@ class Shell:
         )
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """`lmray ARGUMENTS` in the background, in a process group of its own."""
+        """`lmray ARGUMENTS` in the background, in a session of its own; what is left of it ends with the test."""
         command = [sys.executable, "-m", "lmray", *arguments]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=self.folder,
             env=self.env,
@@ -50,6 +53,26 @@ class Shell:
             start_new_session=True,
             preexec_fn=_hear_interrupts,
         )
+        self.started.append(process)
+        return process
+
+    def alive(self, process: subprocess.Popen[str]) -> list[psutil.Process]:
+        """What `process`, a started one, and all it started still have running."""
+        return [one for one in psutil.process_iter() if _session(one.pid) == process.pid and _runs(one)]
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _hear_interrupts() -> None:
@@ -58,7 +81,7 @@ def _hear_interrupts() -> None:
 
 
 @pytest.fixture
-def shell(tmp_path) -> Shell:
+def shell(tmp_path) -> Iterator[Shell]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LMRAY_", "HF_"))}
     own = {
         "HOME": str(tmp_path / "home"),
@@ -71,7 +94,11 @@ def shell(tmp_path) -> Shell:
     (tmp_path / "home").mkdir()
     folder = tmp_path / "work"
     folder.mkdir()
-    return Shell(folder, kept | own)
+    shell = Shell(folder, kept | own)
+    yield shell
+    for process in shell.started:
+        for left in shell.alive(process):
+            left.kill()
 
 
 @pytest.fixture

@@ -11,14 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmray.artifacts.artifact import Artifacts
-from lmray.artifacts.store import open_store
+from lmray.artifacts.store import open_store, run_folder
 from lmray.data.batch import collate
 from lmray.data.sampler import Sampler
 from lmray.methods.sft import sft_loss
 from lmray.models.export import export
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.train.prepare import prepare
-from lmray.train.program import run_folder
 
 
 @pytest.fixture

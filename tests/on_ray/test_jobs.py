@@ -19,7 +19,7 @@ import yaml
 
 import lmray
 from lmray.artifacts.artifact import Artifacts
-from lmray.artifacts.store import open_store
+from lmray.artifacts.store import open_store, run_folder
 from lmray.config import Document, decode
 from lmray.context import Result, committed
 from lmray.errors import ConfigError, RemoteError
@@ -29,7 +29,6 @@ from lmray.on_ray.jobs import Run, find, last_result, list_jobs, submission_stem
 from lmray.on_ray.portable import portable
 from lmray.testing.jobs import tiny_job
 from lmray.testing.waiting import wait_until
-from lmray.train.program import run_folder
 
 TOKEN = "a" * 64
 

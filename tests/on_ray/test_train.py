@@ -10,12 +10,12 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from lmray.artifacts.store import run_folder
 from lmray.errors import CapacityError, ConfigError
 from lmray.metrics.events import read_events
 from lmray.on_ray.train import train
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.waiting import wait_until
-from lmray.train.program import run_folder
 
 
 @pytest.fixture

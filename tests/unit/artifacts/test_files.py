@@ -14,6 +14,7 @@ import pytest
 from lmray.artifacts import files
 from lmray.artifacts.files import (
     folder_digests,
+    only_writer,
     read_sealed,
     replace_folder,
     seal,
@@ -22,7 +23,7 @@ from lmray.artifacts.files import (
     write_atomic,
     write_json,
 )
-from lmray.errors import ArtifactError
+from lmray.errors import ArtifactError, CapacityError
 
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
@@ -127,3 +128,33 @@ def test_a_folder_without_a_readable_manifest_was_not_finished(tmp_path, manifes
         (tmp_path / "manifest.json").write_text(manifest, encoding="utf-8")
     with pytest.raises(ArtifactError, match="no readable manifest"):
         read_sealed(tmp_path)
+
+
+def test_a_second_writer_is_refused_while_the_first_is_there(tmp_path):
+    held, refused = only_writer(tmp_path / "run"), pytest.raises(CapacityError, match="another process is running")
+    with held, refused, only_writer(tmp_path / "run"):
+        pass
+    with only_writer(tmp_path / "run"):
+        pass
+
+
+def test_a_killed_writers_lock_is_gone(tmp_path):
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib; from lmray.artifacts.files import only_writer\n"
+            "with only_writer(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()",
+            str(tmp_path / "run"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(CapacityError, match="name"), only_writer(tmp_path / "run"):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    with only_writer(tmp_path / "run"):
+        pass

@@ -3,13 +3,12 @@ import json
 import pytest
 
 from lmray.artifacts.artifact import Artifacts
-from lmray.artifacts.store import open_store
+from lmray.artifacts.store import open_store, run_folder
 from lmray.errors import CapacityError, CheckpointError, ConfigError, DataError
 from lmray.metrics.events import read_events
 from lmray.models.load import load_model
 from lmray.testing.jobs import run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.train.plan import make_plan
-from lmray.train.program import run_folder
 
 
 @pytest.fixture
