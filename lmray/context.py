@@ -91,11 +91,12 @@ class LocalContext:
         self._events = EventLog(folder / "events.jsonl")
 
     def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
+        # The event first: one without its checkpoint is dropped at the resume, a checkpoint without its event is a gap.
+        self._events.append(step, metrics)
         if checkpoint is not None:
             replace_folder(checkpoint, self.folder / checkpoint_name(step))
             for old in committed(self.folder)[:-CHECKPOINTS_KEPT]:
                 shutil.rmtree(old)
-        self._events.append(step, metrics)
 
     def should_stop(self) -> bool:
         return self._stop()

@@ -30,14 +30,14 @@ class RayContext:
         self._events = EventLog(folder / "events.jsonl")
 
     def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
+        if self.rank == 0:  # before the checkpoint, as in LocalContext
+            self._events.append(step, metrics)
         if checkpoint is not None:
             name = checkpoint_name(step)
             ray.train.report(
                 {"step": step, **metrics}, checkpoint=Checkpoint(str(checkpoint)), checkpoint_dir_name=name
             )
             self._commit(name)
-        if self.rank == 0:
-            self._events.append(step, metrics)
 
     def _commit(self, name: str) -> None:
         """`report` returns before the controller has registered the upload; a rank that dies in between would orphan

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from lmray import context
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store, run_folder
 from lmray.errors import CapacityError, CheckpointError, ConfigError, DataError
@@ -127,3 +128,27 @@ def test_epochs_and_evaluation_steps(job, tmp_path):
     events = read_events(run_folder(one) / "events.jsonl")
     assert events[-1]["train.epoch"] == pytest.approx(1.5, abs=0.05)
     assert [event["step"] for event in events if "eval.loss" in event] == [*range(2, plan.steps, 2), plan.steps]
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+@pytest.mark.parametrize("before", [True, False])
+def test_a_kill_around_a_commit_leaves_no_gap_in_the_events(job, tmp_path, monkeypatch, call, before):
+    class Killed(BaseException):
+        pass
+
+    calls, commit = iter(range(1, 100)), context.replace_folder
+
+    def dying(source, target):
+        dies = next(calls) == call
+        if dies and before:
+            raise Killed
+        commit(source, target)
+        if dies:
+            raise Killed
+
+    one = job(train__max_steps=6, train__save_steps=1)
+    monkeypatch.setattr(context, "replace_folder", dying)
+    with pytest.raises(Killed):
+        run_here(one, tmp_path / "scratch")
+    assert run_here(one, tmp_path / "scratch").status == "succeeded"
+    assert [event["step"] for event in read_events(run_folder(one) / "events.jsonl")] == [1, 2, 3, 4, 5, 6]
