@@ -12,4 +12,4 @@ def make_adamw(model: torch.nn.Module, *, learning_rate: float, weight_decay: fl
         {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=True)

@@ -7,12 +7,15 @@ pass, so the gradient does not depend on how a step's rows are cut into micro-ba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
-from lmray.data.batch import Batch
+from lmray.data.batch import Batch, Packed
 from lmray.methods.base import Objective
+from lmray.models.fused import Fused
 from lmray.models.precision import computing
 from lmray.sharding.base import Placed
 
@@ -30,14 +33,21 @@ class StepReport:
 
 
 class Learner:
-    """A placed model with what it minimises."""
+    """A placed model with what it minimises. `fused`: its steps take micro-batches of one row (see `joined`)."""
 
-    def __init__(self, placed: Placed, objective: Objective, *, max_grad_norm: float):
-        self.placed, self.objective, self.max_grad_norm = placed, objective, max_grad_norm
+    def __init__(self, placed: Placed, objective: Objective, *, max_grad_norm: float, fused: Fused | None = None):
+        self.placed, self.objective, self.max_grad_norm, self.fused = placed, objective, max_grad_norm, fused
 
     @property
     def model(self) -> torch.nn.Module:
         return self.placed.model
+
+    def joined(self, rows: Sequence[Packed]) -> Sequence[Packed]:
+        """`rows` of a micro-batch as this learner computes them: as they are, or behind each other in one."""
+        return [tuple(chain.from_iterable(rows))] if self.fused else rows
+
+    def _computing(self, batch: Batch) -> AbstractContextManager[None]:
+        return self.fused.running(batch.position_ids_BT) if self.fused else computing(self.model)
 
     def step(self, batches: Sequence[Batch], *, learning_rate: float) -> StepReport:
         """One optimizer step over this rank's micro-batches, already on the device."""
@@ -48,7 +58,7 @@ class Learner:
         self.model.train()
         total = 0.0
         for batch in batches:
-            with computing(self.model):
+            with self._computing(batch):
                 loss_sum = self.objective.loss(self.model, batch)
             (loss_sum / count).backward()
             total += float(loss_sum.detach())

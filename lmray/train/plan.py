@@ -16,6 +16,7 @@ from lmray.artifacts.files import sha256_json
 from lmray.config import dump
 from lmray.errors import ConfigError
 from lmray.job import TrainJob
+from lmray.models.fused import unfit
 from lmray.models.precision import resolve_dtype
 from lmray.train.prepare import Prepared, prepare
 from lmray.units import human_bytes, human_count
@@ -38,6 +39,8 @@ class Plan:
     """`digest`, `formats`, counts of examples, rows and tokens."""
     device: str
     dtype: str
+    kernels: str
+    """`fused` or `plain`; see `lmray.models.fused`."""
     sharding: Mapping[str, Any]
     reasons: Mapping[str, str]
     """Why each `auto` became what it is."""
@@ -61,6 +64,7 @@ class Plan:
             f"model      {model['source']}, {human_count(model['parameters'])} parameters, "
             f"{human_count(model['trainable_parameters'])} trained ({share:.2%}), digest {model['digest'][:12]}",
             f"precision  {self.dtype}: {self.reasons['dtype']}",
+            f"kernels    {self.kernels}: {self.reasons['kernels']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
             *(f"data       {line}" for line in data["formats"]),
             f"data       {data['train_examples']} to train on, {data['eval_examples']} held out, "
@@ -80,7 +84,8 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     sharding, sharding_reason = job.sharding.resolve(workers=job.resources.workers)
     config = AutoConfig.from_pretrained(ready.model.folder, local_files_only=True)
-    sizes = _parameters(job, config)
+    sizes = _parameters(job, config, device)
+    kernels, kernels_reason = _kernels(job, sizes.unfit)
     rows_per_step = (
         job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
     )
@@ -99,8 +104,9 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         data=data,
         device=device,
         dtype=dtype,
+        kernels=kernels,
         sharding=dump(sharding),
-        reasons={"dtype": dtype_reason, "sharding": sharding_reason},
+        reasons={"dtype": dtype_reason, "sharding": sharding_reason, "kernels": kernels_reason},
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
@@ -138,9 +144,21 @@ class _Sizes:
     hidden: int
     intermediate: int
     vocabulary: int
+    unfit: str | None
+    """Why the fused functions cannot be used."""
 
 
-def _parameters(job: TrainJob, config: Any) -> _Sizes:
+def _kernels(job: TrainJob, reason: str | None) -> tuple[str, str]:
+    asked = job.train.kernels
+    if asked == "fused" and reason:
+        hint = "`kernels: auto` uses them where they fit"
+        raise ConfigError("train.kernels", f"`fused` does not fit: {reason}", allowed="auto, plain", hint=hint)
+    if asked == "auto":
+        return ("plain", reason) if reason else ("fused", "the model's parts are known to the fused functions")
+    return asked, "as the job says"
+
+
+def _parameters(job: TrainJob, config: Any, device: str) -> _Sizes:
     """Counted on a model without storage, adapter attached: target modules are checked before anything starts."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
@@ -150,7 +168,7 @@ def _parameters(job: TrainJob, config: Any) -> _Sizes:
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     shape = (config.num_hidden_layers, config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size))
-    return _Sizes(total, trained, num_base, *shape, config.vocab_size)
+    return _Sizes(total, trained, num_base, *shape, config.vocab_size, unfit(model, device))
 
 
 def _data_facts(job: TrainJob, ready: Prepared) -> dict[str, Any]:

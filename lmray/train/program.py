@@ -23,6 +23,7 @@ from lmray.context import Result, RunContext
 from lmray.evaluate.measure import HeldOut, Measured, measure
 from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
+from lmray.models.fused import Fused
 from lmray.models.load import load_model
 from lmray.optim.adamw import make_adamw
 from lmray.train.learner import Learner
@@ -82,7 +83,8 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
         ctx.device,
     )
     (objective,) = job.method.objectives()
-    return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm)
+    fused = Fused(placed.model) if plan.kernels == "fused" else None
+    return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, fused=fused)
 
 
 def _open_folder(job: TrainJob, plan: Plan, folder: Path) -> None:
