@@ -42,8 +42,6 @@ class TrainArgs(Config):
     """Held-out loss every this many steps, besides the end. Empty: at the end only."""
     save_steps: Annotated[int, Field(ge=1)] = 50
     """A checkpoint every this many steps, besides the end."""
-    kernels: Literal["auto", "plain", "fused"] = "auto"
-    """How a step is computed: as `transformers` and `peft` do it, or by lmray's fused functions, where they fit."""
     seed: int = 0
 
 

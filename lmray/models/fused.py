@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLayer
 
 from lmray.ops.lora_linear import lora_linear, make_group
-from lmray.ops.packed_attention import Block, make_blocks, packed_attention
+from lmray.ops.packed_attention import Block, Heads, make_blocks, packed_attention
 from lmray.ops.rms_norm import rms_norm
 from lmray.ops.swiglu import swiglu
 
@@ -91,15 +91,11 @@ class Fused:
     def _attention(self, module: Any) -> Callable[..., Any]:
         qkv, out = _group(module.q_proj, module.k_proj, module.v_proj), _group(module.o_proj)
         width = module.head_dim
-        shape = {
-            "num_heads": module.q_proj.out_features // width,
-            "num_kv_heads": module.k_proj.out_features // width,
-            "scale": module.scaling,
-        }
+        heads = Heads(module.q_proj.out_features // width, module.k_proj.out_features // width, module.scaling)
 
         def forward(hidden_states: torch.Tensor, position_embeddings: Any, **_: Any) -> tuple[torch.Tensor, None]:
-            cos, sin = (one[0] for one in position_embeddings)
-            mixed_NE = packed_attention(qkv(hidden_states[0]), cos, sin, self.blocks, **shape)
+            cos_1ND, sin_1ND = position_embeddings
+            mixed_NE = packed_attention(qkv(hidden_states[0]), (cos_1ND[0], sin_1ND[0]), self.blocks, heads)
             return out(mixed_NE)[None], None
 
         return forward

@@ -21,6 +21,9 @@ WASTE = 0.7
 SHORT = 256
 """Up to this many tokens the kernel's backward pass is faster in float32: six times at 74 tokens, even at about 400."""
 
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 
 @dataclass(frozen=True)
 class Block:
@@ -53,19 +56,22 @@ def make_blocks(lengths: Sequence[int], device: torch.device | str = "cpu") -> t
     return tuple(blocks)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """How a row of queries, keys and values is divided."""
+
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    """Of the scores, before the softmax."""
+
+
 def packed_attention(
-    qkv_NE: torch.Tensor,
-    cos_ND: torch.Tensor,
-    sin_ND: torch.Tensor,
-    blocks: tuple[Block, ...],
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
+    qkv_NE: torch.Tensor, angles_ND: tuple[torch.Tensor, torch.Tensor], blocks: tuple[Block, ...], heads: Heads
 ) -> torch.Tensor:
     """Attention's output [N, H D] of queries, keys and values side by side in `qkv_NE`, E = (H + 2 K) D, not yet
-    rotated."""
-    return _PackedAttention.apply(qkv_NE, cos_ND, sin_ND, blocks, num_heads, num_kv_heads, scale)  # type: ignore[return-value]
+    rotated. `angles_ND`: cosine and sine of every token's position."""
+    return _PackedAttention.apply(qkv_NE, angles_ND, blocks, heads)  # type: ignore[return-value]
 
 
 def _rotated(x_NHD: torch.Tensor, cos_N1C: torch.Tensor, sin_N1C: torch.Tensor, sign: int) -> torch.Tensor:
@@ -96,39 +102,36 @@ def _gather(out_NHD: torch.Tensor, x_BHTD: torch.Tensor, block: Block) -> None:
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv_NE, cos_ND, sin_ND, blocks, num_heads: int, num_kv_heads: int, scale: float):
-        half = cos_ND.shape[-1] // 2
-        cos, sin = cos_ND[:, None, :half], sin_ND[:, None, :half]
-        heads_NHD = qkv_NE.unflatten(-1, (num_heads + 2 * num_kv_heads, -1))
-        turned, values = heads_NHD[:, : num_heads + num_kv_heads], heads_NHD[:, num_heads + num_kv_heads :]
-        turned = _rotated(turned, cos, sin, 1)
-        out_NHD = turned.new_empty(len(turned), num_heads, turned.shape[-1])
+    def forward(ctx: Any, qkv_NE: torch.Tensor, angles_ND: Any, blocks: tuple[Block, ...], heads: Heads):
+        cos, sin = (one[:, None, : one.shape[-1] // 2] for one in angles_ND)
+        turning = heads.num_heads + heads.num_kv_heads
+        heads_NHD = qkv_NE.unflatten(-1, (turning + heads.num_kv_heads, -1))
+        turned, values = _rotated(heads_NHD[:, :turning], cos, sin, 1), heads_NHD[:, turning:]
+        out_NHD = turned.new_empty(len(turned), heads.num_heads, turned.shape[-1])
         kept = []
         for block in blocks:
-            laid, v = _laid_out(turned, block), _laid_out(values, block)
-            q, k = laid[:, :num_heads], laid[:, num_heads:]
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+            q, k = _laid_out(turned, block).split([heads.num_heads, heads.num_kv_heads], dim=1)
+            v = _laid_out(values, block)
+            out, lse = _attend(q, k, v, 0.0, True, scale=heads.scale)
             _gather(out_NHD, out, block)
             kept += [q, k, v, out, lse]
         ctx.save_for_backward(cos, sin, *kept)
-        ctx.blocks, ctx.heads, ctx.scale = blocks, (num_heads, num_kv_heads), scale
+        ctx.blocks, ctx.heads = blocks, heads
         return out_NHD.flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor):
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin, *kept = ctx.saved_tensors
-        num_heads, num_kv_heads = ctx.heads
-        dout_NHD = grads[0].unflatten(-1, (num_heads, -1))
-        dqkv = dout_NHD.new_empty(len(dout_NHD), num_heads + 2 * num_kv_heads, dout_NHD.shape[-1])
+        heads: Heads = ctx.heads
+        dout_NHD = grads[0].unflatten(-1, (heads.num_heads, -1))
+        turning = heads.num_heads + heads.num_kv_heads
+        dqkv = dout_NHD.new_empty(len(dout_NHD), turning + heads.num_kv_heads, dout_NHD.shape[-1])
         for index, block in enumerate(ctx.blocks):
-            q, k, v, out, lse = kept[5 * index : 5 * index + 5]
-            given = (_laid_out(dout_NHD, block), q, k, v, out)
+            *given, lse = kept[5 * index : 5 * index + 5]
+            given.insert(0, _laid_out(dout_NHD, block))
             if block.length <= SHORT:
-                given = tuple(one.float() for one in given)
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *given, lse, 0.0, True, scale=ctx.scale
-            )
-            _gather(dqkv, torch.cat([dq, dk, dv], dim=1).to(dqkv.dtype), block)
-        turned = num_heads + num_kv_heads
-        dqkv[:, :turned] = _rotated(dqkv[:, :turned], cos, sin, -1)
-        return dqkv.flatten(1), None, None, None, None, None, None
+                given = [one.float() for one in given]
+            found = _attend_backward(*given, lse, 0.0, True, scale=heads.scale)
+            _gather(dqkv, torch.cat(found, dim=1).to(dqkv.dtype), block)
+        dqkv[:, :turning] = _rotated(dqkv[:, :turning], cos, sin, -1)
+        return dqkv.flatten(1), None, None, None

@@ -149,10 +149,10 @@ class _Sizes:
 
 
 def _kernels(job: TrainJob, reason: str | None) -> tuple[str, str]:
-    asked = job.train.kernels
+    asked = job.model.kernels
     if asked == "fused" and reason:
         hint = "`kernels: auto` uses them where they fit"
-        raise ConfigError("train.kernels", f"`fused` does not fit: {reason}", allowed="auto, plain", hint=hint)
+        raise ConfigError("model.kernels", f"`fused` does not fit: {reason}", allowed="auto, plain", hint=hint)
     if asked == "auto":
         return ("plain", reason) if reason else ("fused", "the model's parts are known to the fused functions")
     return asked, "as the job says"

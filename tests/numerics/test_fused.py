@@ -23,7 +23,7 @@ from lmray.errors import ConfigError
 from lmray.methods.sft import Sft, sft_loss
 from lmray.models.fused import Fused, unfit
 from lmray.ops.lora_linear import lora_linear, make_group
-from lmray.ops.packed_attention import make_blocks, packed_attention
+from lmray.ops.packed_attention import Heads, make_blocks, packed_attention
 from lmray.ops.rms_norm import rms_norm
 from lmray.ops.swiglu import swiglu
 from lmray.optim.adamw import make_adamw
@@ -114,9 +114,8 @@ def test_packed_attention(dtype, lengths, heads):
         return torch.cat(parts).flatten(1)
 
     def ours(qkv):
-        turn = cos.to(dtype), sin.to(dtype)
-        shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "scale": 1 / math.sqrt(width)}
-        return packed_attention(qkv, *turn, make_blocks(lengths), **shape)
+        angles = cos.to(dtype), sin.to(dtype)
+        return packed_attention(qkv, angles, make_blocks(lengths), Heads(num_heads, num_kv_heads, 1 / math.sqrt(width)))
 
     check(ours, naive, [torch.randn(tokens, (num_heads + 2 * num_kv_heads) * width)], dtype)
 
@@ -226,8 +225,8 @@ def test_the_plan_says_which_kernels_and_refuses_those_that_do_not_fit(tiny_mode
     def plan(**changes):
         return make_plan(tiny_job(tiny_model, tiny_data, tmp_path / "store", **changes))
 
-    assert (plan().kernels, plan(train__kernels="plain").kernels) == ("fused", "plain")
+    assert (plan().kernels, plan(model__kernels="plain").kernels) == ("fused", "plain")
     without = plan(adapter__lora_dropout=0.1)
     assert without.kernels == "plain" and "dropout" in "\n".join(without.lines())
-    with pytest.raises(ConfigError, match=r"train\.kernels: `fused` does not fit: LoRA dropout"):
-        plan(adapter__lora_dropout=0.1, train__kernels="fused")
+    with pytest.raises(ConfigError, match=r"model\.kernels: `fused` does not fit: LoRA dropout"):
+        plan(adapter__lora_dropout=0.1, model__kernels="fused")
