@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lmray import __version__
-from lmray.cli import artifacts, chat, check, doctor, jobs, run
+from lmray.cli import artifacts, bench, chat, check, doctor, jobs, run
 
 app = typer.Typer(
     help="Fine-tune, sweep, keep and serve language models on a Ray cluster, through one job API.",
@@ -43,6 +43,7 @@ app.command("schema")(check.schema)
 app.add_typer(artifacts.app, name="artifacts")
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
+app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench.bench)
 
 
 @app.command()
