@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from lmray.data.base import Mapping, Row
@@ -15,7 +16,7 @@ from lmray.data.mappings.preference import Preference, label_of
 from lmray.data.mappings.sharegpt import Sharegpt
 from lmray.data.mappings.text import Text
 from lmray.data.turns import SHAREGPT, dialect_of, parse_list
-from lmray.errors import DataError, did_you_mean
+from lmray.errors import DataError
 
 NUM_ROWS = 20
 """Rows that are looked at before the first is read."""
@@ -62,12 +63,15 @@ def _readings(row: Row) -> tuple[Mapping, ...]:
 def _fitting(value: dict[str, Any]) -> Iterator[Mapping]:
     if value.get("type") in KNOWN and value.keys() & {"text", "input", "messages", "chosen", "prompt"}:
         yield Lmflow()
+    asked = None
     if {"chosen", "rejected"} <= value.keys():
-        yield _preference(value)
+        preference = _preference(value)
+        asked = preference.prompt
+        yield preference
     elif {"prompt", "completion", "label"} <= value.keys() and label_of(value["label"]) is not None:
         yield Preference()
     for column in ("messages", "conversations"):
-        if column in value:
+        if column in value and column != asked:
             turns = _is_sharegpt(value[column])
             yield Sharegpt(conversations=column) if turns else Messages(column=column)
     if {"instruction", "output"} <= value.keys():
@@ -95,6 +99,6 @@ def _is_sharegpt(turns: Any) -> bool:
 def _hint(row: Row) -> str:
     """The nearest column that lmray knows, beside how to say what the columns are."""
     say = "say which columns: `mapping: {prompt: COLUMN, completion: COLUMN}`"
-    near = [(column, did_you_mean(column, COLUMNS)) for column in row.value if column not in COLUMNS]
-    named = [f"column `{column}`: {hint}" for column, hint in near if hint]
+    near = [(column, get_close_matches(column, COLUMNS, n=1, cutoff=0.75)) for column in row.value]
+    named = [f"column `{column}`: did you mean `{known[0]}`?" for column, known in near if known and known[0] != column]
     return "; ".join([*named[:2], say])

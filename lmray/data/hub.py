@@ -14,7 +14,7 @@ from lmray.errors import DataError, did_you_mean
 
 PREFIX = "hf:"
 _ID = re.compile(r"hf:(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+)(?=:))?(:(?P<split>[\w.-]+(\[[\w:%.-]*\])?))?")
-LOCAL = "use what is on this machine: a file, a folder, a glob; or download the data set's files and name them by path"
+LOCAL = "check the id and the network, or use what is on this machine: a file, a folder, a glob of files you downloaded"
 
 
 def open_dataset(source: str) -> Iterator[Row]:

@@ -145,6 +145,8 @@ def _read_turn(turn: Any, where: str, dialect: Dialect) -> Turn:
 
 
 def _read_content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
     parts = content if isinstance(content, list) and content else [content]
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
     strings = [text for text in texts if isinstance(text, str)]

@@ -34,7 +34,7 @@ class Lmflow(Mapping):
 
     def example(self, row: Row) -> Example:
         found = row.value.get("type")
-        if found not in READ:
+        if not isinstance(found, str) or found not in READ:
             hint = did_you_mean(str(found), READ)
             if found in ("paired_conversation", "paired_text_to_text"):
                 hint = "write pairs as rows with `prompt`, `chosen`, `rejected`"

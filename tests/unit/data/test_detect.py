@@ -34,7 +34,7 @@ def spec(path, **source) -> DataSpec:
         (
             {"conversations": SHARED[:1], "chosen": SHARED[1], "rejected": SHARED[1]},
             Preference(prompt="conversations"),
-            ("sharegpt",),
+            (),
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, Preference(), ()),
         ({"instruction": "a", "chosen": "b", "rejected": "c"}, Preference(prompt="instruction", input="input"), ()),

@@ -1,6 +1,5 @@
 """Data sets by their id on the Hub: folders that stand for them, read by the real library without a network."""
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,8 +20,8 @@ USER = {"role": "user", "content": "何?"}
 def hub(tmp_path, monkeypatch):
     """`owner/qa` with two splits, `owner/parts` with two configurations; nothing else, and no network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     qa = tmp_path / "owner" / "qa"
     qa.mkdir(parents=True)
