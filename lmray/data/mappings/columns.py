@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from lmray.data.base import Example, Mapping, Row
-from lmray.errors import DataError
+from lmray.data.turns import check_answered, dialect_of, optional_tools, read_column, read_text, read_turns
 
 
 class Columns(Mapping):
-    """`{prompt: COLUMN, completion: COLUMN}`: one user turn, one assistant turn."""
+    """`{prompt: COLUMN, completion: COLUMN}`: one user turn, one assistant turn; or both columns lists of turns."""
 
     prompt: str = "prompt"
     completion: str = "completion"
@@ -15,18 +15,18 @@ class Columns(Mapping):
     """Column with a system message. Empty: none."""
 
     def example(self, row: Row) -> Example:
+        if isinstance(row.value.get(self.prompt), list) and isinstance(row.value.get(self.completion), list):
+            return self._conversation(row)
         roles = {"system": self.system, "user": self.prompt, "assistant": self.completion}
-        messages = tuple({"role": role, "content": text_of(row, column)} for role, column in roles.items() if column)
+        messages = tuple({"role": role, "content": read_text(row, column)} for role, column in roles.items() if column)
         return Example(messages, row.where, columns=row.value)
 
-
-def text_of(row: Row, column: str) -> str:
-    """The text in `column` of `row`. Raises DataError naming file, row and column."""
-    if column not in row.value:
-        raise DataError(
-            f"{row.where}: column `{column}`", "is missing", allowed=", ".join(row.value) or "no columns here"
-        )
-    value = row.value[column]
-    if not isinstance(value, str):
-        raise DataError(f"{row.where}: column `{column}`", f"holds a {type(value).__name__}", allowed="text")
-    return value
+    def _conversation(self, row: Row) -> Example:
+        turns = []
+        for column in (self.prompt, self.completion):
+            value = read_column(row, column)
+            turns += read_turns(value, f"{row.where}: column `{column}`", dialect_of(value))
+        check_answered(tuple(turns), f"{row.where}: column `{self.completion}`")
+        if self.system:
+            turns = [{"role": "system", "content": read_text(row, self.system)}, *turns]
+        return Example(tuple(turns), row.where, columns=row.value, tools=optional_tools(row, "tools"))

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 
 from lmray.config import Document, decode
-from lmray.data.base import Row
-from lmray.data.examples import detect_mapping, read_examples
+from lmray.data.base import Example, Row
+from lmray.data.detect import detect
+from lmray.data.examples import Examples, read_examples
 from lmray.data.spec import DataSpec
 from lmray.errors import ConfigError, DataError
 from lmray.testing.jobs import tiny_rows, write_jsonl
@@ -42,10 +45,10 @@ def test_held_out_files_of_their_own(tiny_data, tmp_path):
 
 
 def test_formats_are_detected_from_the_first_row():
-    assert detect_mapping(Row("f:1", {"messages": []})).name == "messages"
-    assert detect_mapping(Row("f:1", {"prompt": "", "completion": "", "more": 1})).name == "columns"
+    assert detect([Row("f:1", {"messages": []})]).mapping.name == "messages"
+    assert detect([Row("f:1", {"prompt": "", "completion": "", "more": 1})]).mapping.name == "columns"
     with pytest.raises(DataError, match="columns question, reply") as caught:
-        detect_mapping(Row("f:1", {"question": "", "reply": ""}))
+        detect([Row("f:1", {"question": "", "reply": ""})])
     assert "mapping:" in str(caught.value)
 
 
@@ -103,3 +106,87 @@ def test_the_digest_follows_the_content(tiny_data, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", tiny_rows(23))
     digests = [read_examples(spec(path)).digest for path in (tiny_data, same, other)]
     assert digests[0] == digests[1] != digests[2]
+
+
+def mixture(first, second, **more) -> DataSpec:
+    sources = [{"source": str(path), "weight": weight} for path, weight in (first, second)]
+    return decode(DataSpec, Document("test", {"train": sources, **more}))
+
+
+def test_a_mixture_holds_out_first_and_weighs_the_rest_of_each_source(tmp_path):
+    big = write_jsonl(tmp_path / "big.jsonl", tiny_rows(40))
+    small = write_jsonl(tmp_path / "small.jsonl", tiny_rows(10))
+    examples = read_examples(mixture((big, 0.25), (small, 2.5), eval={"split": 0.2}))
+    held = {path: sum(str(path) in one.where for one in examples.eval) for path in (big, small)}
+    assert sum(held.values()) == 10
+    counts = [sum(str(path) in one.where for one in examples.train) for path in (big, small)]
+    expected = [((40 - held[big]) + 2) // 4, (5 * (10 - held[small]) + 1) // 2]
+    assert counts == expected
+    assert not {one.where for one in examples.train} & {one.where for one in examples.eval}
+    assert examples.formats == (
+        f"{big}: columns; 40 rows, {held[big]} held out, {counts[0]} an epoch (weight 0.25)",
+        f"{small}: columns; 10 rows, {held[small]} held out, {counts[1]} an epoch (weight 2.5)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "places"),
+    [
+        (1.0, [0, 1, 2, 3, 4, 5]),
+        (0.5, [0, 2, 4]),
+        (0.34, [0, 3]),
+        (1.5, [0, 1, 2, 3, 4, 5, 0, 2, 4]),
+        (2.0, [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]),
+        (0.25, [0, 3]),  # 1.5 rounds up
+        (1.1, [0, 1, 2, 3, 4, 5, 0]),
+    ],
+)
+def test_a_fraction_takes_examples_at_even_distances(tmp_path, weight, places):
+    path = write_jsonl(tmp_path / "x.jsonl", tiny_rows(6))
+    train = read_examples(spec(path, train=[{"source": str(path), "weight": weight}])).train
+    assert [int(one.where.rpartition(":")[2]) - 1 for one in train] == places
+
+
+def test_the_split_does_not_depend_on_the_weights(tmp_path):
+    big, small = (write_jsonl(tmp_path / f"{count}.jsonl", tiny_rows(count)) for count in (40, 10))
+    held = [
+        read_examples(mixture((big, weight), (small, 1.0), eval={"split": 0.3, "by": "topic"})).eval
+        for weight in (1.0, 0.3)
+    ]
+    assert held[0] == held[1]
+
+
+def test_a_weight_that_leaves_nothing_is_refused(tmp_path, tiny_data):
+    path = write_jsonl(tmp_path / "x.jsonl", tiny_rows(4))
+    with pytest.raises(DataError, match=r"`weight: 0.1` of 4 example\(s\) leaves none"):
+        read_examples(mixture((tiny_data, 1.0), (path, 0.1)))
+
+
+def test_held_out_data_has_no_weights(tiny_data):
+    with pytest.raises(ConfigError, match="has no weights"):
+        spec(tiny_data, eval={"sources": [{"source": str(tiny_data), "weight": 2.0}]})
+
+
+def test_held_out_sources_stand_in_the_plan(tiny_data):
+    examples = read_examples(spec(tiny_data, eval={"sources": [{"source": str(tiny_data)}]}))
+    assert examples.formats == (
+        f"{tiny_data}: columns; 24 rows, 24 an epoch",
+        f"{tiny_data}: columns; 24 rows, 24 held out",
+    )
+
+
+def test_tools_text_and_rejected_answers_change_the_digest_and_nothing_else_does(tmp_path):
+    plain = Example(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), "f:1")
+    others = [
+        replace(plain, tools=({"type": "function", "function": {"name": "f"}},)),
+        replace(plain, text="a"),
+        replace(plain, rejected=plain.messages),
+        replace(plain, label=False),
+        replace(plain, accepted={"name": "f"}),
+    ]
+    digests = [Examples((one,), (), ()).digest for one in (plain, *others)]
+    assert len(set(digests)) == 6
+    assert Examples((replace(plain, where="g:9", columns={"x": 1}),), (), ("line",)).digest == digests[0]
+    assert digests[0] == "0afaf9227544e14fcf7b2c0570c77b29f2bcd6a835f6757d5fe64f6ec32c6832", (
+        "runs made before these fields existed keep their keys"
+    )
