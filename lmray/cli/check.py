@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmray.cli.output import AsJson, Overrides, clean_stdout, emit, say, table, yaml_text
+from lmray.cli.output import AsJson, Overrides, clean_stdout, emit, table, yaml_text
 from lmray.cli.run import Config
 
+if TYPE_CHECKING:
+    from lmray.train.data_facts import Piece
 
-def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    examples: Annotated[
+        int, typer.Option("--examples", min=0, help="Training examples to show with their loss mask.")
+    ] = 2,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Ask the nodes of the cluster also where RAY_ADDRESS names none.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check a job and print its plan. Finds out what can be known before a worker starts."""
-    from lmray.config import dump
+    from lmray.cli.preflight import CHECKS, wants_cluster
     from lmray.job import load
 
     with clean_stdout(as_json):
         job = load(config, *(overrides or ()))
-        if job.kind == "train":
-            from lmray.train.plan import make_plan
+        found = CHECKS[job.kind](job, cluster=wants_cluster(cluster), examples=examples)
+    emit(found.value, "\n".join(found.lines), as_json=as_json)
+    if not as_json:
+        _print_examples(found.examples)
 
-            plan = make_plan(job)
-            value, text = plan.to_json(), "\n".join(plan.lines())
-        else:
-            say(f"a job of kind `{job.kind}` has no plan: it decodes, and this is it")
-            value, text = dump(job), yaml_text(dump(job))
-    emit(value, text, as_json=as_json)
+
+def _print_examples(examples: list[list[Piece]]) -> None:
+    """What the loss is taken on stands out: in colour on a terminal, elsewhere between « and »."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    coloured = console.color_system is not None and not console.no_color
+    for number, pieces in enumerate(examples, start=1):
+        how = "in green" if coloured else "between « and »"
+        console.print(Text(f"\nexample {number}, the loss is taken on what stands {how}:"))
+        text = Text()
+        for piece in pieces:
+            marked = piece.text if coloured or not piece.supervised else f"«{piece.text}»"
+            text.append(marked, style="bold green" if piece.supervised and coloured else "")
+        console.print(text)
 
 
 def show(
