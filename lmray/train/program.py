@@ -70,7 +70,7 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
     """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
-    model = load_model(prepared.model.folder, plan.dtype)
+    model = load_model(prepared.model.folder, plan.dtype, trust_remote_code=job.model.trust_remote_code)
     model.requires_grad_(False)
     adapted = job.adapter.attach(model, seed=job.train.seed)
     torch.manual_seed(job.train.seed)

