@@ -3,38 +3,68 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmray.cli.output import AsJson, Overrides, clean_stdout, emit, say, table, yaml_text
+from lmray.cli.output import AsJson, Overrides, clean_stdout, emit, table, yaml_text
 from lmray.cli.run import Config
 
+if TYPE_CHECKING:
+    from lmray.train.data_facts import Piece
 
-def check(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+
+def check(
+    config: Config,
+    overrides: Overrides = None,
+    examples: Annotated[
+        int, typer.Option("--examples", min=0, help="Training examples to show with their loss mask.")
+    ] = 2,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Ask the nodes of the cluster also where RAY_ADDRESS names none.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check a job and print its plan. Finds out what can be known before a worker starts."""
-    from lmray.config import dump
+    from lmray.cli.preflight import CHECKS, wants_cluster
     from lmray.job import load
 
     with clean_stdout(as_json):
         job = load(config, *(overrides or ()))
-        if job.kind == "train":
-            from lmray.train.plan import make_plan
+        found = CHECKS[job.kind](job, cluster=wants_cluster(cluster), examples=examples)
+    emit(found.value, "\n".join(found.lines), as_json=as_json)
+    if not as_json:
+        _print_examples(found.examples)
 
-            plan = make_plan(job)
-            value, text = plan.to_json(), "\n".join(plan.lines())
-        else:
-            say(f"a job of kind `{job.kind}` has no plan: it decodes, and this is it")
-            value, text = dump(job), yaml_text(dump(job))
-    emit(value, text, as_json=as_json)
+
+def _print_examples(examples: list[list[Piece]]) -> None:
+    """What the loss is taken on stands out: in colour on a terminal, elsewhere between « and »."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    coloured = console.color_system is not None and not console.no_color
+    for number, pieces in enumerate(examples, start=1):
+        how = "in green" if coloured else "between « and »"
+        console.print(Text(f"\nexample {number}, the loss is taken on what stands {how}:"))
+        text = Text()
+        for piece in pieces:
+            marked = piece.text if coloured or not piece.supervised else f"«{piece.text}»"
+            text.append(marked, style="bold green" if piece.supervised and coloured else "")
+        console.print(text)
 
 
 def show(
-    what: Annotated[str, typer.Argument(metavar="CONFIG|FAMILY", help="A job file, or methods, adapters, tasks, ...")],
+    what: Annotated[str, typer.Argument(metavar="CONFIG|FAMILY|models", help="A job file, a family, or models")],
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a job, every default written out; or a family. A family: methods, adapters, sharding, tasks, ..."""
+    """Show a job, every default written out; a family; or the models of the catalogue. A family: methods, adapters,
+    sharding, tasks, ..."""
+    if what == "models":
+        _show_models(as_json)
+        return
     from lmray.config import dump
     from lmray.job import load
     from lmray.registry import FAMILIES
@@ -45,6 +75,16 @@ def show(
         return
     tree = dump(load(what, *(overrides or ())))
     emit(tree, yaml_text(tree), as_json=as_json)
+
+
+def _show_models(as_json: bool) -> None:
+    """Every model that is found by name alone, with where it comes from and under which licence."""
+    from lmray.models.catalogue import CATALOGUE
+
+    head = ("name", "licence", "sha256", "origin", "source")
+    rows = [(one.name, one.licence, one.sha256, one.origin, one.source) for one in CATALOGUE.values()]
+    models = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+    emit({"models": models}, table(head, [(*row[:2], row[2][:16], *row[3:]) for row in rows]), as_json=as_json)
 
 
 def schema(kind: Annotated[str, typer.Argument(metavar="KIND", help="train, evaluate, sweep, serve")]) -> None:

@@ -41,10 +41,10 @@ class Prepared:
 def prepare(job: EvaluateJob) -> Prepared:
     """Finds the model and reads the data. Raises DataError where nothing is held out, ArtifactError for an adapter that
     is unknown or belongs to another base model."""
-    found = find_model(job.model.source, job.model.revision)
+    found = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
     for target in job.targets:
         _adapter_folder(job, target.adapter, found)
-    tokenizer = load_tokenizer(found.folder)
+    tokenizer = load_tokenizer(found.folder, trust_remote_code=job.model.trust_remote_code)
     examples = read_examples(job.data)
     if not examples.eval:
         raise DataError("data.eval", "holds nothing to measure on", hint="add `eval: {split: 0.1}`")
@@ -65,7 +65,7 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
     tokenizer, found = ready.tokenizer, ready.model
     adapters = {target.label: _adapter_folder(job, target.adapter, found) for target in job.targets}
     dtype, _ = resolve_dtype(job.model.dtype, ctx.device)
-    model: Any = load_model(found.folder, dtype)
+    model: Any = load_model(found.folder, dtype, trust_remote_code=job.model.trust_remote_code)
     model.to(ctx.device)
     for label, folder in adapters.items():
         if folder is not None:

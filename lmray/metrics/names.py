@@ -32,6 +32,7 @@ METRICS = {
     "model.trainable_parameters": Metric("parameters", "Parameters that are trained."),
     "model.bytes": Metric("bytes", "Size of the kept artifact.", "min"),
     "run.seconds": Metric("s", "Wall-clock time of the run.", "min"),
+    "run.cost": Metric("", "Workers times hours times `resources.price_per_worker_hour`, in its currency.", "min"),
 }
 
 

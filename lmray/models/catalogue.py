@@ -11,6 +11,7 @@ class CatalogueModel:
 
     name: str
     package: str
+    """The wheel on PyPI that it comes in."""
     version: str
     member: str
     """Path of the GGUF file in the wheel."""
@@ -18,6 +19,12 @@ class CatalogueModel:
     """Digest of that file."""
     licence: str
     origin: str
+    """The model it was made from, and how."""
+
+    @property
+    def source(self) -> str:
+        """Where it is had from, as `model.source` could say it too."""
+        return f"pypi:{self.package}=={self.version}/{self.member}"
 
 
 CATALOGUE = {

@@ -29,10 +29,8 @@ MASKLESS = "lmray_packed"
 """An attention implementation that `transformers` has no mask for, so that it makes none; it is never called."""
 
 
-def unfit(model: torch.nn.Module, device: str) -> str | None:
-    """Why `model` with its adapter cannot run fused on `device`, or None; needs no weights."""
-    if device != "cpu":
-        return "the fused functions run on CPUs"
+def unfit(model: torch.nn.Module) -> str | None:
+    """Why `model` with its adapter cannot run fused on a CPU, or None; needs no weights."""
     if not isinstance(model, PeftModel):
         return "no adapter is attached"
     base = model.get_base_model()

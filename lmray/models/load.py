@@ -1,21 +1,23 @@
-"""Loads a model folder with plain `transformers`: safetensors only, no code from the folder, frozen in eval mode."""
+"""Loads a model folder with plain `transformers`, frozen in eval mode: safetensors only, and code that lies beside them
+only where the job says so."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lmray.errors import ArtifactError
 from lmray.models.quiet import quiet
 
 
-def load_model(folder: Path, dtype: str) -> PreTrainedModel:
+def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model in `folder` with weights of `dtype` (`float32`, `bfloat16`), on the CPU.
 
-    Raises ArtifactError for weights or a config that cannot be read.
+    Raises ArtifactError for weights or a config that cannot be read, or that need code which is not trusted.
     """
     with quiet():
         try:
@@ -24,17 +26,28 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=trust_remote_code,
             ).eval()
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise _corrupted(folder, error) from None
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's config. Raises ArtifactError where it cannot be read, or needs code that is not trusted."""
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise _corrupted(folder, error) from None
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`. Raises ArtifactError where it is missing, or has no chat template."""
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
         except (OSError, ValueError, KeyError) as error:
             raise _corrupted(folder, error) from None
     if not tokenizer.chat_template:
@@ -59,6 +72,9 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _corrupted(folder: Path, error: Exception) -> ArtifactError:
+    if "trust_remote_code" in str(error):
+        hint = "`model.trust_remote_code: true` runs it on every worker; set it only where you trust its authors"
+        return ArtifactError(f"model folder {folder}", "needs Python code that lies beside its weights", hint=hint)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return ArtifactError(
         f"model folder {folder}", f"cannot be loaded: {lines[0][:200]}", hint="download or convert it again"

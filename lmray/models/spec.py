@@ -9,7 +9,7 @@ from lmray.config import Config
 
 class ModelSpec(Config):
     source: str
-    """A catalogue name, a local folder, or a Hub id."""
+    """A catalogue name, a folder, a `.gguf` file, `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`, or a Hub id."""
     revision: str | None = None
     """Commit, tag or branch of a Hub id; must stay empty for the other sources."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -17,3 +17,5 @@ class ModelSpec(Config):
     kernels: Literal["auto", "plain", "fused"] = "auto"
     """How training steps are computed: as `transformers` and `peft` do it, or by fused functions. `auto`: fused where
     they fit the device, the architecture and the adapter."""
+    trust_remote_code: bool = False
+    """Run the Python code that lies beside the weights, on every worker, as the user who runs the job."""

@@ -35,6 +35,8 @@ def train(job: TrainJob, *, progress: bool = True) -> Result:
     folder = run_folder(job)
     plan = make_plan(job)
     check_same_run(plan, folder)
+    if progress:
+        print("\n".join(plan.head()), file=sys.stderr, flush=True)
     if (done := finished(folder)) is not None:
         return done
     with connected():

@@ -87,7 +87,7 @@ def _rotated(x_NHD: torch.Tensor, cos_N1C: torch.Tensor, sin_N1C: torch.Tensor, 
 def _laid_out(x_NHD: torch.Tensor, block: Block) -> torch.Tensor:
     """The block's tokens as [examples, H, T, D], zeros behind each example."""
     if len(block.places_M) == block.num_examples * block.length == len(x_NHD):
-        padded = x_NHD
+        padded = x_NHD.contiguous()  # a copy of a part, so that the whole is not kept
     else:
         padded = x_NHD.new_zeros(block.num_examples * block.length, *x_NHD.shape[1:])
         padded.index_copy_(0, block.places_M, x_NHD.index_select(0, block.tokens_M))

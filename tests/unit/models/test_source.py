@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from lmray.models.source import find_model
 from lmray.models.supervised import IGNORED, supervised_logits
 from lmray.testing.jobs import tiny_job
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
+from lmray.train.plan import make_plan
 
 
 def test_a_folder_is_found_and_its_digest_follows_the_weights(tiny_model, tmp_path):
@@ -66,6 +68,106 @@ def test_corrupted_weights_and_a_missing_template_are_named(tmp_path):
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ArtifactError, match="cannot be loaded"):
         load_tokenizer(folder)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = tiny_model_folder(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ArtifactError, match=r"pickled weights: pytorch_model\.bin") as caught:
+        find_model(str(folder))
+    assert caught.value.allowed == "*.safetensors" and "save_pretrained" in str(caught.value.hint)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = tiny_model_folder(tmp_path / "m")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}')
+    with pytest.raises(ArtifactError, match=r"lacks 1 of 2 files of weights: model-2"):
+        find_model(str(folder))
+    index.write_text("[]")
+    with pytest.raises(ArtifactError, match="no index of weights"):
+        find_model(str(folder))
+
+
+def test_an_artifact_is_no_model_and_a_path_has_no_revision(tiny_model):
+    with pytest.raises(ArtifactError, match="an adapter is no model") as caught:
+        find_model("artifact:function-calls@production")
+    assert "lmray artifacts export function-calls@production FOLDER" in str(caught.value.hint)
+    for name in (str(tiny_model), "smollm2-135m", "pypi:package"):
+        with pytest.raises(ArtifactError, match="has no revision `main`"):
+            find_model(name, "main")
+
+
+def test_a_model_in_a_wheel(tmp_path, monkeypatch):
+    tiny_model_folder(tmp_path / "wheel" / "package" / "one")
+    monkeypatch.setattr(source, "wheel_folder", lambda package: tmp_path / "wheel")
+    assert find_model("pypi:package==1.0").folder == tmp_path / "wheel" / "package" / "one"
+    tiny_model_folder(tmp_path / "wheel" / "package" / "two", seed=1)
+    with pytest.raises(ArtifactError, match="holds 2 models") as caught:
+        find_model("pypi:package")
+    assert "package/two/model.safetensors" in str(caught.value.allowed)
+    assert find_model("pypi:package/package/two").digest != find_model("pypi:package/package/one").digest
+    for outside in ("package/three", "../../.."):
+        with pytest.raises(ArtifactError, match="has no"):
+            find_model(f"pypi:package/{outside}")
+
+
+def test_a_gguf_file_is_converted_once_under_its_digest(tmp_path, monkeypatch):
+    gguf = tmp_path / "tiny.gguf"
+    gguf.write_bytes(b"GGUF stands for a model")
+    calls = []
+
+    def convert(path, folder):
+        calls.append(path)
+        tiny_model_folder(folder)
+
+    monkeypatch.setattr(source, "convert_gguf", convert)
+    found = find_model(str(gguf))
+    assert found.folder.name.startswith("gguf-") and find_model(str(gguf)).digest == found.digest
+    gguf.write_bytes(b"GGUF of another model")
+    assert find_model(str(gguf)).folder != found.folder
+    assert calls == [gguf, gguf]
+
+
+def test_what_is_no_gguf_file_is_refused(tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"no model at all")
+    with pytest.raises(ArtifactError, match="cannot be converted"):
+        find_model(str(tmp_path / "bad.gguf"))
+    with pytest.raises(ArtifactError, match="no such file"):
+        find_model(str(tmp_path / "gone.gguf"))
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    """A model folder that brings its architecture as Python code."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tiny_model_folder(tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": classes}))
+    (folder / "own.py").write_text(CODE)
+    return folder
+
+
+def test_a_models_own_code_runs_only_where_the_job_says_so(own_code, tiny_data, tmp_path):
+    with pytest.raises(ArtifactError, match="needs Python code") as caught:
+        load_model(own_code, "float32")
+    assert "model.trust_remote_code: true" in str(caught.value.hint)
+    with pytest.raises(ArtifactError, match="needs Python code"):
+        make_plan(tiny_job(own_code, tiny_data, tmp_path / "store"))
+    trusting = tiny_job(own_code, tiny_data, tmp_path / "store", model__trust_remote_code=True)
+    plan = make_plan(trusting)
+    assert plan.fields["model.trust_remote_code"] is True and "runs on every worker" in plan.warnings[0]
+    assert type(load_model(own_code, "float32", trust_remote_code=True)).__name__ == "OwnModel"
 
 
 def test_stop_tokens_are_those_of_model_and_tokenizer(tiny_model):

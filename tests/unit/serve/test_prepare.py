@@ -143,3 +143,8 @@ def test_a_port_in_use_is_refused(job):
     check_port(job.http.host, job.http.port)
     with pytest.raises(CapacityError, match="cannot listen there"):
         check_port("192.0.2.1", job.http.port)
+
+
+def test_an_endpoint_runs_no_code_of_a_model(job):
+    with pytest.raises(ConfigError, match="runs no code"):
+        prepare(job.changed({"model.trust_remote_code": True}))

@@ -75,6 +75,8 @@ def test_the_plan_counts_what_is_trained(job):
     assert plan.model["trainable_parameters"] == expected
     assert json.loads(json.dumps(plan.to_json()))["run_key"] == plan.run_key
     assert "single" in run_text and "held out" in run_text
+    head = plan.head()
+    assert len(head) == 4 and head[0] in run_text and head[-1].startswith("memory ")
 
 
 def test_a_corrupted_checkpoint_is_refused_and_named(job, tmp_path):

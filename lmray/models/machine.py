@@ -1,0 +1,83 @@
+"""What a machine offers a worker: cores, memory, GPUs; and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from lmray.errors import CapacityError
+
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux says how much memory a container may use."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine, or one node of a cluster."""
+
+    name: str
+    cpus: float
+    gpus: float
+    memory_bytes: int
+    gpu_memory_bytes: int | None = None
+    """Of the smallest GPU; None where there is none, or it did not say."""
+
+    def worker_bytes(self, *, on_gpu: bool) -> int | None:
+        """What one worker's model lives in."""
+        return self.gpu_memory_bytes if on_gpu else self.memory_bytes
+
+
+def this_machine(limits: Sequence[str] = LIMITS) -> Machine:
+    """The machine this process is on; the cores it may use, the memory its container may."""
+    count = torch.cuda.device_count()
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(count)]
+    memory = min([psutil.virtual_memory().total, *filter(None, map(_limit, limits))])
+    return Machine(platform.node(), len(os.sched_getaffinity(0)), count, memory, min(sizes, default=None))
+
+
+def _limit(path: str) -> int | None:
+    try:
+        text = Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def check_room(machines: Sequence[Machine], *, workers: int, cpus: int | None, gpus: int) -> None:
+    """Raises CapacityError where `workers` with so many cores and GPUs each can never run side by side."""
+    cores, all_gpus = sum(one.cpus for one in machines), sum(one.gpus for one in machines)
+    there = f"{cores:g} cores and {all_gpus:g} GPUs on {len(machines)} machine(s)"
+    if gpus and not all_gpus:
+        hint = "set `resources.gpus_per_worker=0` to train on CPUs, or RAY_ADDRESS to the cluster with the GPUs"
+        raise CapacityError(
+            "resources.gpus_per_worker", f"{gpus} GPU(s) a worker, but there is none", allowed=there, hint=hint
+        )
+    room = sum(_fits(one, cpus or 1, gpus) for one in machines)
+    if room < workers:
+        wanted = f"{workers} worker(s) with {cpus or 1} core(s) and {gpus} GPU(s) each"
+        hint = f"lower `resources.workers` to {room}" if room else "lower `resources.cpus_per_worker`"
+        raise CapacityError("resources", f"{wanted} do not fit; there is room for {room}", allowed=there, hint=hint)
+
+
+def _fits(machine: Machine, cpus: int, gpus: int) -> int:
+    by_cores = int(machine.cpus // cpus)
+    return min(by_cores, int(machine.gpus // gpus)) if gpus else by_cores
+
+
+def measure_flops(dtype: str, device: str = "cpu", *, seconds: float = 0.5, size: int = 1024) -> float:
+    """Floating point operations a second of square matrix products in `dtype`, over about `seconds`."""
+    left = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    right = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    float((left @ right)[0, 0])  # warm: the first product loads kernels
+    count, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        float((left @ right)[0, 0])  # reading a number waits for the device
+        count += 1
+    return 2 * size**3 * count / spent

@@ -1,0 +1,122 @@
+"""The sizes of a causal language model that memory and time follow from, read from its config and a storage-less copy.
+
+T tokens of a row, D hidden width, Q width of all query heads, K width of all key-value heads, I width of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lmray.models.fused import unfit
+from lmray.models.load import load_config
+from lmray.models.quiet import quiet
+
+WIDTH = {"float32": 4, "bfloat16": 2}
+"""Bytes of one number."""
+
+
+@dataclass(frozen=True)
+class AdaptedLinear:
+    """A linear layer with a trained side path of rank `r`."""
+
+    parent: str
+    """Dotted path of the block it belongs to: layers of one block that are as wide share their input."""
+    in_features: int
+    out_features: int
+    r: int
+    dropout: bool
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Widths are of one layer; `base` parameters are loaded, `trained` ones learn."""
+
+    base: int
+    trained: int
+    embedding: int
+    """Parameters of token embedding and head; once where they are tied."""
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    query_width: int
+    key_value_width: int
+    vocabulary: int
+    adapted: tuple[AdaptedLinear, ...] = ()
+    unfit: str | None = None
+    """Why its training steps cannot run fused; see `lmray.models.fused`."""
+
+    @property
+    def total(self) -> int:
+        """Parameters with those of the adapter."""
+        return self.base + self.trained
+
+    def weights_bytes(self, dtype: str) -> int:
+        """Of the base in `dtype`; the adapter's weights are float32."""
+        return self.base * WIDTH[dtype] + self.trained * 4
+
+    def cache_bytes(self, dtype: str, *, rows: int, tokens: int) -> int:
+        """Keys and values of `rows` sequences of `tokens` tokens."""
+        return 2 * self.layers * self.key_value_width * WIDTH[dtype] * rows * tokens
+
+
+def read_shape(
+    folder: Path,
+    attach: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> ModelShape:
+    """The shape of the model in `folder`, with the adapter that `attach` gives it; no weight is read. Raises what
+    `attach` raises."""
+    with quiet():
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model.requires_grad_(False)
+            base = sum(parameter.numel() for parameter in model.parameters())
+            ends = {id(end.weight): end.weight.numel() for end in _ends(model)}
+            if attach is not None:
+                model = attach(model)
+    facts = config.get_text_config()
+    heads = facts.num_attention_heads
+    size = getattr(facts, "head_dim", None) or facts.hidden_size // heads
+    return ModelShape(
+        base=base,
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        embedding=sum(ends.values()),
+        layers=facts.num_hidden_layers,
+        hidden=facts.hidden_size,
+        intermediate=getattr(facts, "intermediate_size", None) or 4 * facts.hidden_size,
+        heads=heads,
+        query_width=heads * size,
+        key_value_width=(getattr(facts, "num_key_value_heads", None) or heads) * size,
+        vocabulary=facts.vocab_size,
+        adapted=_adapted(model),
+        unfit=unfit(model),
+    )
+
+
+def _ends(model: Any) -> list[Any]:
+    """Token embedding and head."""
+    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+
+
+def _adapted(model: torch.nn.Module) -> tuple[AdaptedLinear, ...]:
+    """The layers that carry a low-rank side path, as `peft` builds it."""
+    found = []
+    for name, module in model.named_modules():
+        for side in getattr(module, "lora_A", {}).values():
+            dropouts = getattr(module, "lora_dropout", {}).values()
+            dropout = any(not isinstance(one, torch.nn.Identity) for one in dropouts)
+            linear: Any = module
+            parent, _, _ = name.rpartition(".")
+            found.append(
+                AdaptedLinear(parent, linear.in_features, linear.out_features, r=side.out_features, dropout=dropout)
+            )
+    return tuple(found)

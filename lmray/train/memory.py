@@ -1,0 +1,135 @@
+"""How much memory one training worker takes, by part, from what the backward pass keeps.
+
+Of every layer and token autograd keeps (D hidden, Q queries, K keys, I MLP, w bytes a number, T tokens a row):
+the inputs of the adapters' first matrices (layers that share an input keep it once) and their r outputs; queries,
+keys, values and the output of attention, with one float32 a head; the float32 inputs of two norms; of the gated MLP
+gate, activated gate and up. A row that several examples share also needs a mask of T numbers a token, and on a CPU
+keys and values repeated for every query head. Frozen matrices keep nothing but themselves. Fused steps keep what
+`_fused_bytes` lists.
+`tests/unit/train/test_memory.py` holds this sum to what `saved_tensors_hooks` counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import psutil
+
+from lmray.data.batch import Packed
+from lmray.models.shape import WIDTH, AdaptedLinear, ModelShape
+
+HEAP_SHARE = 0.8
+"""What the C library's heap adds to kept tensors on a CPU: temporaries freed between them leave holes that later
+tensors do not fill. Measured 0.5 to 0.95 of them; with every tensor mapped on its own it is 0.06."""
+CUDA_SHARE = 0.1
+"""The same for PyTorch's CUDA allocator, which keeps blocks of similar sizes."""
+CUDA_PROCESS_BYTES = 512 * 2**20
+"""Context and kernels that a process keeps on a GPU."""
+USABLE = 0.9
+"""Share of a machine's memory that a micro-batch is fitted into."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The micro-batch to plan for: as many rows of the longest length, with the most supervised tokens there are."""
+
+    count: int
+    tokens: int
+    """Of the longest row."""
+    supervised: int
+    """Of the rows with most, on average over `count`."""
+    packed: bool
+    """Whether any row holds several examples."""
+    fused: bool = False
+    """Whether steps run by `lmray.models.fused`."""
+
+
+def worst_rows(rows: Sequence[Packed], count: int, *, fused: bool = False) -> Rows:
+    """The micro-batch of `count` out of `rows` that takes most memory."""
+    supervised = sorted((sum(one.num_supervised for one in row) for row in rows), reverse=True)[:count]
+    tokens = max(sum(map(len, row)) for row in rows)
+    return Rows(count, tokens, -(-sum(supervised) // len(supervised)), any(len(row) > 1 for row in rows), fused)
+
+
+def kept_bytes(shape: ModelShape, rows: Rows, dtype: str, *, device: str = "cpu") -> int:
+    """What autograd keeps of all layers for one micro-batch; the module docstring says of which tensors."""
+    if rows.fused:
+        return rows.count * rows.tokens * shape.layers * _fused_bytes(shape, WIDTH[dtype])
+    width, repeated = WIDTH[dtype], rows.packed and device == "cpu"
+    keys = shape.query_width if repeated else shape.key_value_width
+    layer = width * (2 * shape.query_width + 2 * keys + 3 * shape.intermediate) + 4 * shape.heads
+    layer += 2 * (4 * shape.hidden + 4)
+    if rows.packed:
+        layer += width * rows.tokens
+    return rows.count * rows.tokens * (shape.layers * layer + _adapter_bytes(shape, width))
+
+
+def _fused_bytes(shape: ModelShape, width: int) -> int:
+    """A token's share of what one layer keeps where it runs fused: norms' inputs and outputs, with one float32 each;
+    queries, keys, values and attention's output, which is kept again as the next layer's input; gate, up and their
+    product; the adapters' r outputs, those of gate and up twice, for they share the memory of these."""
+    kept = 4 * shape.hidden + 3 * shape.query_width + 2 * shape.key_value_width + 3 * shape.intermediate
+    kept += sum(one.r * (1 + (one.out_features == shape.intermediate)) for one in shape.adapted) // shape.layers
+    return width * kept + 4 * (shape.heads + 2)
+
+
+def _adapter_bytes(shape: ModelShape, width: int) -> int:
+    """A token's inputs and low-rank outputs of all adapted layers. With dropout each layer has an input and a mask of
+    its own. The output of attention is also the input of what follows it: counted there."""
+    inner = sum(one.r for one in shape.adapted) * width
+    if any(one.dropout for one in shape.adapted):
+        return inner + 2 * width * sum(one.in_features for one in shape.adapted)
+    shared = {(one.parent, one.in_features) for one in shape.adapted if not _follows_attention(one, shape)}
+    return inner + width * sum(in_features for _, in_features in shared)
+
+
+def _follows_attention(one: AdaptedLinear, shape: ModelShape) -> bool:
+    is_output = one.in_features == shape.query_width and one.out_features == shape.hidden
+    return is_output and shape.query_width != shape.hidden
+
+
+def memory_parts(shape: ModelShape, rows: Rows, dtype: str, *, device: str, process_bytes: int) -> dict[str, int]:
+    """Bytes by part and in `total`. Logits: of supervised tokens only, as they leave the head, and in float32 with
+    their gradient. Bfloat16 models also multiply with bfloat16 copies of the adapter's weights."""
+    width = WIDTH[dtype]
+    copies = shape.trained * width if width < 4 else 0
+    activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype)
+    parts = {
+        "weights": shape.weights_bytes(dtype),
+        "gradients": shape.trained * 4,
+        "optimizer": shape.trained * 8,
+        "activations": activations + copies,
+        "logits": logits,
+        "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def bytes_per_row(shape: ModelShape, rows: Rows, dtype: str, *, device: str) -> int:
+    """What one more row in the micro-batch takes."""
+    one = replace(rows, count=1)
+    return _activations(shape, one, dtype, device) + _logits(shape, one, dtype)
+
+
+def _activations(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
+    share = CUDA_SHARE if device == "cuda" else HEAP_SHARE
+    return int(kept_bytes(shape, rows, dtype, device=device) * (1 + share))
+
+
+def _logits(shape: ModelShape, rows: Rows, dtype: str) -> int:
+    width = WIDTH[dtype]
+    return rows.count * rows.supervised * shape.vocabulary * (2 * 4 + (width if width < 4 else 0))
+
+
+def largest_micro_batch(total_bytes: int, *, rows: int, row_bytes: int, memory_bytes: int) -> int:
+    """The most rows of one forward pass that fit into `memory_bytes`, where `rows` of `row_bytes` each make the worker
+    take `total_bytes`; 0 where none does."""
+    fixed = total_bytes - rows * row_bytes
+    return max(0, int((USABLE * memory_bytes - fixed) // row_bytes))
+
+
+def process_bytes() -> int:
+    """What this process takes now. Called where libraries and data are loaded and no weight is: a worker holds the
+    same."""
+    return psutil.Process().memory_info().rss

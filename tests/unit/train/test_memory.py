@@ -1,0 +1,103 @@
+"""The sum of what a backward pass keeps is held to what PyTorch itself says it saves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+
+import pytest
+import torch
+
+from lmray.adapters.lora import Lora
+from lmray.data.batch import collate
+from lmray.data.tokenise import IGNORED, Tokenised
+from lmray.methods.sft import sft_loss
+from lmray.models.fused import Fused
+from lmray.models.load import load_model
+from lmray.models.precision import computing
+from lmray.models.shape import read_shape
+from lmray.testing.tiny import tiny_model_folder
+from lmray.train.memory import Rows, bytes_per_row, kept_bytes, largest_micro_batch, memory_parts, worst_rows
+
+
+def example(length: int, supervised: int = 4) -> Tokenised:
+    ids = tuple(range(3, 3 + length))
+    return Tokenised(ids, (IGNORED,) * (length - supervised) + ids[length - supervised :])
+
+
+def saved_bytes(folder, adapter: Lora, rows, dtype: str, *, fused: bool = False) -> int:
+    """Bytes of every tensor autograd keeps of a forward pass, weights and their copies left out."""
+    model = adapter.attach(load_model(folder, dtype).requires_grad_(False), seed=0).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {tuple(parameter.shape) for parameter in model.parameters()}
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        is_copy = tuple(tensor.shape) in shapes or tuple(tensor.shape[::-1]) in shapes
+        if storage.data_ptr() not in weights and not is_copy:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that its place is not used again
+        return tensor
+
+    batch = collate([tuple(chain.from_iterable(rows))] if fused else rows, pad_token_id=0)
+    run = Fused(model).running(batch.position_ids_BT) if fused else computing(model)
+    weights |= {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), run:
+        sft_loss(model, batch)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), ("down_proj",)])
+def test_what_is_kept_of_a_layer_is_what_autograd_saves(tmp_path, dtype, packed, targets):
+    adapter = Lora(r=4, target_modules=targets)
+    rows = [(example(20), example(28)) if packed else (example(48),)] * 2
+    sizes, sums = [], []
+    for layers in (2, 6):  # the difference: what layers keep, without embedding and head
+        folder = tiny_model_folder(tmp_path / str(layers), num_hidden_layers=layers)
+        sizes.append(saved_bytes(folder, adapter, rows, dtype))
+        shape = read_shape(folder, lambda model: adapter.attach(model, seed=0))
+        sums.append(kept_bytes(shape, worst_rows(rows, 2), dtype))
+    assert sums[1] - sums[0] == pytest.approx(sizes[1] - sizes[0], rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_kept_of_a_fused_layer_is_what_autograd_saves(tmp_path, dtype):
+    rows = [(example(24), example(24)), (example(24), example(24))]  # of one length: nothing is padded inside
+    sizes, sums = [], []
+    for layers in (2, 6):
+        folder = tiny_model_folder(tmp_path / str(layers), num_hidden_layers=layers)
+        sizes.append(saved_bytes(folder, Lora(r=4), rows, dtype, fused=True))
+        shape = read_shape(folder, lambda model: Lora(r=4).attach(model, seed=0))
+        sums.append(kept_bytes(shape, worst_rows(rows, 2, fused=True), dtype))
+    assert sums[1] - sums[0] == pytest.approx(sizes[1] - sizes[0], rel=0.03)
+
+
+def test_dropout_keeps_an_input_and_a_mask_of_every_adapted_layer(tiny_model):
+    shapes = [read_shape(tiny_model, lambda model, p=p: Lora(lora_dropout=p).attach(model, seed=0)) for p in (0.0, 0.1)]
+    plain, dropped = (kept_bytes(shape, Rows(1, 16, 4, False), "float32") for shape in shapes)
+    assert dropped > plain
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits(tiny_model):
+    shape = read_shape(tiny_model, lambda model: Lora().attach(model, seed=0))
+    rows, settings = Rows(1, 256, 40, True), {"device": "cpu", "process_bytes": 10**8}
+    parts = memory_parts(shape, rows, "bfloat16", **settings)
+    assert parts["total"] == sum(size for part, size in parts.items() if part != "total")
+    memory, one = 3 * 10**8, {"rows": 1, "row_bytes": bytes_per_row(shape, rows, "bfloat16", device="cpu")}
+    most = largest_micro_batch(parts["total"], **one, memory_bytes=memory)
+    fits = [
+        memory_parts(shape, replace(rows, count=count), "bfloat16", **settings)["total"] <= 0.9 * memory
+        for count in (most, most + 1)
+    ]
+    assert fits == [True, False]
+    assert largest_micro_batch(parts["total"], **one, memory_bytes=10**8) == 0
+
+
+def test_a_gpu_has_another_allocator_and_its_own_process(tiny_model):
+    shape = read_shape(tiny_model, lambda model: Lora().attach(model, seed=0))
+    rows = Rows(4, 256, 40, False)
+    cpu, gpu = (memory_parts(shape, rows, "bfloat16", device=device, process_bytes=10**8) for device in ("cpu", "cuda"))
+    assert gpu["activations"] < cpu["activations"] and gpu["weights"] == cpu["weights"]
+    assert cpu["process"] == 10**8 != gpu["process"]
