@@ -55,6 +55,14 @@ class EvaluateArgs(Config):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Sequences that are generated side by side."""
 
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, value: tuple[Task, ...]):
+        names = [task.name for task in value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"lists `{twice[0]}` more than once; its metrics have one name")
+        return value
+
 
 class Resources(Config):
     workers: Annotated[int, Field(ge=1)] = 1

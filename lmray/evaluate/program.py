@@ -20,7 +20,7 @@ from lmray.data.batch import pack
 from lmray.data.examples import read_examples
 from lmray.data.tokenise import tokenise_all
 from lmray.errors import ArtifactError, DataError
-from lmray.evaluate.measure import HeldOut, measure
+from lmray.evaluate.measure import HeldOut, check_tasks, measure
 from lmray.job import EvaluateJob
 from lmray.models.load import load_model, load_tokenizer
 from lmray.models.precision import resolve_dtype
@@ -48,6 +48,7 @@ def prepare(job: EvaluateJob) -> Prepared:
     examples = read_examples(job.data)
     if not examples.eval:
         raise DataError("data.eval", "holds nothing to measure on", hint="add `eval: {split: 0.1}`")
+    check_tasks(job.evaluate.tasks, examples.eval)
     tokens = tokenise_all(tokenizer, examples.eval, max_length=job.data.max_length, over_long=job.data.over_long)
     held_out = HeldOut(examples.eval, pack(tokens.examples, max_length=job.data.max_length))
     return Prepared(found, tokenizer, held_out, examples.train)
