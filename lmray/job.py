@@ -131,6 +131,14 @@ class EvaluateJob(Job):
     evaluate: EvaluateArgs
     resources: Resources = Resources()
 
+    @field_validator("targets")
+    @classmethod
+    def _labels_differ(cls, value: tuple[Target, ...]):
+        labels = [target.label for target in value]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"two targets are labelled `{twice[0]}`")
+        return value
+
 
 class Space(Config):
     """Where one key's values are drawn from: exactly one of the three."""
