@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lmray.data.base import Example
 from lmray.data.tokenise import prompt_ids
@@ -16,6 +16,8 @@ from lmray.models.precision import computing
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+Anything = TypeVar("Anything")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Answer:
     """Of each choice, in nats."""
 
 
-def sample_evenly(examples: Sequence[Example], count: int | None) -> list[Example]:
+def sample_evenly(examples: Sequence[Anything], count: int | None) -> list[Anything]:
     """At most `count` of `examples`, spread evenly over them."""
     if count is None or count >= len(examples):
         return list(examples)

@@ -73,7 +73,7 @@ def write_sheet(run: Path, out: Path, *, seed: int = 0, max_examples: int | None
     to the same questions."""
     given = _answers(run)
     one, other = _two(run, given)
-    pairs = sample_evenly([*zip(given[one], given[other], strict=True)], max_examples)  # type: ignore[arg-type]
+    pairs = sample_evenly([*zip(given[one], given[other], strict=True)], max_examples)
     draw = random.Random(seed)
     left = tuple(draw.choice((one, other)) for _ in pairs)
     digests = {label: _digest(answers) for label, answers in given.items()}

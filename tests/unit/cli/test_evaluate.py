@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import lmray.on_ray.run
 from lmray.artifacts.store import run_folder
 from lmray.context import LocalContext
 from lmray.evaluate.program import evaluate
+from lmray.on_ray import evaluate as on_ray
 from lmray.testing.tiny import tiny_adapter_folder
 
 
@@ -53,14 +55,28 @@ def test_as_json(compared):
     assert value["status"] == "succeeded" and set(value["details"]["deltas"]["tuned"]) >= {"eval.loss", "eval.f1"}
 
 
+def test_how_far_it_is_goes_to_stderr(cli, monkeypatch, tiny_model, tiny_data):
+    """With what Ray does replaced by a call."""
+    monkeypatch.setattr(on_ray, "ray", SimpleNamespace(remote=lambda **_: _called_at_once, get=lambda result: result))
+    monkeypatch.setattr(on_ray, "connected", nullcontext)
+    monkeypatch.setattr(on_ray, "placed", lambda job: job)
+    words = ["base", "--model", tiny_model, "--tasks", "f1", "--data", tiny_data, "--max-new-tokens", "2"]
+    said = cli("evaluate", *words, "--max-examples", "3")
+    assert said.code == 0, said.err
+    assert "base: answers 3/3  " in said.err and "answers" not in said.out
+
+
+def _called_at_once(function):
+    return SimpleNamespace(remote=function)
+
+
 def test_a_sheet_and_its_votes(compared, cli, tmp_path):
     compared()
     made = cli("evaluate", "--review", "比較", "--out", tmp_path / "sheet.html", "--seed", "4", "--json")
     assert made.code == 0, made.err
     assert json.loads(made.out)["questions"] == 4 and (tmp_path / "sheet.html").is_file()
-    key = json.loads(
-        (run_folder(SimpleNamespace(name="比較", storage=None)) / "review-key.json").read_text(encoding="utf-8")
-    )
+    (path,) = (tmp_path / "store").rglob("review-key.json")
+    key = json.loads(path.read_text(encoding="utf-8"))
     votes = tmp_path / "votes.json"
     listed = [
         {"question": number, "choice": "left" if label == "tuned" else "right"}

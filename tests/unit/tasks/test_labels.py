@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from sklearn.metrics import f1_score
 
 from lmray.errors import DataError
 from lmray.tasks.accuracy import Accuracy
@@ -60,3 +63,14 @@ def test_macro_f1_by_hand(metrics):
     yes = 2 * 2 / (3 + 3)  # 2 hits, 3 named, 3 expected
     no = 2 * 1 / (2 + 2)  # the unreadable answer is a miss and no hit
     assert metrics(MacroF1(), *pairs) == {"macro_f1": pytest.approx((yes + no + 0.0) / 3)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_macro_f1_is_scikit_learns(metrics, seed):
+    draw = random.Random(seed)
+    labels = ["yes", "no", "maybe", "賛成"][: 2 + seed % 3]
+    pairs = [(draw.choice(labels), draw.choice([*labels, "?"])) for _ in range(3 + 10 * seed)]
+    expected, named = zip(*pairs, strict=True)
+    seen = sorted({*expected, *named} - {"?"})
+    own = f1_score(expected, named, labels=seen, average="macro", zero_division=0)  # type: ignore[arg-type]
+    assert metrics(MacroF1(labels=tuple(labels)), *pairs)["macro_f1"] == pytest.approx(own)
