@@ -55,6 +55,14 @@ class EvaluateArgs(Config):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Sequences that are generated side by side."""
 
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, value: tuple[Task, ...]):
+        names = [task.name for task in value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"lists `{twice[0]}` more than once; its metrics have one name")
+        return value
+
 
 class Resources(Config):
     workers: Annotated[int, Field(ge=1)] = 1
@@ -124,6 +132,14 @@ class EvaluateJob(Job):
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]
     evaluate: EvaluateArgs
     resources: Resources = Resources()
+
+    @field_validator("targets")
+    @classmethod
+    def _labels_differ(cls, value: tuple[Target, ...]):
+        labels = [target.label for target in value]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"two targets are labelled `{twice[0]}`")
+        return value
 
 
 class Space(Config):

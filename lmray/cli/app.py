@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lmray import __version__
-from lmray.cli import artifacts, bench, chat, check, doctor, jobs, run
+from lmray.cli import artifacts, bench, chat, check, doctor, evaluate, jobs, run
 
 app = typer.Typer(
     help="Fine-tune, sweep, keep and serve language models on a Ray cluster, through one job API.",
@@ -40,6 +40,7 @@ app.add_typer(jobs.app, name="jobs")
 app.command("check")(check.check)
 app.command("show")(check.show)
 app.command("schema")(check.schema)
+app.command("evaluate")(evaluate.evaluate)
 app.add_typer(artifacts.app, name="artifacts")
 app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmray.cli.output import Address, AsJson, Overrides, clean_stdout, emit, say
+from lmray.cli.output import Address, AsJson, Overrides, clean_stdout, emit, say, table
 
 if TYPE_CHECKING:
     from lmray.context import Result
@@ -22,14 +22,18 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
     from lmray.job import load
 
     with clean_stdout(as_json):
-        job = load(config, *(overrides or ()))
-        from lmray.on_ray.run import run as run_job
-
-        try:
-            result = run_job(job)
-        except KeyboardInterrupt:
-            result = interrupted(job)
+        result = ended(load(config, *(overrides or ())))
     report(result, as_json=as_json)
+
+
+def ended(job: Any) -> Result:
+    """Runs `job` to its end, also to the one that Ctrl-C makes."""
+    from lmray.on_ray.run import run as run_job
+
+    try:
+        return run_job(job)
+    except KeyboardInterrupt:
+        return interrupted(job)
 
 
 def interrupted(job: Any) -> Result:
@@ -84,6 +88,10 @@ def _lines(result: Result) -> list[str]:
     lines = [f"{result.status} in {human_seconds(result.seconds)}"]
     lines += [f"run       {result.run}"] if result.run else []
     lines += [f"artifact  {result.artifact}"] if result.artifact else []
+    if result.details.get("deltas"):
+        from lmray.evaluate.comparison import comparison_rows
+
+        return [*lines, table(*comparison_rows(result.details))]
     width = max((len(name) for name in result.metrics), default=0)
     return lines + [f"{name:<{width}}  {_number(value)}" for name, value in result.metrics.items()]
 

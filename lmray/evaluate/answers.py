@@ -1,10 +1,10 @@
-"""Asking a model for answers to held-out examples, and scoring them."""
+"""Asking a model for answers to held-out examples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from lmray.data.base import Example
 from lmray.data.tokenise import prompt_ids
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+Anything = TypeVar("Anything")
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -25,17 +27,20 @@ class Answer:
     prompt: str
     expected: str
     answer: str
+    """The generated text; where only choices were compared, the likeliest of them."""
     scores: dict[str, float] = field(default_factory=dict)
+    log_likelihoods: dict[str, float] = field(default_factory=dict)
+    """Of each choice, in nats."""
 
 
-def sample_evenly(examples: Sequence[Example], count: int | None) -> list[Example]:
+def sample_evenly(examples: Sequence[Anything], count: int | None) -> list[Anything]:
     """At most `count` of `examples`, spread evenly over them."""
     if count is None or count >= len(examples):
         return list(examples)
     return [examples[index * len(examples) // count] for index in range(count)]
 
 
-def answer_examples(
+def generate_answers(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
@@ -44,10 +49,10 @@ def answer_examples(
     adapter: str | None,
     shots: Sequence[Example] = (),
     threads: int = 1,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[Answer]:
-    """Greedy answers of `model` to `examples`, scored by every task of `args` that generates. `shots` are solved
-    examples put before each question; `adapter` is the attached adapter's handle, None the base model."""
+    progress: Callable[[int], None] = lambda num_done: None,
+) -> list[str]:
+    """Greedy answers of `model` to `examples`. `shots` are solved examples put before each question; `adapter` is the
+    attached adapter's handle, None the base model; `progress` is told how many answers are done."""
     shown = [message for shot in shots for message in shot.messages]
     prompts = [prompt_ids(tokenizer, [*shown, *example.prompt]) for example in examples]
     with computing(model):
@@ -61,24 +66,4 @@ def answer_examples(
             adapter=adapter,
             progress=progress,
         )
-    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in generated]
-    tasks = [task for task in args.tasks if task.generates]
-    return [
-        Answer(
-            example.prompt[-1]["content"],
-            example.answer,
-            text,
-            {name: value for task in tasks for name, value in task.score(example, text).items()},
-        )
-        for example, text in zip(examples, texts, strict=True)
-    ]
-
-
-def mean_scores(answers: Sequence[Answer], prefix: str) -> dict[str, float]:
-    """`{prefix.NAME: mean}` over `answers`."""
-    names = {name for answer in answers for name in answer.scores}
-    scores: dict[str, Any] = {
-        f"{prefix}.{name}": sum(answer.scores.get(name, 0.0) for answer in answers) / len(answers)
-        for name in sorted(names)
-    }
-    return scores
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in generated]

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from lmray.data.batch import Packed, collate
 from lmray.models.precision import computing
 from lmray.models.supervised import supervised_logits
-from lmray.ops.cross_entropy import cross_entropy_sum
+from lmray.ops.cross_entropy import cross_entropy_per_token
 
 
 @torch.no_grad()
+def example_losses(
+    model: torch.nn.Module,
+    rows: Sequence[Packed],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    device: str,
+    progress: Callable[[int], None] = lambda num_rows: None,
+) -> list[tuple[float, int]]:
+    """Of every example in `rows`, in their order: the summed loss in nats and the number of supervised tokens.
+    `progress` is told how many rows are done. `model` is given back in the mode it came in."""
+    was_training = model.training
+    model.eval()
+    found: list[tuple[float, int]] = []
+    for first in range(0, len(rows), batch_size):
+        chosen = rows[first : first + batch_size]
+        batch = collate(chosen, pad_token_id=pad_token_id).to(device)
+        with computing(model):
+            losses_N = cross_entropy_per_token(*supervised_logits(model, batch.inputs, batch.labels_BT))
+        counts = [example.num_supervised for row in chosen for example in row]
+        sums = [float(one.sum(dtype=torch.float64)) for one in losses_N.cpu().split(counts)]
+        found += zip(sums, counts, strict=True)
+        progress(len(chosen) + first)
+    model.train(was_training)
+    return found
+
+
 def held_out_loss(
     model: torch.nn.Module, rows: Sequence[Packed], *, batch_size: int, pad_token_id: int, device: str
 ) -> float:
     """Mean loss in nats over the supervised tokens of `rows`, which must hold at least one."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for first in range(0, len(rows), batch_size):
-        batch = collate(rows[first : first + batch_size], pad_token_id=pad_token_id).to(device)
-        with computing(model):
-            total += float(cross_entropy_sum(*supervised_logits(model, batch.inputs, batch.labels_BT)))
-        count += batch.num_supervised
-    model.train(was_training)
-    return total / count
+    found = example_losses(model, rows, batch_size=batch_size, pad_token_id=pad_token_id, device=device)
+    return sum(loss for loss, _ in found) / sum(count for _, count in found)

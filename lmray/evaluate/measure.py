@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,14 +12,19 @@ from typing import TYPE_CHECKING
 from lmray.artifacts.files import write_atomic
 from lmray.data.base import Example
 from lmray.data.batch import Packed
-from lmray.evaluate.answers import Answer, answer_examples, mean_scores, sample_evenly
-from lmray.evaluate.loss import held_out_loss
+from lmray.evaluate.answers import Answer, generate_answers, sample_evenly
+from lmray.evaluate.choices import choice_log_likelihoods
+from lmray.evaluate.loss import example_losses
 from lmray.job import EvaluateArgs
 from lmray.models.load import pad_token_id
+from lmray.tasks.base import Scored, Task
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done (`loss`, `answers`, `choices`), how many of them are done, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,78 @@ class Measured:
 
     metrics: dict[str, float]
     answers: tuple[Answer, ...]
+    evidence: tuple[tuple[Task, tuple[Scored, ...]], ...] = ()
+    """Each task with what it made of each example: what the metrics were made of, in one order for all targets."""
 
     def save_answers(self, path: Path) -> None:
         """One JSON line an answer."""
-        write_atomic(path, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in self.answers))
+        lines = (asdict(answer) for answer in self.answers)
+        kept = ({key: value for key, value in line.items() if key != "log_likelihoods" or value} for line in lines)
+        write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A loaded model and how to ask it."""
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    adapter: str | None
+    """Handle of the attached adapter; None the base model."""
+    shots: Sequence[Example]
+    """Solved examples put before each question."""
+    device: str
+    threads: int
+    progress: Progress
+
+    def losses(self, rows: Sequence[Packed]) -> list[tuple[float, int]]:
+        """`example_losses` of `rows`."""
+        with _with_adapter(self.model, self.adapter):
+            return example_losses(
+                self.model,
+                rows,
+                batch_size=8,
+                pad_token_id=pad_token_id(self.tokenizer),
+                device=self.device,
+                progress=lambda done: self.progress("loss", done, len(rows)),
+            )
+
+    def answers(self, examples: Sequence[Example], args: EvaluateArgs) -> list[str]:
+        """Greedy answers to `examples`."""
+        return generate_answers(
+            self.model,
+            self.tokenizer,
+            examples,
+            args,
+            adapter=self.adapter,
+            shots=self.shots,
+            threads=self.threads,
+            progress=lambda done: self.progress("answers", done, len(examples)),
+        )
+
+    def log_likelihoods(self, task: Task, examples: Sequence[Example], *, batch_size: int) -> list[dict[str, float]]:
+        """Of each example's choices."""
+        asked = [(example, task.choices(example)) for example in examples]
+        total = sum(len(choices) for _, choices in asked)
+        with _with_adapter(self.model, self.adapter):
+            found = choice_log_likelihoods(
+                self.model,
+                self.tokenizer,
+                asked,
+                shots=self.shots,
+                batch_size=batch_size,
+                device=self.device,
+                progress=lambda done: self.progress("choices", done, total),
+            )
+        return [dict(zip(choices, values, strict=True)) for (_, choices), values in zip(asked, found, strict=True)]
+
+
+def check_tasks(tasks: Sequence[Task], examples: Sequence[Example]) -> None:
+    """Raises DataError where held-out `examples` lack what a task scores by, before a model is loaded."""
+    for task in tasks:
+        task.for_examples(examples)
+        for example in examples if task.needs == "choices" else ():
+            task.choices(example)
 
 
 def measure(
@@ -56,29 +128,68 @@ def measure(
     shots: Sequence[Example] = (),
     device: str = "cpu",
     threads: int = 1,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress = lambda doing, done, total: None,
 ) -> Measured:
     """Runs every task of `args`. `adapter` None measures the base model even where an adapter is attached.
 
     `loss` is the held-out loss where it is known already. It is taken without shots: it asks how likely the right
     answers are, not what is copied from solved examples.
     """
-    metrics: dict[str, float] = {}
-    if any(task.name == "loss" for task in args.tasks) and held_out.rows:
-        if loss is None:
-            with _with_adapter(model, adapter):
-                loss = held_out_loss(
-                    model, held_out.rows, batch_size=8, pad_token_id=pad_token_id(tokenizer), device=device
-                )
-        metrics |= {f"{prefix}.loss": loss, f"{prefix}.perplexity": math.exp(loss)}
-    answers: list[Answer] = []
-    if any(task.generates for task in args.tasks) and held_out.examples:
-        chosen = sample_evenly(held_out.examples, args.max_examples)
-        answers = answer_examples(
-            model, tokenizer, chosen, args, adapter=adapter, shots=shots, threads=threads, progress=progress
+    asked = Asked(model, tokenizer, adapter, shots, device, threads, progress)
+    tasks = [task.for_examples(held_out.examples) for task in args.tasks]
+    evidence: list[tuple[Task, tuple[Scored, ...]]] = []
+    for task in tasks:
+        if task.needs == "loss" and held_out.rows:
+            sums = asked.losses(held_out.rows) if loss is None else [(loss, 1)]
+            evidence.append((task, tuple(Scored("", "", {}, statistics=one) for one in sums)))
+    answers, scored = _answered(asked, tasks, sample_evenly(held_out.examples, args.max_examples), args)
+    metrics = {
+        f"{prefix}.{name}": value for task, found in evidence + scored for name, value in task.aggregate(found).items()
+    }
+    return Measured(metrics, answers, tuple(evidence + scored))
+
+
+def _answered(
+    asked: Asked, tasks: Sequence[Task], examples: Sequence[Example], args: EvaluateArgs
+) -> tuple[tuple[Answer, ...], list[tuple[Task, tuple[Scored, ...]]]]:
+    """What the model answers and chooses, and what each task makes of it."""
+    tasks = [task for task in tasks if task.needs != "loss"]
+    if not tasks or not examples:
+        return (), []
+    texts: list[str] = []
+    if any(task.needs == "answers" for task in tasks):
+        texts = asked.answers(examples, args)
+    evidence: list[tuple[Task, tuple[Scored, ...]]] = []
+    likelihoods: list[dict[str, float]] = [{} for _ in examples]
+    for task in tasks:
+        if task.needs == "choices":
+            likelihoods = asked.log_likelihoods(task, examples, batch_size=args.batch_size)
+            evidence.append((task, tuple(map(_chosen(task), examples, likelihoods))))
+        else:
+            evidence.append((task, tuple(map(_said(task), examples, texts))))
+    texts = texts or [max(one, key=lambda choice: one[choice]) for one in likelihoods]
+    per_example = zip(examples, texts, likelihoods, *(found for _, found in evidence), strict=True)
+    answers = tuple(
+        Answer(
+            example.prompt[-1]["content"] if example.prompt else "",
+            example.answer,
+            text,
+            {name: value for one in scored for name, value in one.scores.items()},
+            values,
         )
-        metrics |= mean_scores(answers, prefix)
-    return Measured(metrics, tuple(answers))
+        for example, text, values, *scored in per_example
+    )
+    return answers, evidence
+
+
+def _said(task: Task) -> Callable[[Example, str], Scored]:
+    return lambda example, text: Scored(example.answer, text, task.score(example, text), task.statistics(example, text))
+
+
+def _chosen(task: Task) -> Callable[[Example, dict[str, float]], Scored]:
+    return lambda example, values: Scored(
+        example.answer, max(values, key=lambda choice: values[choice]), task.score_choices(example, [*values.values()])
+    )
 
 
 def _with_adapter(model: torch.nn.Module, adapter: str | None) -> AbstractContextManager[object]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import PeftModel
 
 from lmray.artifacts.artifact import Artifacts
-from lmray.artifacts.files import write_json
+from lmray.artifacts.files import write_atomic, write_json
 from lmray.artifacts.store import open_store
 from lmray.config import dump
 from lmray.context import Result, RunContext
@@ -20,11 +21,16 @@ from lmray.data.batch import pack
 from lmray.data.examples import read_examples
 from lmray.data.tokenise import tokenise_all
 from lmray.errors import ArtifactError, DataError
-from lmray.evaluate.measure import HeldOut, measure
+from lmray.evaluate.comparison import write_comparison
+from lmray.evaluate.confidence import deltas, reference_label
+from lmray.evaluate.measure import HeldOut, Measured, Progress, check_tasks, measure
+from lmray.evaluate.progress import ProgressFile, Standing
 from lmray.job import EvaluateJob
 from lmray.models.load import load_model, load_tokenizer
 from lmray.models.precision import resolve_dtype
 from lmray.models.source import FoundModel, find_model
+
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -48,51 +54,75 @@ def prepare(job: EvaluateJob) -> Prepared:
     examples = read_examples(job.data)
     if not examples.eval:
         raise DataError("data.eval", "holds nothing to measure on", hint="add `eval: {split: 0.1}`")
+    check_tasks(job.evaluate.tasks, examples.eval)
     tokens = tokenise_all(tokenizer, examples.eval, max_length=job.data.max_length, over_long=job.data.over_long)
     held_out = HeldOut(examples.eval, pack(tokens.examples, max_length=job.data.max_length))
     return Prepared(found, tokenizer, held_out, examples.train)
 
 
 def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
-    """Measures every target of `job`; writes `job.yaml`, `answers-LABEL.jsonl` and, last, `result.json` into the run
-    folder.
+    """Measures every target of `job`; writes `job.yaml`, `answers-LABEL.jsonl`, `comparison.html` and, last,
+    `result.json` into the run folder.
 
-    `Result.details["targets"]` holds each target's metrics by label. Raises what `prepare` raises.
+    `Result.metrics` are the last target's. `Result.details` holds each target's metrics by label (`targets`), the label
+    that others are compared with (`reference`), and by label and metric each difference to it with its interval
+    (`deltas`). Raises what `prepare` raises.
     """
     started = time.time()
     torch.set_num_threads(ctx.threads)
     ready = prepare(job)
-    tokenizer, found = ready.tokenizer, ready.model
-    adapters = {target.label: _adapter_folder(job, target.adapter, found) for target in job.targets}
+    for old in (ctx.folder / RESULT, *ctx.folder.glob("answers-*.jsonl")):
+        old.unlink(missing_ok=True)
+    write_atomic(ctx.folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
+    measured = _measure(job, ready, ctx)
+    for label, one in measured.items():
+        one.save_answers(ctx.folder / f"answers-{label}.jsonl")
+    compared = deltas({label: one.evidence for label, one in measured.items()})
+    details = {
+        "targets": {label: one.metrics for label, one in measured.items()},
+        "reference": reference_label([*measured]),
+        "deltas": {label: {name: asdict(one) for name, one in found.items()} for label, found in compared.items()},
+    }
+    seconds = time.time() - started
+    metrics = measured[job.targets[-1].label].metrics | {"run.seconds": round(seconds, 3)}
+    result = Result("succeeded", str(ctx.folder), metrics=metrics, seconds=seconds, details=details)
+    answers = {label: one.answers for label, one in measured.items()}
+    write_comparison(ctx.folder / "comparison.html", name=job.name, result=result, answers=answers)
+    write_json(ctx.folder / RESULT, result.to_json() | {"job": dump(job)})
+    return result
+
+
+def _measure(job: EvaluateJob, ready: Prepared, ctx: RunContext) -> dict[str, Measured]:
+    """Every target on one loaded model, by label."""
+    folders = [_adapter_folder(job, target.adapter, ready.model) for target in job.targets]
+    handles = [None if folder is None else f"target_{place}" for place, folder in enumerate(folders)]
     dtype, _ = resolve_dtype(job.model.dtype, ctx.device)
-    model: Any = load_model(found.folder, dtype, trust_remote_code=job.model.trust_remote_code)
+    model: Any = load_model(ready.model.folder, dtype, trust_remote_code=job.model.trust_remote_code)
     model.to(ctx.device)
-    for label, folder in adapters.items():
-        if folder is not None:
-            model = _with_adapter(model, folder, label)
-    targets = {}
-    for target in job.targets:
-        handle = target.label if adapters[target.label] is not None else None
+    for folder, handle in zip(folders, handles, strict=True):
+        if folder is not None and handle is not None:
+            model = _with_adapter(model, folder, handle)
+    progress = ProgressFile(ctx.folder)
+    measured = {}
+    for target, handle in zip(job.targets, handles, strict=True):
         if handle is not None:
             model.set_adapter(handle)
-        measured = measure(
+        measured[target.label] = measure(
             model,
-            tokenizer,
+            ready.tokenizer,
             ready.held_out,
             job.evaluate,
             adapter=handle,
             shots=shortest(ready.solved, target.num_fewshot),
             device=ctx.device,
             threads=ctx.threads,
+            progress=_told(progress, target.label),
         )
-        measured.save_answers(ctx.folder / f"answers-{target.label}.jsonl")
-        targets[target.label] = measured.metrics
-    metrics = targets[job.targets[-1].label] | {"run.seconds": round(time.time() - started, 3)}
-    result = Result(
-        "succeeded", str(ctx.folder), metrics=metrics, seconds=time.time() - started, details={"targets": targets}
-    )
-    write_json(ctx.folder / "result.json", result.to_json() | {"job": dump(job)})
-    return result
+    return measured
+
+
+def _told(progress: ProgressFile, label: str) -> Progress:
+    return lambda doing, done, total: progress.tell(Standing(label, doing, done, total))
 
 
 def shortest(examples: Any, count: int) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import ray
@@ -13,20 +14,22 @@ from lmray.artifacts.store import run_folder
 from lmray.context import LocalContext, Result
 from lmray.evaluate.program import evaluate as evaluate_program
 from lmray.evaluate.program import prepare
+from lmray.evaluate.progress import follow
 from lmray.job import EvaluateJob
 from lmray.on_ray.cluster import connected
 from lmray.on_ray.train import placed
 
 
 def evaluate(job: EvaluateJob, *, progress: bool = True) -> Result:
-    """Evaluates `job` on the cluster; runs again from the start if it was interrupted. `progress` is not
-    shown: an evaluation reports nothing until a target is done."""
+    """Evaluates `job` on the cluster; runs again from the start if it was interrupted. `progress`: show it on
+    stderr."""
     prepare(job)
     with connected():
         job = placed(job)
         options = {"num_cpus": job.resources.cpus_per_worker, "num_gpus": job.resources.gpus_per_worker}
         task = ray.remote(**options, max_retries=job.resources.max_failures)(_evaluate)
-        with only_writer(run_folder(job)):
+        folder = run_folder(job)
+        with only_writer(folder), follow(folder) if progress else nullcontext():
             return ray.get(task.remote(job))
 
 

@@ -12,3 +12,8 @@ import torch.nn.functional as F
 def cross_entropy_sum(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
     """Summed negative log-likelihood in nats, computed in float32 whatever the logits' type. Returns a scalar."""
     return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+
+
+def cross_entropy_per_token(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each target in nats, computed in float32 whatever the logits' type. Returns (N,)."""
+    return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")

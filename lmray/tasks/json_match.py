@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 from lmray.data.base import Example
 from lmray.tasks.base import Task
@@ -20,12 +20,12 @@ from lmray.tasks.base import Task
 class JsonMatch(Task):
     """`eval.json_match`: all of it; `eval.json_name_match`: it is JSON and names the right function."""
 
-    generates: ClassVar[bool] = True
+    needs = "answers"
 
     def score(self, example: Example, answer: str) -> dict[str, float]:
         found = _parsed(answer)
         if example.accepted is None:
-            return {"json_match": float(found is not None and _equal(found, json.loads(example.answer)))}
+            return {"json_match": float(found is not None and _equal(found, _parsed(example.answer)))}
         named = isinstance(found, dict) and found.get("name") == example.accepted["name"]
         right = named and _accepts(example.accepted["arguments"], found.get("arguments"))
         return {"json_match": float(right), "json_name_match": float(named)}

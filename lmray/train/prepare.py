@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lmray.data.batch import Packed, pack
 from lmray.data.examples import Examples, read_examples
 from lmray.data.tokenise import TokenisedData, tokenise_all
+from lmray.evaluate.measure import check_tasks
 from lmray.job import TrainJob
 from lmray.models.load import load_tokenizer
 from lmray.models.source import FoundModel, find_model
@@ -35,6 +36,7 @@ def prepare(job: TrainJob) -> Prepared:
     model = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=job.model.trust_remote_code)
     examples = read_examples(job.data)
+    check_tasks(job.evaluate.tasks, examples.eval)
     limits = {"max_length": job.data.max_length, "over_long": job.data.over_long}
     train = tokenise_all(tokenizer, examples.train, **limits)
     held_out = tokenise_all(tokenizer, examples.eval, **limits)

@@ -59,6 +59,7 @@ def compare(shell, train_file):
     assert unknown.returncode == 2 and "did you mean `colours`" in unknown.stderr
     done = shell.lmray("run", "compare.yaml", "--json")
     assert done.returncode == 0, done.stderr
+    assert "tuned: answers 2/2" in done.stderr
     targets = one_json(done.stdout)["details"]["targets"]
     assert targets["tuned"]["eval.loss"] < targets["base"]["eval.loss"] == targets["shots"]["eval.loss"]
     lines = (shell.folder.parent / "store/runs/compare/answers-shots.jsonl").read_text(encoding="utf-8").splitlines()

@@ -73,3 +73,8 @@ def test_without_accepted_values_the_answer_is_the_one_right_value():
     example = Example(({"role": "assistant", "content": '{"a": [1, "X y"]}'},), "f:1")
     assert JsonMatch().score(example, ' {"a": [1.0, "xy"]} ') == {"json_match": 1.0}
     assert JsonMatch().score(example, '{"a": [1]}') == {"json_match": 0.0}
+
+
+def test_an_expected_answer_that_is_no_json_is_never_matched():
+    example = Example(({"role": "user", "content": "q"}, {"role": "assistant", "content": "red 1"}), "f:1")
+    assert JsonMatch().score(example, "5") == {"json_match": 0.0}

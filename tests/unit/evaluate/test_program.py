@@ -1,0 +1,99 @@
+"""The evaluation program in this process: what it leaves in the run folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lmray.artifacts.store import run_folder
+from lmray.config import Document, decode
+from lmray.context import LocalContext
+from lmray.errors import ConfigError, DataError
+from lmray.evaluate.program import evaluate
+from lmray.job import EvaluateJob
+from lmray.testing.jobs import write_jsonl
+from lmray.testing.tiny import tiny_adapter_folder
+
+
+@pytest.fixture
+def job(tiny_model, tiny_data, tmp_path):
+    """An evaluation of `base` and an adapter with a dot in its label."""
+    adapter = tiny_adapter_folder(tiny_model, tmp_path / "adapter", seed=3)
+
+    def make(**changes) -> EvaluateJob:
+        tree = {
+            "kind": "evaluate",
+            "name": "比較",
+            "storage": str(tmp_path / "store"),
+            "model": {"source": str(tiny_model), "dtype": "float32"},
+            "data": {"train": [{"source": str(tiny_data)}], "eval": {"split": 0.25}, "max_length": 256},
+            "targets": [{"label": "base"}, {"label": "v1.0", "adapter": str(adapter)}],
+            "evaluate": {"tasks": ["loss", "f1", "chrf"], "max_examples": 3, "max_new_tokens": 4},
+        }
+        return decode(EvaluateJob, Document("test", tree | changes))
+
+    return make
+
+
+def run(job, tmp_path):
+    return evaluate(job, LocalContext(run_folder(job), scratch=tmp_path / "scratch"))
+
+
+def test_a_run_leaves_answers_a_comparison_and_its_result(job, tmp_path):
+    result = run(job(), tmp_path)
+    folder = run_folder(job())
+    names = {path.name for path in folder.iterdir()}
+    assert {"job.yaml", "answers-base.jsonl", "answers-v1.0.jsonl", "comparison.html", "result.json"} <= names
+    kept = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert kept["details"] == json.loads(json.dumps(result.details))
+    targets, deltas = result.details["targets"], result.details["deltas"]
+    assert result.details["reference"] == "base" and set(deltas) == {"v1.0"}
+    assert set(deltas["v1.0"]) == {"eval.loss", "eval.perplexity", "eval.f1", "eval.chrf"}
+    loss = deltas["v1.0"]["eval.loss"]
+    assert loss["delta"] == pytest.approx(targets["v1.0"]["eval.loss"] - targets["base"]["eval.loss"])
+    assert loss["low"] <= loss["delta"] <= loss["high"] and loss["num_examples"] == 6
+    assert deltas["v1.0"]["eval.f1"]["num_examples"] == 3
+    assert result.metrics["eval.loss"] == targets["v1.0"]["eval.loss"]
+
+
+def test_the_job_is_kept_as_it_was_decoded(job, tmp_path):
+    run(job(), tmp_path)
+    text = (run_folder(job()) / "job.yaml").read_text(encoding="utf-8")
+    assert "name: 比較" in text and "v1.0" in text
+
+
+def test_the_base_is_measured_without_the_adapter_beside_it(job, tmp_path):
+    both = run(job(), tmp_path).details["targets"]
+    alone = run(job(targets=[{"label": "base"}]), tmp_path)
+    assert alone.metrics["eval.loss"] == pytest.approx(both["base"]["eval.loss"], abs=1e-6)
+    assert alone.details["deltas"] == {}
+    assert not (run_folder(job()) / "answers-v1.0.jsonl").exists(), "an earlier run's answers are gone"
+
+
+def test_the_page_is_self_contained_and_escapes(job, tmp_path):
+    rows = [{"prompt": f"<script>{n}</script> & 赤", "completion": f"<b>{n}</b>"} for n in range(8)]
+    data = write_jsonl(tmp_path / "odd.jsonl", rows)
+    run(job(data={"train": [{"source": str(data)}], "eval": {"split": 0.5}, "max_length": 256}), tmp_path)
+    page = (run_folder(job()) / "comparison.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;" in page and "赤" in page
+    assert "http" not in page and "src=" not in page
+    assert "比較" in page and "v1.0" in page and "95 % interval" in page
+
+
+def test_where_it_stands_is_written_while_it_runs(job, tmp_path):
+    run(job(), tmp_path)
+    last = json.loads((run_folder(job()) / "progress.json").read_text(encoding="utf-8"))
+    assert last == {"target": "v1.0", "doing": "answers", "done": 3, "total": 3}
+
+
+def test_a_task_that_the_data_does_not_fit_leaves_the_earlier_result(job, tmp_path):
+    run(job(), tmp_path)
+    with pytest.raises(DataError, match="column `choices`: is missing"):
+        run(job(evaluate={"tasks": ["multiple_choice"]}), tmp_path)
+    assert (run_folder(job()) / "result.json").is_file()
+
+
+def test_two_targets_of_one_label_are_refused(job):
+    with pytest.raises(ConfigError, match="two targets are labelled `a`"):
+        job(targets=[{"label": "a"}, {"label": "a", "num_fewshot": 1}])
