@@ -24,6 +24,10 @@ class Example:
     """Columns a split can group by."""
     accepted: Any = None
     """What a task accepts as right, where that is more than the one answer; see `lmray.tasks.json_match`."""
+    tools: tuple[dict[str, Any], ...] | None = None
+    """JSON schemas of the functions the assistant may call, for the chat template."""
+    text: str | None = None
+    """A document instead of a conversation; `messages` is empty then."""
 
     @property
     def prompt(self) -> tuple[dict[str, Any], ...]:

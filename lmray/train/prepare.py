@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmray.data.batch import Packed, pack
+from lmray.data.batch import Rows, pack, unpacked
 from lmray.data.examples import Examples, read_examples
 from lmray.data.tokenise import TokenisedData, tokenise_all
 from lmray.job import TrainJob
@@ -25,9 +25,9 @@ class Prepared:
     examples: Examples
     train: TokenisedData
     eval: TokenisedData
-    rows: tuple[Packed, ...]
+    rows: Rows
     """Rows of the training data, in file order; the sampler shuffles them."""
-    eval_rows: tuple[Packed, ...]
+    eval_rows: Rows
 
 
 def prepare(job: TrainJob) -> Prepared:
@@ -38,10 +38,6 @@ def prepare(job: TrainJob) -> Prepared:
     limits = {"max_length": job.data.max_length, "over_long": job.data.over_long}
     train = tokenise_all(tokenizer, examples.train, **limits)
     held_out = tokenise_all(tokenizer, examples.eval, **limits)
-    rows = (
-        pack(train.examples, max_length=job.data.max_length)
-        if job.data.packing
-        else tuple((one,) for one in train.examples)
-    )
+    rows = pack(train.examples, max_length=job.data.max_length) if job.data.packing else unpacked(train.examples)
     eval_rows = pack(held_out.examples, max_length=job.data.max_length)
     return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows)
