@@ -13,6 +13,8 @@ from typing import overload
 
 import numpy as np
 
+from lmray.data.base import Example
+
 IGNORED = -100
 
 
@@ -23,6 +25,8 @@ class Tokenised:
     input_ids: np.ndarray
     """int32; any sequence of ints will do."""
     labels: np.ndarray
+    where: str = ""
+    """`file:row` of what it was made of; no part of equality."""
 
     def __post_init__(self):
         for name in ("input_ids", "labels"):
@@ -54,24 +58,38 @@ class Part:
     """int32."""
     offsets_M: np.ndarray
     """int64, one more than there are examples: where each starts, and the end."""
+    sources_M: np.ndarray
+    """int64: the place, among what was tokenised, of what each example was made of."""
 
     @classmethod
-    def of(cls, examples: Sequence[Tokenised]) -> Part:
+    def of(cls, examples: Sequence[Tokenised], sources: Sequence[int]) -> Part:
         """`examples` copied into one part."""
         none = np.zeros(0, dtype=np.int32)
         offsets = np.cumsum([0, *map(len, examples)], dtype=np.int64)
         ids = np.concatenate([none, *(one.input_ids for one in examples)])
-        return cls(ids, np.concatenate([none, *(one.labels for one in examples)]), offsets)
+        labels = np.concatenate([none, *(one.labels for one in examples)])
+        return cls(ids, labels, offsets, np.array(sources, dtype=np.int64))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Part]) -> Part:
+        """All of `parts`, at least one, in one."""
+        lengths = np.concatenate([np.diff(part.offsets_M) for part in parts])
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        ids, labels, sources = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("ids_N", "labels_N", "sources_M")
+        )
+        return cls(ids, labels, offsets, sources)
 
     def __len__(self) -> int:
         return len(self.offsets_M) - 1
 
 
 class Table(Sequence[Tokenised]):
-    """The examples of all `parts`, in order."""
+    """The examples of all `parts`, in order. `made_of` is what was tokenised; where it is not given, no example says
+    where it stood."""
 
-    def __init__(self, parts: Sequence[Part]):
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[Part], made_of: Sequence[Example] = ()):
+        self.parts, self.made_of = tuple(parts), made_of
         self._starts = np.cumsum([0, *map(len, parts)]).tolist()
 
     def __len__(self) -> int:
@@ -95,4 +113,5 @@ class Table(Sequence[Tokenised]):
         which = bisect_right(self._starts, place) - 1
         part, row = self.parts[which], place - self._starts[which]
         start, stop = part.offsets_M[row : row + 2]
-        return Tokenised(part.ids_N[start:stop], part.labels_N[start:stop])
+        where = self.made_of[int(part.sources_M[row])].where if self.made_of else ""
+        return Tokenised(part.ids_N[start:stop], part.labels_N[start:stop], where)

@@ -8,7 +8,7 @@ Special tokens come from the template alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from lmray.data.base import Example
 from lmray.data.pieces import Conventions, Document, Messages, Tools, documents, encode, render, rendered_turns
+from lmray.data.rules import Rules
 from lmray.data.table import IGNORED, Part, Table, Tokenised
 from lmray.errors import DataError
 from lmray.metrics.counter import Counter
@@ -23,23 +24,10 @@ from lmray.metrics.counter import Counter
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Rules", "Tokenised", "TokenisedData", "prompt_ids", "tokenise", "tokenise_all"]
+__all__ = ["IGNORED", "Tokenised", "TokenisedData", "encode", "prompt_ids", "render", "tokenise", "tokenise_all"]
 
 CHUNK = 1000
 """Examples that are rendered and encoded together."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What decides, besides tokenizer and examples, which tokens come out."""
-
-    max_length: int
-    over_long: str = "drop"
-    mask_history: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-    """End an answer besides the tokenizer's end of sequence."""
-    vocab_size: int | None = None
-    """Rows of the model's embedding, where they are known."""
 
 
 @dataclass
@@ -51,8 +39,8 @@ class Tally:
     num_truncated: int = 0
     num_empty: int = 0
     """Left out for having no supervised token: no answer, or cut off before it."""
-    empty_rows: list[str] = field(default_factory=list)
-    """Where the first of these stand."""
+    empty_rows: list[int] = field(default_factory=list)
+    """The first of these, by their place among the examples."""
     num_supervised: int = 0
 
 
@@ -65,6 +53,13 @@ class TokenisedData:
     num_truncated: int = 0
     num_empty: int = 0
     empty_rows: tuple[str, ...] = ()
+    """Where the first examples stand that were left out for having no supervised token."""
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], examples: Sequence[Example], tally: Tally) -> TokenisedData:
+        """`parts` of `examples`, with the tally in words."""
+        rows = tuple(examples[index].where for index in tally.empty_rows)
+        return cls(Table(parts, examples), tally.num_dropped, tally.num_truncated, tally.num_empty, rows)
 
 
 NAMED = 3
@@ -82,7 +77,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, example: Example) -> Tokenised:
     if len(found) != 1:
         hint = "the chat template changes earlier turns; keep one assistant turn an example"
         raise DataError(example.where, f"becomes {len(found)} sequences of tokens", hint=hint)
-    return found[0]
+    return replace(found[0], where=example.where)
 
 
 def tokenise_all(
@@ -92,8 +87,7 @@ def tokenise_all(
     `rules` are further fields of `Rules`. Raises DataError where nothing supervised is left."""
     tally = Tally()
     parts = list(tokenised_parts(tokenizer, examples, Rules(max_length, over_long, **rules), tally))
-    facts = (tally.num_dropped, tally.num_truncated, tally.num_empty, tuple(tally.empty_rows))
-    return TokenisedData(Table(parts), *facts)
+    return TokenisedData.of(parts, examples, tally)
 
 
 def tokenised_parts(
@@ -105,14 +99,18 @@ def tokenised_parts(
     for first in range(0, len(examples), CHUNK):
         chunk = examples[first : first + CHUNK]
         kept: list[Tokenised] = []
-        for example, tokens in _tokenised(tokenizer, chunk, conventions, mask_history=rules.mask_history):
-            _check(tokens, example, tokenizer.bos_token_id, rules.vocab_size)
-            kept += (one for one in _fitted(tokens, example, rules, tally) if _has_loss(one, example, tally))
+        sources: list[int] = []
+        for index, tokens in _tokenised(tokenizer, chunk, conventions, mask_history=rules.mask_history):
+            _check(tokens, chunk[index], tokenizer.bos_token_id, rules.vocab_size)
+            for one in _fitted(tokens, chunk[index], rules, tally):
+                if _has_loss(one, first + index, tally):
+                    kept.append(one)
+                    sources.append(first + index)
         if kept:
-            yield Part.of(kept)
+            yield Part.of(kept, sources)
         counter.at(first + len(chunk))
     if examples and tally.num_supervised == 0:
-        rows = ", ".join(tally.empty_rows or [example.where for example in examples[:NAMED]])
+        rows = ", ".join(examples[index].where for index in tally.empty_rows or range(min(NAMED, len(examples))))
         found = f"no supervised token in {len(examples)} example(s), {tally.num_dropped} too long"
         hint = f"`max_length` is {rules.max_length}; see whether the answers are empty"
         raise DataError(f"{rows} and after", found, allowed="at least one answer token", hint=hint)
@@ -120,22 +118,23 @@ def tokenised_parts(
 
 def _tokenised(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], conventions: Conventions, *, mask_history: bool
-) -> Iterator[tuple[Example, Tokenised]]:
+) -> Iterator[tuple[int, Tokenised]]:
+    """The sequences of tokens that `examples` become, each with its example's place."""
     turns = rendered_turns(tokenizer, examples, mask_history=mask_history)
     found = [
-        (example, document)
-        for example, its_turns in zip(examples, turns, strict=True)
-        for document in documents(example, its_turns, conventions)
+        (index, document)
+        for index, its_turns in enumerate(turns)
+        for document in documents(examples[index], its_turns, conventions)
     ]
     pieces = [piece for _, document in found for piece in document]
     ids = iter(_encoded(tokenizer, [piece.context + piece.text for piece in pieces]))
     contexts = {context: encode(tokenizer, context) for context in {piece.context for piece in pieces}}
-    for example, document in found:
+    for index, document in found:
         whole = [(next(ids), contexts[piece.context]) for piece in document]
         if any(one[: len(context)] != context for one, context in whole):
             hint = "start the answer with a letter or a digit, or leave the example out"
-            raise DataError(example.where, "an answer starts in the middle of a token", hint=hint)
-        yield example, _joined(document, [one[len(context) :] for one, context in whole])
+            raise DataError(examples[index].where, "an answer starts in the middle of a token", hint=hint)
+        yield index, _joined(document, [one[len(context) :] for one, context in whole])
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -181,10 +180,10 @@ def _fitted(tokens: Tokenised, example: Example, rules: Rules, tally: Tally) -> 
         raise DataError(example.where, f"is {len(tokens)} tokens long", allowed=f"at most {length}", hint=hint)
 
 
-def _has_loss(tokens: Tokenised, example: Example, tally: Tally) -> bool:
+def _has_loss(tokens: Tokenised, index: int, tally: Tally) -> bool:
     count = tokens.num_supervised
     tally.num_supervised += count
     if count == 0:
         tally.num_empty += 1
-        tally.empty_rows += [example.where] if len(tally.empty_rows) < NAMED else []
+        tally.empty_rows += [index] if len(tally.empty_rows) < NAMED else []
     return count > 0

@@ -17,8 +17,9 @@ from lmray.config import dump
 from lmray.context import Result, RunContext
 from lmray.data.base import Example
 from lmray.data.batch import pack
+from lmray.data.cache import tokenise_cached
 from lmray.data.examples import read_examples
-from lmray.data.tokenise import tokenise_all
+from lmray.data.rules import Rules
 from lmray.errors import ArtifactError, DataError
 from lmray.evaluate.measure import HeldOut, measure
 from lmray.job import EvaluateJob
@@ -48,7 +49,7 @@ def prepare(job: EvaluateJob) -> Prepared:
     examples = read_examples(job.data)
     if not examples.eval:
         raise DataError("data.eval", "holds nothing to measure on", hint="add `eval: {split: 0.1}`")
-    tokens = tokenise_all(tokenizer, examples.eval, max_length=job.data.max_length, over_long=job.data.over_long)
+    tokens = tokenise_cached(tokenizer, examples.eval, Rules.of(job.data, found.folder))
     held_out = HeldOut(examples.eval, pack(tokens.examples, max_length=job.data.max_length))
     return Prepared(found, tokenizer, held_out, examples.train)
 

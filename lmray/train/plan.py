@@ -56,6 +56,7 @@ class Plan:
         model, data, memory = self.model, self.data, self.memory_bytes
         share = model["trainable_parameters"] / model["parameters"]
         parts = ", ".join(f"{part} {human_bytes(size)}" for part, size in memory.items() if part != "total")
+        empty = f"{data['empty']} without an answer token left out: {', '.join(data['empty_rows'])}"
         return [
             f"run        {self.name}, key {self.run_key[:12]}",
             f"model      {model['source']}, {human_count(model['parameters'])} parameters, "
@@ -65,6 +66,7 @@ class Plan:
             *(f"data       {line}" for line in data["formats"]),
             f"data       {data['train_examples']} to train on, {data['eval_examples']} held out, "
             f"{data['dropped']} over {data['max_length']} tokens dropped, {data['truncated']} truncated",
+            *([f"data       {empty}"] if data["empty"] else []),
             f"tokens     {human_count(data['train_tokens'])} an epoch, {data['supervised_share']:.0%} supervised, "
             f"examples of {data['tokens_median']} (median) to {data['tokens_max']} tokens, {data['rows']} rows",
             f"steps      {self.steps} of {self.rows_per_step} rows",
@@ -157,12 +159,14 @@ def _data_facts(job: TrainJob, ready: Prepared) -> dict[str, Any]:
     lengths = sorted(map(len, ready.train.examples))
     tokens, supervised = sum(lengths), sum(one.num_supervised for one in ready.train.examples)
     return {
-        "digest": ready.examples.digest,
+        "digest": ready.digest,
         "formats": list(ready.examples.formats),
         "train_examples": len(ready.train.examples),
         "eval_examples": len(ready.eval.examples),
         "dropped": ready.train.num_dropped + ready.eval.num_dropped,
         "truncated": ready.train.num_truncated + ready.eval.num_truncated,
+        "empty": ready.train.num_empty + ready.eval.num_empty,
+        "empty_rows": [*ready.train.empty_rows, *ready.eval.empty_rows],
         "max_length": job.data.max_length,
         "train_tokens": tokens,
         "supervised_share": round(supervised / tokens, 4),
