@@ -9,10 +9,13 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import overload
 
+import numpy as np
 import torch
 
-from lmray.data.tokenise import IGNORED, Tokenised
+from lmray.data.table import IGNORED, Table, Tokenised
 
 Packed = tuple[Tokenised, ...]
 """Examples that share a row."""
@@ -42,43 +45,73 @@ class Batch:
         return Batch(ids, positions, labels, self.num_supervised, self.num_tokens)
 
 
-def pack(examples: Sequence[Tokenised], *, max_length: int) -> tuple[Packed, ...]:
+class Rows(Sequence[Packed]):
+    """Rows over `examples`, made when they are asked for."""
+
+    def __init__(self, examples: Sequence[Tokenised], members: Sequence[Sequence[int]]):
+        self.examples, self.members = examples, members
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @overload
+    def __getitem__(self, index: int) -> Packed: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Packed]: ...
+    def __getitem__(self, index: int | slice) -> Packed | list[Packed]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return tuple(self.examples[one] for one in self.members[index])
+
+
+def unpacked(examples: Sequence[Tokenised]) -> Rows:
+    """A row for each of `examples`."""
+    return Rows(examples, [(index,) for index in range(len(examples))])
+
+
+def pack(examples: Sequence[Tokenised], *, max_length: int) -> Rows:
     """Rows of at most `max_length` tokens by best fit, longest first; deterministic, every example once."""
-    order = sorted(range(len(examples)), key=lambda index: (-len(examples[index]), index))
+    lengths = [len(one) for one in examples] if not isinstance(examples, Table) else examples.lengths.tolist()
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for index in order:
-        length = len(examples[index])
-        place = bisect_left(room, (length, -1))
-        if place == len(room):
+    rooms: list[int] = []  # tokens left in some row: sorted, each once
+    rows_with: dict[int, list[int]] = {}  # tokens left -> heap of rows
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        place = bisect_left(rooms, lengths[index])
+        if place == len(rooms):
+            row, left = len(rows), max_length - lengths[index]
             rows.append([index])
-            left, row = max_length - length, len(rows) - 1
         else:
-            left, row = room.pop(place)
+            room = rooms[place]
+            row, left = heappop(rows_with[room]), room - lengths[index]
             rows[row].append(index)
-            left -= length
-        insort(room, (left, row))
-    return tuple(tuple(examples[index] for index in row) for row in rows)
+            if not rows_with[room]:
+                rooms.pop(place)
+        if not rows_with.get(left):
+            insort(rooms, left)
+        heappush(rows_with.setdefault(left, []), row)
+    return Rows(examples, rows)
 
 
 def collate(rows: Sequence[Packed], *, pad_token_id: int) -> Batch:
     """`rows` side by side. Padding counts positions on where no row is packed (causal attention suffices); else every
     padding token is an example of its own, which nothing attends to."""
     packed = any(len(row) > 1 for row in rows)
-    width = max(sum(map(len, row)) for row in rows)
-    ids, positions, labels = [], [], []
-    for row in rows:
-        tokens = [token for example in row for token in example.input_ids]
-        places = [place for example in row for place in range(len(example))]
-        marks = [mark for example in row for mark in (IGNORED, *example.labels[1:])]
-        padding = width - len(tokens)
-        ids.append(tokens + [pad_token_id] * padding)
-        positions.append(places + ([0] * padding if packed else list(range(len(tokens), width))))
-        labels.append(marks + [IGNORED] * padding)
+    shape = (len(rows), max(sum(map(len, row)) for row in rows))
+    ids_BT = np.full(shape, pad_token_id, dtype=np.int64)
+    labels_BT = np.full(shape, IGNORED, dtype=np.int64)
+    positions_BT = np.zeros(shape, dtype=np.int64) if packed else np.tile(np.arange(shape[1]), (shape[0], 1))
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row:
+            stop = start + len(example)
+            ids_BT[number, start:stop] = example.input_ids
+            labels_BT[number, start + 1 : stop] = example.labels[1:]
+            positions_BT[number, start:stop] = np.arange(len(example))
+            start = stop
     return Batch(
-        torch.tensor(ids),
-        torch.tensor(positions),
-        torch.tensor(labels),
+        torch.from_numpy(ids_BT),
+        torch.from_numpy(positions_BT),
+        torch.from_numpy(labels_BT),
         num_supervised=sum(example.num_supervised for row in rows for example in row),
         num_tokens=sum(len(example) for row in rows for example in row),
     )

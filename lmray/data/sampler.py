@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 
@@ -20,13 +21,13 @@ class Sampler:
     def rows(self, start: int, stop: int) -> list[int]:
         """Rows of samples `start` to `stop` of the stream."""
         return [
-            _order(self.num_rows, self.seed, place // self.num_rows)[place % self.num_rows]
+            int(_order(self.num_rows, self.seed, place // self.num_rows)[place % self.num_rows])
             for place in range(start, stop)
         ]
 
 
 @lru_cache(maxsize=4)
-def _order(num_rows: int, seed: int, epoch: int) -> list[int]:
+def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()  # torch's generator uses 32 bits of its seed only
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4]))
-    return torch.randperm(num_rows, generator=generator).tolist()
+    return torch.randperm(num_rows, generator=generator).numpy()

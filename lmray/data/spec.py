@@ -51,5 +51,7 @@ class DataSpec(Config):
     """Longest example in tokens; rows of a batch have at most this many."""
     over_long: Literal["drop", "truncate", "error"] = "drop"
     """What becomes of an example longer than `max_length`; counted in the plan either way."""
+    mask_history: bool = False
+    """Learn the last assistant turn of a conversation alone. False: every one."""
     packing: bool = False
     """Several examples share a row, each seeing only itself."""

@@ -1,127 +1,189 @@
-"""Conversations to token ids with an exact loss mask: supervised are the assistant's tokens and the stop token after
-them.
+"""Conversations and documents to token ids with an exact loss mask: supervised are the assistant's tokens and the stop
+token after them, and all of a document.
 
-The tokenizer's own chat template is rendered up to each answer and through it; prompt and answer are encoded apart,
-as they are when the model is asked later, so that no token straddles the border. Special tokens come from the
-template alone.
+Prompt and answer are encoded apart, as they are when the model is asked later, so that no token straddles the border.
+Special tokens come from the template alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lmray.data.base import Example
+from lmray.data.pieces import Conventions, Document, Messages, Tools, documents, encode, render, rendered_turns
+from lmray.data.rules import Rules
+from lmray.data.table import IGNORED, Part, Table, Tokenised
 from lmray.errors import DataError
+from lmray.metrics.counter import Counter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+__all__ = ["IGNORED", "Tokenised", "TokenisedData", "encode", "prompt_ids", "render", "tokenise", "tokenise_all"]
+
+CHUNK = 1000
+"""Examples that are rendered and encoded together."""
 
 
-@dataclass(frozen=True)
-class Tokenised:
-    """One example: `labels[t]` is `input_ids[t]` where it is supervised, else IGNORED."""
+@dataclass
+class Tally:
+    """What became of examples that were not kept as they are."""
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def num_supervised(self) -> int:
-        """Tokens a loss is taken on; the first has nothing before it to predict it from."""
-        return sum(label != IGNORED for label in self.labels[1:])
+    num_dropped: int = 0
+    """Longer than `max_length`."""
+    num_truncated: int = 0
+    num_empty: int = 0
+    """Left out for having no supervised token: no answer, or cut off before it."""
+    empty_rows: list[int] = field(default_factory=list)
+    """The first of these, by their place among the examples."""
+    num_supervised: int = 0
 
 
 @dataclass(frozen=True)
 class TokenisedData:
     """Examples that fit, and what became of those that did not."""
 
-    examples: tuple[Tokenised, ...]
+    examples: Sequence[Tokenised]
     num_dropped: int = 0
     num_truncated: int = 0
+    num_empty: int = 0
+    empty_rows: tuple[str, ...] = ()
+    """Where the first examples stand that were left out for having no supervised token."""
+
+    @classmethod
+    def of(cls, parts: Sequence[Part], examples: Sequence[Example], tally: Tally) -> TokenisedData:
+        """`parts` of `examples`, with the tally in words."""
+        rows = tuple(examples[index].where for index in tally.empty_rows)
+        return cls(Table(parts, examples), tally.num_dropped, tally.num_truncated, tally.num_empty, rows)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of `text`, whose special tokens are written out; nothing is added."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
+NAMED = 3
+"""So many rows are named in a message."""
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, ask: bool) -> str:
-    """`messages` in the tokenizer's chat template; `ask` adds the opening of the assistant's turn."""
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)  # type: ignore[return-value]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None) -> tuple[int, ...]:
     """Ids that ask the assistant to answer `messages`."""
-    return tuple(encode(tokenizer, render(tokenizer, messages, ask=True)))
+    return tuple(encode(tokenizer, render(tokenizer, messages, ask=True, tools=tools)))
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, example: Example) -> Tokenised:
-    """`example` as ids and labels. Raises DataError where the template rewrites earlier turns or ends without a
-    stop."""
-    ids: list[int] = []
-    labels: list[int] = []
-    done = ""
-    for index, message in enumerate(example.messages):
-        if message["role"] != "assistant":
-            continue
-        asked = render(tokenizer, example.messages[:index], ask=True)
-        answered = render(tokenizer, example.messages[: index + 1], ask=False)
-        if not (asked.startswith(done) and answered.startswith(asked)):
-            hint = "the chat template changes earlier turns; keep one assistant turn an example"
-            raise DataError(
-                f"{example.where}, turn {index + 1}", "its place in the template cannot be told exactly", hint=hint
-            )
-        answer, rest = _through_stop(tokenizer, answered[len(asked) :], f"{example.where}, turn {index + 1}")
-        for text, supervised in ((asked[len(done) :], False), (answer, True), (rest, False)):
-            piece = encode(tokenizer, text)
-            ids += piece
-            labels += piece if supervised else [IGNORED] * len(piece)
-        done = answered
-    last = max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)
-    return Tokenised(tuple(ids[: last + 1]), tuple(labels[: last + 1]))
-
-
-def _through_stop(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> tuple[str, str]:
-    stop = tokenizer.eos_token
-    end = text.rfind(stop) if isinstance(stop, str) else -1
-    if end < 0:
-        hint = "a model trained so would never stop; mend the chat template"
-        raise DataError(where, f"the template ends the assistant's turn without the stop token {stop!r}", hint=hint)
-    assert isinstance(stop, str)
-    return text[: end + len(stop)], text[end + len(stop) :]
+    """`example`, which the template renders in one go, as ids and labels. Raises DataError where it does not."""
+    found = [tokens for _, tokens in _tokenised(tokenizer, [example], Conventions.of(tokenizer), mask_history=False)]
+    if len(found) != 1:
+        hint = "the chat template changes earlier turns; keep one assistant turn an example"
+        raise DataError(example.where, f"becomes {len(found)} sequences of tokens", hint=hint)
+    return replace(found[0], where=example.where)
 
 
 def tokenise_all(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, over_long: str
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], *, max_length: int, over_long: str, **rules: Any
 ) -> TokenisedData:
-    """All `examples`, longer ones dropped, cut at the end, or refused. Raises DataError where nothing supervised is
-    left."""
-    kept, dropped, truncated = [], 0, 0
-    first = None
-    for example in examples:
-        tokens = tokenise(tokenizer, example)
-        first = first or example.where
-        if len(tokens) > max_length:
-            if over_long == "error":
-                hint = "raise `max_length`, or `over_long: drop`"
-                raise DataError(
-                    example.where, f"is {len(tokens)} tokens long", allowed=f"at most {max_length}", hint=hint
-                )
-            if over_long == "drop":
-                dropped += 1
-                continue
-            truncated += 1
-            tokens = Tokenised(tokens.input_ids[:max_length], tokens.labels[:max_length])
-        kept.append(tokens)
-    supervised = sum(tokens.num_supervised for tokens in kept)
-    if examples and supervised == 0:
-        found = f"no supervised token in {len(examples)} example(s), {dropped} too long"
-        hint = f"`max_length` is {max_length}; see whether the answers are empty"
-        raise DataError(f"{first} and after", found, allowed="at least one answer token", hint=hint)
-    return TokenisedData(tuple(tokens for tokens in kept if tokens.num_supervised), dropped, truncated)
+    """All `examples` in memory, longer ones dropped, cut at the end, or refused; documents are cut into several.
+    `rules` are further fields of `Rules`. Raises DataError where nothing supervised is left."""
+    tally = Tally()
+    parts = list(tokenised_parts(tokenizer, examples, Rules(max_length, over_long, **rules), tally))
+    return TokenisedData.of(parts, examples, tally)
+
+
+def tokenised_parts(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], rules: Rules, tally: Tally
+) -> Iterator[Part]:
+    """`examples` chunk by chunk; `tally` is counted up. Raises what `tokenise_all` raises."""
+    conventions = Conventions.of(tokenizer, rules.stop_token_ids)
+    counter = Counter("tokenise", len(examples), unit="examples")
+    for first in range(0, len(examples), CHUNK):
+        chunk = examples[first : first + CHUNK]
+        kept: list[Tokenised] = []
+        sources: list[int] = []
+        for index, tokens in _tokenised(tokenizer, chunk, conventions, mask_history=rules.mask_history):
+            _check(tokens, chunk[index], tokenizer.bos_token_id, rules.vocab_size)
+            for one in _fitted(tokens, chunk[index], rules, tally):
+                if _has_loss(one, first + index, tally):
+                    kept.append(one)
+                    sources.append(first + index)
+        if kept:
+            yield Part.of(kept, sources)
+        counter.at(first + len(chunk))
+    if examples and tally.num_supervised == 0:
+        rows = ", ".join(examples[index].where for index in tally.empty_rows or range(min(NAMED, len(examples))))
+        found = f"no supervised token in {len(examples)} example(s), {tally.num_dropped} too long"
+        hint = f"`max_length` is {rules.max_length}; see whether the answers are empty"
+        raise DataError(f"{rows} and after", found, allowed="at least one answer token", hint=hint)
+
+
+def _tokenised(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], conventions: Conventions, *, mask_history: bool
+) -> Iterator[tuple[int, Tokenised]]:
+    """The sequences of tokens that `examples` become, each with its example's place."""
+    turns = rendered_turns(tokenizer, examples, mask_history=mask_history)
+    found = [
+        (index, document)
+        for index, its_turns in enumerate(turns)
+        for document in documents(examples[index], its_turns, conventions)
+    ]
+    pieces = [piece for _, document in found for piece in document]
+    ids = iter(_encoded(tokenizer, [piece.context + piece.text for piece in pieces]))
+    contexts = {context: encode(tokenizer, context) for context in {piece.context for piece in pieces}}
+    for index, document in found:
+        whole = [(next(ids), contexts[piece.context]) for piece in document]
+        if any(one[: len(context)] != context for one, context in whole):
+            hint = "start the answer with a letter or a digit, or leave the example out"
+            raise DataError(examples[index].where, "an answer starts in the middle of a token", hint=hint)
+        yield index, _joined(document, [one[len(context) :] for one, context in whole])
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of each text; one call, for the tokenizer encodes on all cores."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    return tokenizer(texts, **options)["input_ids"] if texts else []  # type: ignore[return-value]
+
+
+def _joined(document: Document, ids: Sequence[list[int]]) -> Tokenised:
+    joined = np.fromiter(chain.from_iterable(ids), dtype=np.int32)
+    marks = np.array([piece.supervised for piece in document], dtype=bool)
+    supervised = np.repeat(marks, np.array([len(piece) for piece in ids], dtype=np.int64))
+    return Tokenised(joined, np.where(supervised, joined, np.int32(IGNORED)))
+
+
+def _check(tokens: Tokenised, example: Example, bos: Any, vocab_size: int | None) -> None:
+    ids = tokens.input_ids
+    if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+        hint = "write it once: in the chat template or in the data, not in both"
+        raise DataError(example.where, f"starts with two start tokens (id {bos})", hint=hint)
+    if vocab_size is not None and len(ids) and ids.max() >= vocab_size:
+        hint = "the tokenizer is another model's, or tokens were added to it and the model was not resized"
+        allowed = f"0 to {vocab_size - 1}, the rows of the model's embedding"
+        raise DataError(example.where, f"holds token id {ids.max()}", allowed=allowed, hint=hint)
+
+
+def _fitted(tokens: Tokenised, example: Example, rules: Rules, tally: Tally) -> Iterator[Tokenised]:
+    """What of `tokens` has at most `max_length` tokens. A document's chunks overlap by one token, so that each of its
+    tokens but the first is predicted once."""
+    length = rules.max_length
+    if len(tokens) <= length:
+        yield tokens
+    elif example.text is not None:
+        for start in range(0, len(tokens) - 1, length - 1):
+            yield Tokenised(tokens.input_ids[start : start + length], tokens.labels[start : start + length])
+    elif rules.over_long == "truncate":
+        tally.num_truncated += 1
+        yield Tokenised(tokens.input_ids[:length], tokens.labels[:length])
+    elif rules.over_long == "drop":
+        tally.num_dropped += 1
+    else:
+        hint = "raise `max_length`, or `over_long: drop`"
+        raise DataError(example.where, f"is {len(tokens)} tokens long", allowed=f"at most {length}", hint=hint)
+
+
+def _has_loss(tokens: Tokenised, index: int, tally: Tally) -> bool:
+    count = tokens.num_supervised
+    tally.num_supervised += count
+    if count == 0:
+        tally.num_empty += 1
+        tally.empty_rows += [index] if len(tally.empty_rows) < NAMED else []
+    return count > 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lmray.data.base import Example
 from lmray.data.tokenise import IGNORED, Tokenised, encode, prompt_ids
 from lmray.evaluate.loss import example_losses
@@ -34,7 +36,8 @@ def choice_log_likelihoods(
         prompt = prompt_ids(tokenizer, [*shown, *example.prompt])
         for choice in choices:
             ids = encode(tokenizer, choice)
-            rows.append(Tokenised((*prompt, *ids), (*[IGNORED] * len(prompt), *ids)))
+            labels = [IGNORED] * len(prompt) + ids
+            rows.append(Tokenised(np.asarray([*prompt, *ids]), np.asarray(labels)))
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))  # like lengths share batches
     found = example_losses(
         model,

@@ -18,8 +18,9 @@ from lmray.config import dump
 from lmray.context import Result, RunContext
 from lmray.data.base import Example
 from lmray.data.batch import pack
+from lmray.data.cache import tokenise_cached
 from lmray.data.examples import read_examples
-from lmray.data.tokenise import tokenise_all
+from lmray.data.rules import Rules
 from lmray.errors import ArtifactError, DataError
 from lmray.evaluate.comparison import write_comparison
 from lmray.evaluate.confidence import deltas, reference_label
@@ -55,7 +56,9 @@ def prepare(job: EvaluateJob) -> Prepared:
     if not examples.eval:
         raise DataError("data.eval", "holds nothing to measure on", hint="add `eval: {split: 0.1}`")
     check_tasks(job.evaluate.tasks, examples.eval)
-    tokens = tokenise_all(tokenizer, examples.eval, max_length=job.data.max_length, over_long=job.data.over_long)
+    tokens = tokenise_cached(
+        tokenizer, examples.eval, Rules.of(job.data, found.folder, trust_remote_code=job.model.trust_remote_code)
+    )
     held_out = HeldOut(examples.eval, pack(tokens.examples, max_length=job.data.max_length))
     return Prepared(found, tokenizer, held_out, examples.train)
 

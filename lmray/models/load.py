@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lmray.errors import ArtifactError
 from lmray.models.quiet import quiet
@@ -41,8 +48,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             raise _corrupted(folder, error) from None
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`. Raises ArtifactError where it is missing, or has no chat template."""
+def load_tokenizer(folder: Path, *, chat: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`. Raises ArtifactError where it is missing or, unless `chat` is off, has no chat
+    template."""
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -50,10 +58,28 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             )
         except (OSError, ValueError, KeyError) as error:
             raise _corrupted(folder, error) from None
-    if not tokenizer.chat_template:
-        hint = "put a chat_template.jinja beside tokenizer.json"
-        raise ArtifactError(f"tokenizer in {folder}", "has no chat template", hint=hint)
+    if chat and not tokenizer.chat_template:
+        hint = (
+            "put a chat_template.jinja beside tokenizer.json, or take the model's instruction-tuned sibling; "
+            "plain text needs none"
+        )
+        raise ArtifactError(f"tokenizer in {folder}", "has no chat template, as base models do", hint=hint)
     return tokenizer
+
+
+def embedding_rows(folder: Path, *, trust_remote_code: bool = False) -> int:
+    """Rows of the embedding of the model in `folder`, from its config: ids are below. Raises ArtifactError."""
+    return load_config(folder, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+
+
+def stop_token_ids_in(folder: Path) -> tuple[int, ...]:
+    """Ids that the generation config in `folder` says end an answer; none where there is none."""
+    try:
+        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        return ()
+    ids = config.eos_token_id
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -25,12 +25,14 @@ def data_facts(ready: Prepared, *, max_length: int) -> dict[str, Any]:
     tokens, supervised = sum(lengths), sum(one.num_supervised for one in examples)
     percentiles = {name: lengths[-(-len(lengths) * share // 100) - 1] for name, share in PERCENTILES.items()}
     return {
-        "digest": ready.examples.digest,
+        "digest": ready.digest,
         "formats": list(ready.examples.formats),
         "train_examples": len(examples),
         "eval_examples": len(ready.eval.examples),
         "dropped": ready.train.num_dropped + ready.eval.num_dropped,
         "truncated": ready.train.num_truncated + ready.eval.num_truncated,
+        "empty": ready.train.num_empty + ready.eval.num_empty,
+        "empty_rows": [*ready.train.empty_rows, *ready.eval.empty_rows],
         "max_length": max_length,
         "train_tokens": tokens,
         "eval_tokens": sum(map(len, ready.eval.examples)),
@@ -46,7 +48,7 @@ def data_facts(ready: Prepared, *, max_length: int) -> dict[str, Any]:
 def _stop_facts(tokenizer: Any, examples: Sequence[Tokenised]) -> dict[str, Any]:
     """The stop token, and how many examples have it as their last supervised token."""
     stop = tokenizer.eos_token_id
-    ending = sum(one.labels[-1] == stop for one in examples)
+    ending = sum(bool(one.labels[-1] == stop) for one in examples)
     return {"token": tokenizer.eos_token, "id": stop, "examples": ending, "share": round(ending / len(examples), 4)}
 
 
@@ -54,7 +56,7 @@ def _bos_facts(tokenizer: Any, examples: Sequence[Tokenised]) -> dict[str, Any]:
     """The token for the beginning of text: how many examples start with it, and how many with two of them."""
     bos = tokenizer.bos_token_id
     starting = [one for one in examples if bos is not None and one.input_ids[0] == bos]
-    doubled = sum(len(one) > 1 and one.input_ids[1] == bos for one in starting)
+    doubled = sum(len(one) > 1 and bool(one.input_ids[1] == bos) for one in starting)
     return {"token": tokenizer.bos_token, "id": bos, "examples": len(starting), "doubled": doubled}
 
 

@@ -68,6 +68,7 @@ class Plan:
         model, data, memory = self.model, self.data, self.memory_bytes
         share = model["trainable_parameters"] / model["parameters"]
         parts = ", ".join(f"{part} {human_bytes(size)}" for part, size in memory.items() if part != "total")
+        empty = f"{data['empty']} without an answer token left out: {', '.join(data['empty_rows'])}"
         return [
             *self._first_lines(),
             f"precision  {self.dtype}: {self.reasons['dtype']}",
@@ -78,6 +79,7 @@ class Plan:
             *(f"data       {line}" for line in data["formats"]),
             f"data       {data['train_examples']} to train on, {data['eval_examples']} held out, "
             f"{data['dropped']} over {data['max_length']} tokens dropped, {data['truncated']} truncated",
+            *([f"data       {empty}"] if data["empty"] else []),
             f"tokens     {human_count(data['train_tokens'])} an epoch, {data['supervised_share']:.0%} supervised",
             f"lengths    {data['tokens_median']} (median), {data['tokens_p90']} (p90), {data['tokens_p95']} (p95), "
             f"{data['tokens_p99']} (p99), {data['tokens_max']} (longest) tokens an example",

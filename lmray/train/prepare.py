@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmray.data.batch import Packed, pack
+from lmray.artifacts.files import sha256_json
+from lmray.data.batch import Rows, pack, unpacked
+from lmray.data.cache import tokenise_cached, tokenizer_digest
 from lmray.data.examples import Examples, read_examples
-from lmray.data.tokenise import TokenisedData, tokenise_all
+from lmray.data.rules import Rules
+from lmray.data.tokenise import TokenisedData
 from lmray.evaluate.measure import check_tasks
 from lmray.job import TrainJob
 from lmray.models.load import load_tokenizer
@@ -26,24 +29,26 @@ class Prepared:
     examples: Examples
     train: TokenisedData
     eval: TokenisedData
-    rows: tuple[Packed, ...]
+    rows: Rows
     """Rows of the training data, in file order; the sampler shuffles them."""
-    eval_rows: tuple[Packed, ...]
+    eval_rows: Rows
+
+    @property
+    def digest(self) -> str:
+        """Of the data as it is trained on: with other examples, another tokenizer or template it is another run."""
+        return sha256_json([self.examples.digest, tokenizer_digest(self.tokenizer)])
 
 
 def prepare(job: TrainJob) -> Prepared:
     """Finds the model and reads the data. Raises ArtifactError or DataError for what is missing or malformed."""
-    model = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
-    tokenizer = load_tokenizer(model.folder, trust_remote_code=job.model.trust_remote_code)
+    trust = job.model.trust_remote_code
+    model = find_model(job.model.source, job.model.revision, trust_remote_code=trust)
     examples = read_examples(job.data)
     check_tasks(job.evaluate.tasks, examples.eval)
-    limits = {"max_length": job.data.max_length, "over_long": job.data.over_long}
-    train = tokenise_all(tokenizer, examples.train, **limits)
-    held_out = tokenise_all(tokenizer, examples.eval, **limits)
-    rows = (
-        pack(train.examples, max_length=job.data.max_length)
-        if job.data.packing
-        else tuple((one,) for one in train.examples)
-    )
+    chats = any(example.text is None for example in (*examples.train, *examples.eval))
+    tokenizer = load_tokenizer(model.folder, chat=chats, trust_remote_code=trust)
+    rules = Rules.of(job.data, model.folder, trust_remote_code=trust)
+    train, held_out = (tokenise_cached(tokenizer, part, rules) for part in (examples.train, examples.eval))
+    rows = pack(train.examples, max_length=job.data.max_length) if job.data.packing else unpacked(train.examples)
     eval_rows = pack(held_out.examples, max_length=job.data.max_length)
     return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows)

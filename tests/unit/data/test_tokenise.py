@@ -36,7 +36,7 @@ def test_an_example_starts_with_the_ids_it_is_asked_with():
     tokenizer = tiny_tokenizer()
     asked = prompt_ids(tokenizer, ONE.prompt)
     tokens = tokenise(tokenizer, ONE)
-    assert tokens.input_ids[: len(asked)] == asked
+    assert tuple(tokens.input_ids[: len(asked)]) == asked
     assert tokens.num_supervised == len(tokens) - len(asked)
 
 
