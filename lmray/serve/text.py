@@ -44,7 +44,8 @@ class Detokeniser:
 
 
 class StopStrings:
-    """Ends a text before the first of some strings, wherever pieces happen to be cut."""
+    """Ends a text before the string that is complete first (the longest of those that end together), wherever pieces
+    happen to be cut."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops = tuple(stops)
@@ -56,10 +57,11 @@ class StopStrings:
         if self.stopped:
             return ""
         text = self._held + piece
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            return text[: min(places)]
+            _, place = min(found)
+            return text[:place]
         num_held = self._unfinished(text)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
