@@ -9,7 +9,7 @@ template alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lmray.data.base import Example
@@ -27,6 +27,8 @@ class Tokenised:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    where: str = field(default="", compare=False)
+    """`file:row` of the example."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -84,7 +86,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, example: Example) -> Tokenised:
             labels += piece if supervised else [IGNORED] * len(piece)
         done = answered
     last = max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)
-    return Tokenised(tuple(ids[: last + 1]), tuple(labels[: last + 1]))
+    return Tokenised(tuple(ids[: last + 1]), tuple(labels[: last + 1]), example.where)
 
 
 def _through_stop(tokenizer: PreTrainedTokenizerBase, text: str, where: str) -> tuple[str, str]:
@@ -117,7 +119,7 @@ def tokenise_all(
                 dropped += 1
                 continue
             truncated += 1
-            tokens = Tokenised(tokens.input_ids[:max_length], tokens.labels[:max_length])
+            tokens = replace(tokens, input_ids=tokens.input_ids[:max_length], labels=tokens.labels[:max_length])
         kept.append(tokens)
     supervised = sum(tokens.num_supervised for tokens in kept)
     if examples and supervised == 0:

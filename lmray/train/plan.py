@@ -22,6 +22,8 @@ from lmray.units import human_bytes, human_count
 
 PLACEMENT = ("name", "storage", "resources", "output")
 """Fields of a job that are not part of what it computes."""
+WATCHED = ("train.divergence_factor",)
+"""Fields below those that decide when a run is given up, not what it computes: a run may go on under another value."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     model = {"source": job.model.source, "revision": job.model.revision, "digest": ready.model.digest}
     data = _data_facts(job, ready)
     fields = _flat({key: value for key, value in dump(job).items() if key not in PLACEMENT})
+    fields = {key: value for key, value in fields.items() if key not in WATCHED}
     return Plan(
         name=job.name,
         run_key=sha256_json([fields, model["digest"], data["digest"]]),

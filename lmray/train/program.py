@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from lmray.metrics.events import EventLog
 from lmray.models.load import load_model
 from lmray.optim.adamw import make_adamw
 from lmray.train.learner import Learner
-from lmray.train.loop import Loop
+from lmray.train.loop import DIVERGED, Loop
 from lmray.train.plan import Plan, check_same_run, make_plan
 from lmray.train.prepare import Prepared, prepare
 from lmray.train.report import write_report
@@ -60,11 +60,14 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
     loop = Loop(job, plan, prepared, make_learner(job, plan, prepared, ctx), ctx)
     if ctx.rank == 0:
         EventLog(ctx.folder / "events.jsonl").truncate_after(loop.progress.step)
+    prepared_s = time.time() - started
     if not loop.run():
         return Result("stopped", str(ctx.folder), seconds=time.time() - started)
+    peaks = loop.peaks_by_worker()
     if ctx.rank != 0:
         return Result("succeeded", str(ctx.folder))
-    return _finish(job, plan, prepared, loop, started=started)
+    times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
+    return _finish(job, plan, prepared, loop, started=started, times=times, peaks=peaks)
 
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
@@ -86,22 +89,44 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
 
 
 def _open_folder(job: TrainJob, plan: Plan, folder: Path) -> None:
+    (folder / DIVERGED).unlink(missing_ok=True)  # an earlier attempt's
     write_json(folder / "plan.json", plan.to_json())
     write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
 
 
-def _train_metrics(folder: Path) -> dict[str, float]:
-    events = EventLog(folder / "events.jsonl").read()
+def _train_metrics(loop: Loop) -> dict[str, float]:
+    """From the whole run's events: attempts before this one count as well."""
+    events = EventLog(loop.ctx.folder / "events.jsonl").read()
     last = events[-1] if events else {}
     speeds = sorted(event["train.tokens_per_s"] for event in events if "train.tokens_per_s" in event)
-    median = {"train.tokens_per_s": speeds[len(speeds) // 2]} if speeds else {}
-    return {name: last[name] for name in ("train.loss", "eval.loss") if name in last} | median
+    metrics: dict[str, float] = {"train.steps": loop.progress.step}
+    metrics |= {name: last[name] for name in ("train.loss", "eval.loss") if name in last}
+    metrics |= {"train.tokens_per_s": speeds[len(speeds) // 2]} if speeds else {}
+    for name in ("train.peak_memory_bytes", "train.peak_gpu_memory_bytes"):
+        peaks = [event[name] for event in events if name in event]
+        metrics |= {name: max(peaks)} if peaks else {}
+    if loop.watch.best_step is not None and loop.watch.best_loss is not None:
+        metrics["train.best_step"] = loop.watch.best_step
+        if loop.job.train.load_best_model_at_end:
+            metrics["eval.loss"] = loop.watch.best_loss
+    return metrics
 
 
-def _finish(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
+def _finish(
+    job: TrainJob,
+    plan: Plan,
+    prepared: Prepared,
+    loop: Loop,
+    *,
+    started: float,
+    times: dict[str, float],
+    peaks: Sequence[float],
+) -> Result:
     """Measures, keeps and reports; `result.json` last."""
-    folder, model = loop.ctx.folder, loop.learner.model
+    folder, model, measuring = loop.ctx.folder, loop.learner.model, time.time()
     measured = _measure(job, prepared, loop)
+    held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(folder / "events.jsonl").read())
+    times = times | {"run.evaluate_seconds": held_out_s + time.time() - measuring}
     for label, one in measured.items():
         if one.answers:
             one.save_answers(folder / f"answers-{label}.jsonl")
@@ -113,13 +138,13 @@ def _finish(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, starte
         "model.trainable_parameters": plan.model["trainable_parameters"],
     }
     metrics = (
-        sizes
-        | _train_metrics(folder)
-        | {name: value for one in measured.values() for name, value in one.metrics.items()}
+        sizes | _train_metrics(loop) | {name: value for one in measured.values() for name, value in one.metrics.items()}
     )
+    metrics |= {name: round(seconds, 3) for name, seconds in times.items()}
     metrics["run.seconds"] = round(time.time() - started, 3)
     base = {name: plan.model[name] for name in ("source", "revision", "digest")}
     details: dict[str, Any] = {"adapter": str(adapter), "base": base, "run_key": plan.run_key}
+    details["peak_memory_bytes_by_worker"] = list(peaks)
     kept = None
     if job.output is not None:
         artifacts = Artifacts(open_store(job.storage))
