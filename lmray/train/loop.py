@@ -26,10 +26,8 @@ from lmray.train.learner import Learner, StepReport
 from lmray.train.memory import peak_memory_bytes
 from lmray.train.plan import Plan
 from lmray.train.prepare import Prepared
+from lmray.train.record import DIVERGED
 from lmray.train.watch import Watch
-
-DIVERGED = "diverged.json"
-"""In the run folder, where a run was given up: the step, its numbers, and the rows it was taken over."""
 
 
 class Loop:

@@ -1,7 +1,7 @@
 """The training program: from a job to a kept adapter. Runs on every rank; rank 0 writes the run folder.
 
-Run folder: `job.yaml`, `plan.json`, `events.jsonl`, checkpoints, `adapter/`, `answers-*.jsonl`, `loss.png`,
-`report.html`, and last `result.json`. A run whose folder holds `result.json` is done and is not run again.
+Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, checkpoints, `adapter/`, `answers-*.jsonl`,
+`loss.png`, `report.html`, and last `result.json`. A run whose folder holds `result.json` is done and is not run again.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from lmray.artifacts.files import write_atomic, write_json
 from lmray.artifacts.store import open_store
 from lmray.config import dump
 from lmray.context import Result, RunContext
+from lmray.errors import DivergenceError
 from lmray.evaluate.measure import HeldOut, Measured, measure
 from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
 from lmray.models.load import load_model
 from lmray.optim.adamw import make_adamw
 from lmray.train.learner import Learner
-from lmray.train.loop import DIVERGED, Loop
+from lmray.train.loop import Loop
 from lmray.train.plan import Plan, check_same_run, make_plan
 from lmray.train.prepare import Prepared, prepare
+from lmray.train.record import DATA, DIVERGED, JOB, PLAN, RESULT
 from lmray.train.report import write_report
-
-RESULT = "result.json"
+from lmray.train.statistics import data_statistics
 
 
 def finished(folder: Path) -> Result | None:
@@ -56,12 +57,12 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
     if (done := finished(ctx.folder)) is not None:
         return done
     if ctx.rank == 0:
-        _open_folder(job, plan, ctx.folder)
+        _open_folder(job, plan, prepared, ctx.folder)
     loop = Loop(job, plan, prepared, make_learner(job, plan, prepared, ctx), ctx)
     if ctx.rank == 0:
         EventLog(ctx.folder / "events.jsonl").truncate_after(loop.progress.step)
     prepared_s = time.time() - started
-    if not loop.run():
+    if not _ran(loop):
         return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     peaks = loop.peaks_by_worker()
     if ctx.rank != 0:
@@ -88,10 +89,21 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm)
 
 
-def _open_folder(job: TrainJob, plan: Plan, folder: Path) -> None:
+def _ran(loop: Loop) -> bool:
+    """Runs the loop; a run that is given up has a report as well."""
+    try:
+        return loop.run()
+    except DivergenceError:
+        if loop.ctx.rank == 0:
+            write_report(loop.ctx.folder)
+        raise
+
+
+def _open_folder(job: TrainJob, plan: Plan, prepared: Prepared, folder: Path) -> None:
     (folder / DIVERGED).unlink(missing_ok=True)  # an earlier attempt's
-    write_json(folder / "plan.json", plan.to_json())
-    write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
+    write_json(folder / PLAN, plan.to_json())
+    write_json(folder / DATA, data_statistics(prepared))
+    write_atomic(folder / JOB, yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
 
 
 def _train_metrics(loop: Loop) -> dict[str, float]:
@@ -102,9 +114,8 @@ def _train_metrics(loop: Loop) -> dict[str, float]:
     metrics: dict[str, float] = {"train.steps": loop.progress.step}
     metrics |= {name: last[name] for name in ("train.loss", "eval.loss") if name in last}
     metrics |= {"train.tokens_per_s": speeds[len(speeds) // 2]} if speeds else {}
-    for name in ("train.peak_memory_bytes", "train.peak_gpu_memory_bytes"):
-        peaks = [event[name] for event in events if name in event]
-        metrics |= {name: max(peaks)} if peaks else {}
+    gpu = [event["train.peak_gpu_memory_bytes"] for event in events if "train.peak_gpu_memory_bytes" in event]
+    metrics |= {"train.peak_gpu_memory_bytes": max(gpu)} if gpu else {}
     if loop.watch.best_step is not None and loop.watch.best_loss is not None:
         metrics["train.best_step"] = loop.watch.best_step
         if loop.job.train.load_best_model_at_end:
@@ -140,6 +151,7 @@ def _finish(
     metrics = (
         sizes | _train_metrics(loop) | {name: value for one in measured.values() for name, value in one.metrics.items()}
     )
+    metrics["train.peak_memory_bytes"] = max(peaks)
     metrics |= {name: round(seconds, 3) for name, seconds in times.items()}
     metrics["run.seconds"] = round(time.time() - started, 3)
     base = {name: plan.model[name] for name in ("source", "revision", "digest")}
@@ -152,7 +164,7 @@ def _finish(
         metrics["model.bytes"] = artifact.num_bytes
         kept = artifact.ref
     result = Result("succeeded", str(folder), kept, metrics, time.time() - started, details)
-    write_report(folder, job=job, plan=plan, result=result, answers={key: one.answers for key, one in measured.items()})
+    write_report(folder, result)
     write_json(folder / RESULT, result.to_json())
     return result
 
