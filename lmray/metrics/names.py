@@ -26,7 +26,7 @@ METRICS = {
     "train.peak_memory_bytes": Metric("bytes", "Largest resident memory of a worker's process so far.", "min"),
     "train.peak_gpu_memory_bytes": Metric("bytes", "Most GPU memory that a worker's tensors took so far.", "min"),
     "train.steps": Metric("steps", "Optimizer steps done."),
-    "train.best_step": Metric("step", "Optimizer step with the lowest held-out loss."),
+    "train.best_step": Metric("", "Optimizer step with the lowest held-out loss."),
     "train.epoch": Metric("epochs", "Passes over the training data so far."),
     "eval.loss": Metric("nats/token", "Mean loss over the supervised tokens of the held-out data.", "min"),
     "eval.perplexity": Metric("", "exp(eval.loss).", "min"),

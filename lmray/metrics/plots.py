@@ -49,7 +49,7 @@ SMALL = {
 
 def plot_losses(events: Sequence[Mapping[str, Any]], path: Path, *, title: str, base_loss: float | None = None) -> None:
     """Training loss of each step and smoothed, and held-out loss where it was taken, against the step."""
-    figure, axis = _figure((7.2, 4.0))
+    figure, axis = _figure((6.6, 3.8))
     steps, losses = series(events, "train.loss")
     axis.plot(steps, losses, color="#9bb8d9", linewidth=1, label="train, each step")
     axis.plot(steps, smoothed(losses), color="#1f4e8c", linewidth=2, label="train, smoothed")
@@ -89,7 +89,7 @@ def plot_lengths(edges: Sequence[int], counts: Sequence[int]) -> bytes:
 
 def plot_comparison(curves: Sequence[Curve], name: str, *, by: str, title: str) -> bytes:
     """Metric `name` of several runs over each other in one PNG, against the `step` or the `tokens` trained on."""
-    figure, axis = _figure((7.2, 3.8))
+    figure, axis = _figure((6.6, 3.4))
     for index, curve in enumerate(curves):
         steps, values = series(curve.events, name)
         if name == "train.loss":

@@ -116,7 +116,10 @@ def shown(name: str, value: float) -> str:
         return human_bytes(value)
     if unit == "s":
         return human_seconds(value)
-    return human_count(value) if unit == "parameters" else f"{value:,.4g} {unit}".rstrip()
+    if unit == "parameters":
+        return human_count(value)
+    digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return digits if unit == "fraction" else f"{digits} {unit}".rstrip()
 
 
 def _resources(run: Record) -> Iterator[str]:

@@ -16,7 +16,7 @@ from lmray.cli.output import table
 from lmray.context import Result
 from lmray.errors import CapacityError, RemoteError
 
-COMMANDS = ["run", "submit", "jobs", "check", "show", "schema", "artifacts", "chat", "demo", "doctor"]
+COMMANDS = ["run", "submit", "jobs", "check", "show", "schema", "artifacts", "chat", "demo", "doctor", "report"]
 
 
 def test_help_names_every_command_and_exits_0(cli):
