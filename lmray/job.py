@@ -17,9 +17,10 @@ from lmray.engines.base import EngineConfig
 from lmray.errors import ConfigError, did_you_mean
 from lmray.methods.base import Method
 from lmray.models.spec import ModelSpec
-from lmray.registry import ADAPTERS, ENGINES, METHODS, SHARDINGS, TASKS
+from lmray.registry import ADAPTERS, ENGINES, METHODS, SHARDINGS, TASKS, TRACKERS
 from lmray.sharding.base import Sharding
 from lmray.tasks.base import Task
+from lmray.trackers.base import Tracker
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -113,6 +114,16 @@ class TrainJob(Job):
     evaluate: EvaluateArgs = EvaluateArgs()
     resources: Resources = Resources()
     output: Output | None = None
+    report_to: tuple[Annotated[Tracker, Member(TRACKERS)], ...] = ()
+    """Trackers that are shown the run besides its own report."""
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_once(cls, value: tuple[Tracker, ...]):
+        names = [tracker.name for tracker in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"names a tracker twice: {', '.join(names)}")
+        return value
 
     @model_validator(mode="after")
     def _held_out(self):

@@ -20,7 +20,7 @@ from lmray.models.precision import resolve_dtype
 from lmray.train.prepare import Prepared, prepare
 from lmray.units import human_bytes, human_count
 
-PLACEMENT = ("name", "storage", "resources", "output")
+PLACEMENT = ("name", "storage", "resources", "output", "report_to")
 """Fields of a job that are not part of what it computes."""
 WATCHED = ("train.divergence_factor",)
 """Fields below those that decide when a run is given up, not what it computes: a run may go on under another value."""
@@ -77,6 +77,8 @@ class Plan:
 def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     """The plan of `job`; reads model config and data, loads no weights. Raises what `prepare` raises, and ConfigError
     or CapacityError for an adapter or a sharding that does not fit."""
+    for tracker in job.report_to:
+        tracker.check()
     ready = prepared or prepare(job)
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")

@@ -26,6 +26,7 @@ from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
 from lmray.models.load import load_model
 from lmray.optim.adamw import make_adamw
+from lmray.trackers.base import TrackedRun
 from lmray.train.learner import Learner
 from lmray.train.loop import Loop
 from lmray.train.plan import Plan, check_same_run, make_plan
@@ -33,6 +34,7 @@ from lmray.train.prepare import Prepared, prepare
 from lmray.train.record import DATA, DIVERGED, JOB, PLAN, RESULT
 from lmray.train.report import write_report
 from lmray.train.statistics import data_statistics
+from lmray.train.tracking import Tracking
 
 
 def finished(folder: Path) -> Result | None:
@@ -61,14 +63,25 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
     loop = Loop(job, plan, prepared, make_learner(job, plan, prepared, ctx), ctx)
     if ctx.rank == 0:
         EventLog(ctx.folder / "events.jsonl").truncate_after(loop.progress.step)
+    with Tracking(job.report_to if ctx.rank == 0 else (), _tracked(job, plan, ctx)) as tracking:
+        tracking.result = _run(job, plan, prepared, loop, started=started)
+    return tracking.result
+
+
+def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
     prepared_s = time.time() - started
     if not _ran(loop):
-        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
+        return Result("stopped", str(loop.ctx.folder), seconds=time.time() - started)
     peaks = loop.peaks_by_worker()
-    if ctx.rank != 0:
-        return Result("succeeded", str(ctx.folder))
+    if loop.ctx.rank != 0:
+        return Result("succeeded", str(loop.ctx.folder))
     times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
     return _finish(job, plan, prepared, loop, started=started, times=times, peaks=peaks)
+
+
+def _tracked(job: TrainJob, plan: Plan, ctx: RunContext) -> TrackedRun:
+    text = yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True)
+    return TrackedRun(job.name, ctx.folder, open_store(job.storage).root, plan.fields, text)
 
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:

@@ -21,7 +21,8 @@ EXCEPTIONS: dict[str, str] = {}
 """`path` or `path: function` -> `YYYY-MM-DD why`. An entry that is no longer needed fails the test as well."""
 
 FIELD_EXCEPTIONS = {
-    "TrainArgs": "2026-11-21 flat, so that what people know from Hugging Face's TrainingArguments holds"
+    "TrainArgs": "2026-11-21 flat, so that what people know from Hugging Face's TrainingArguments holds",
+    "TrainJob": "2026-11-21 one section a concern, and the trackers are none of the other sections'",
 }
 """The same for configs with more fields."""
 
