@@ -19,6 +19,11 @@ class LmrayError(Exception):
     """
 
     exit_code = 1
+    final = False
+    """True where the same job would fail in the same way again: such a failure is not tried again."""
+
+    def __init_subclass__(cls) -> None:
+        cls.final = cls.final or cls.exit_code == 2
 
     def __init__(self, where: str, found: str, *, allowed: str | None = None, hint: str | None = None):
         super().__init__(where, found)
@@ -97,6 +102,12 @@ class CapacityError(LmrayError):
 
 class CheckpointError(LmrayError):
     """A run's own state that cannot be written, read or trusted."""
+
+
+class DivergenceError(LmrayError):
+    """A training run whose loss is not finite any more, or ran away."""
+
+    final = True
 
 
 class RemoteError(LmrayError):

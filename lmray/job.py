@@ -17,9 +17,10 @@ from lmray.engines.base import EngineConfig
 from lmray.errors import ConfigError, did_you_mean
 from lmray.methods.base import Method
 from lmray.models.spec import ModelSpec
-from lmray.registry import ADAPTERS, ENGINES, METHODS, SHARDINGS, TASKS
+from lmray.registry import ADAPTERS, ENGINES, METHODS, SHARDINGS, TASKS, TRACKERS
 from lmray.sharding.base import Sharding
 from lmray.tasks.base import Task
+from lmray.trackers.base import Tracker
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -42,7 +43,23 @@ class TrainArgs(Config):
     """Held-out loss every this many steps, besides the end. Empty: at the end only."""
     save_steps: Annotated[int, Field(ge=1)] = 50
     """A checkpoint every this many steps, besides the end."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Ends the run after so many held-out evaluations without improvement. Empty: it goes to its last step."""
+    early_stopping_threshold: Annotated[float, Field(ge=0.0)] = 0.0
+    """Nats/token by which the best held-out loss so far must be beaten to count as an improvement."""
+    load_best_model_at_end: bool = False
+    """The result is the model of the lowest held-out loss instead of the last."""
+    divergence_factor: Annotated[float, Field(gt=1.0)] | None = 3.0
+    """The run fails once its loss was above this multiple of its running median for five steps in a row, and at least
+    one nat/token above it. Empty: it goes on however high the loss. A loss that is not finite always ends it."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _watched(self):
+        for name in ("early_stopping_patience", "load_best_model_at_end"):
+            if getattr(self, name) and not self.eval_steps:
+                raise ValueError(f"`{name}` needs held-out losses; hint: set `eval_steps`, like `eval_steps: 50`")
+        return self
 
 
 class EvaluateArgs(Config):
@@ -107,6 +124,16 @@ class TrainJob(Job):
     evaluate: EvaluateArgs = EvaluateArgs()
     resources: Resources = Resources()
     output: Output | None = None
+    report_to: tuple[Annotated[Tracker, Member(TRACKERS)], ...] = ()
+    """Trackers that are shown the run besides its own report."""
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_once(cls, value: tuple[Tracker, ...]):
+        names = [tracker.name for tracker in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"names a tracker twice: {', '.join(names)}")
+        return value
 
     @model_validator(mode="after")
     def _held_out(self):

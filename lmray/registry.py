@@ -54,6 +54,7 @@ METHODS = Family("lmray.methods", "method")
 ADAPTERS = Family("lmray.adapters", "adapter")
 SHARDINGS = Family("lmray.sharding", "sharding strategy")
 TASKS = Family("lmray.tasks", "evaluation task")
+TRACKERS = Family("lmray.trackers", "tracker")
 ENGINES = Family("lmray.engines", "engine")
 MAPPINGS = Family("lmray.data.mappings", "data mapping")
 FAMILIES = {
@@ -61,6 +62,7 @@ FAMILIES = {
     "adapters": ADAPTERS,
     "sharding": SHARDINGS,
     "tasks": TASKS,
+    "trackers": TRACKERS,
     "engines": ENGINES,
     "mappings": MAPPINGS,
 }

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lmray import __version__
-from lmray.cli import artifacts, bench, chat, check, doctor, evaluate, jobs, run
+from lmray.cli import artifacts, bench, chat, check, doctor, evaluate, jobs, report, run
 
 app = typer.Typer(
     help="Fine-tune, sweep, keep and serve language models on a Ray cluster, through one job API.",
@@ -37,6 +37,7 @@ def _root(
 app.command("run")(run.run)
 app.command("submit")(run.submit)
 app.add_typer(jobs.app, name="jobs")
+app.command("report")(report.report)
 app.command("check")(check.check)
 app.command("show")(check.show)
 app.command("schema")(check.schema)

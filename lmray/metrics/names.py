@@ -22,9 +22,15 @@ METRICS = {
     "train.grad_norm": Metric("", "Gradient norm before clipping."),
     "train.tokens_per_s": Metric("tokens/s", "Tokens processed per second, padding not counted.", "max"),
     "train.supervised_tokens": Metric("tokens", "Tokens the step's loss was taken over."),
+    "train.tokens": Metric("tokens", "Tokens of the step, padding not counted."),
+    "train.peak_memory_bytes": Metric("bytes", "Largest resident memory of a worker's process so far.", "min"),
+    "train.peak_gpu_memory_bytes": Metric("bytes", "Most GPU memory that a worker's tensors took so far.", "min"),
+    "train.steps": Metric("steps", "Optimizer steps done."),
+    "train.best_step": Metric("", "Optimizer step with the lowest held-out loss."),
     "train.epoch": Metric("epochs", "Passes over the training data so far."),
     "eval.loss": Metric("nats/token", "Mean loss over the supervised tokens of the held-out data.", "min"),
     "eval.perplexity": Metric("", "exp(eval.loss).", "min"),
+    "eval.seconds": Metric("s", "Time that taking the held-out loss took."),
     "eval.json_match": Metric("fraction", "Answers that are JSON with an accepted value everywhere.", "max"),
     "eval.json_name_match": Metric("fraction", "Answers that are JSON and name the right function.", "max"),
     "eval.exact_match": Metric("fraction", "Answers right but for case, punctuation, articles and spaces.", "max"),
@@ -46,6 +52,9 @@ METRICS = {
     "model.bytes": Metric("bytes", "Size of the kept artifact.", "min"),
     "run.seconds": Metric("s", "Wall-clock time of the run.", "min"),
     "run.cost": Metric("", "Workers times hours times `resources.price_per_worker_hour`, in its currency.", "min"),
+    "run.prepare_seconds": Metric("s", "Time before the first step: reading data, loading the model.", "min"),
+    "run.train_seconds": Metric("s", "Time in optimizer steps, all attempts together.", "min"),
+    "run.evaluate_seconds": Metric("s", "Time measuring: held-out losses and answers.", "min"),
 }
 
 

@@ -204,8 +204,8 @@ def _trainable(job: SweepJob, folder: Path, train: Train, threads: int) -> Calla
             result = train(trial_job(job, values, identity), ctx)
             ray.tune.report({"step": NO_LIMIT, metric: result.metrics[metric]})
         except LmrayError as error:
-            if error.exit_code != 2:
-                raise  # worth another try; wrong input is not
+            if not error.final:
+                raise  # worth another try
             mark_failed(place, str(error))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

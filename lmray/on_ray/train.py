@@ -85,9 +85,9 @@ def _worker(config: dict[str, Any]) -> Result | LmrayError:
     try:
         return train_program(job, context)
     except LmrayError as error:
-        if error.exit_code != 2:
+        if not error.final:
             raise
-        return error  # wrong input stays wrong: handed back instead of raised, so that it is not tried again
+        return error  # it would fail again: handed back instead of raised, so that it is not tried again
     finally:
         context.close()
 

@@ -6,8 +6,10 @@ Written by rank 0 into a scratch folder; the context commits that folder. Nothin
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -29,6 +31,8 @@ class Progress:
     """Rows seen: the place in the sampler's stream."""
     seconds: float
     """Time spent training, all attempts that led here together."""
+    watch: Mapping[str, Any] = field(default_factory=dict)
+    """State of the run's `Watch`."""
 
 
 def save_checkpoint(

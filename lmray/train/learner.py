@@ -6,6 +6,7 @@ pass, so the gradient does not depend on how a step's rows are cut into micro-ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Learner:
         return self.fused.running(batch.position_ids_BT) if self.fused else computing(self.model)
 
     def step(self, batches: Sequence[Batch], *, learning_rate: float) -> StepReport:
-        """One optimizer step over this rank's micro-batches, already on the device."""
+        """One optimizer step over this rank's micro-batches, already on the device. Not applied where the loss or the
+        gradient norm it reports is not finite."""
         optimizer = self.placed.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -62,8 +64,9 @@ class Learner:
                 loss_sum = self.objective.loss(self.model, batch)
             (loss_sum / count).backward()
             total += float(loss_sum.detach())
-        grad_norm = self.placed.clip_grad_norm(self.max_grad_norm)
-        optimizer.step()
+        grad_norm, loss = self.placed.clip_grad_norm(self.max_grad_norm), self.placed.all_sum(total) / count
+        if math.isfinite(grad_norm) and math.isfinite(loss):  # on every rank alike; else the weights stay as they were
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         num_tokens = self.placed.all_sum(sum(batch.num_tokens for batch in batches))
-        return StepReport(self.placed.all_sum(total) / count, grad_norm, int(count), int(num_tokens))
+        return StepReport(loss, grad_norm, int(count), int(num_tokens))

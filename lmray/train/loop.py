@@ -1,23 +1,33 @@
-"""The one loop: steps, held-out loss, checkpoints, an early end when asked. Runs on every rank."""
+"""The one loop: steps, held-out loss, checkpoints, an early end when asked or when nothing improves any more. Runs on
+every rank.
+
+What a step's numbers mean for the run is `Watch`'s to say, before the step is committed.
+"""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from lmray.artifacts.files import replace_folder, write_json
 from lmray.context import RunContext
 from lmray.data.batch import Batch, collate
 from lmray.data.sampler import Sampler
+from lmray.errors import DivergenceError
 from lmray.evaluate.loss import held_out_loss
 from lmray.job import TrainJob
 from lmray.models.load import pad_token_id
 from lmray.optim.schedule import learning_rate
 from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from lmray.train.learner import Learner, StepReport
+from lmray.train.peak import peak_memory_bytes
 from lmray.train.plan import Plan
 from lmray.train.prepare import Prepared
+from lmray.train.record import DIVERGED
+from lmray.train.watch import Watch
 
 
 class Loop:
@@ -27,17 +37,36 @@ class Loop:
         self.job, self.plan, self.prepared, self.learner, self.ctx = job, plan, prepared, learner, ctx
         self.sampler = Sampler(len(prepared.rows), job.train.seed)
         self.progress = self._resumed()
+        self.watch = Watch(**self.progress.watch)
+        self._postponed = False
         self.final_loss: float | None = None
-        """Held-out loss after the last step, where this attempt took it."""
+        """Held-out loss of the model as it is at the end, where it is known."""
+
+    @property
+    def done(self) -> bool:
+        """True after the last step there will be."""
+        return self.progress.step >= self.plan.steps or self.watch.ends(self.job.train)
 
     def run(self) -> bool:
-        """Trains to the last step; True when done, False when asked to stop; the last step is committed either way."""
-        while self.progress.step < self.plan.steps:
+        """Trains to the end; True when done, False when asked to stop; the last step is committed either way.
+
+        Raises DivergenceError, the same on every rank, where a step's numbers say that the run is lost; that step is
+        in no checkpoint."""
+        while not self.done:
             stopping = self.ctx.should_stop()
             self._step(save=stopping)
-            if stopping and self.progress.step < self.plan.steps:
+            if stopping and not self.done:
                 return False
+        if self.job.train.load_best_model_at_end and self.watch.best_step not in (None, self.progress.step):
+            self.job.adapter.load(self.learner.model, self._best_folder())
+            self.final_loss = self.watch.best_loss
         return True
+
+    def peaks_by_worker(self) -> list[float]:
+        """Largest resident memory of every rank's process, in bytes; called on all ranks together."""
+        mine = peak_memory_bytes(self.ctx.device)["train.peak_memory_bytes"]
+        ranks = range(self.ctx.world_size)
+        return [self.learner.placed.all_sum(mine if rank == self.ctx.rank else 0.0) for rank in ranks]
 
     def _step(self, *, save: bool) -> None:
         step, start = self.progress.step + 1, time.perf_counter()
@@ -52,13 +81,41 @@ class Loop:
         )
         report = self.learner.step(list(self._batches(stop)), learning_rate=rate)
         seconds = time.perf_counter() - start
+        rows = self.sampler.rows(self.progress.samples, stop)
         self.progress = Progress(self.plan.run_key, step, stop, self.progress.seconds + seconds)
         metrics = self._metrics(report, rate, seconds)
-        last = step == self.plan.steps
-        if self.prepared.eval_rows and (last or (args.eval_steps and step % args.eval_steps == 0)):
-            metrics["eval.loss"] = self.held_out_loss()
-            self.final_loss = metrics["eval.loss"] if last else None
-        self._report(step, metrics, save=save or last or step % args.save_steps == 0)
+        self._sound(self.watch.step(metrics, args), rows, metrics)
+        if self.prepared.eval_rows and (step == self.plan.steps or (args.eval_steps and step % args.eval_steps == 0)):
+            metrics |= self._measured(step)
+            self._sound(self.watch.held_out(step, metrics["eval.loss"], args), rows, metrics)
+        self.progress = replace(self.progress, watch=self.watch.state())
+        self.final_loss = metrics.get("eval.loss") if self.done else None
+        self._report(step, metrics, save=save or self.done or self._save_is_due(step))
+
+    def _save_is_due(self, step: int) -> bool:
+        """A step whose loss is out of line is saved once it turned out to be an outlier only; a best one at once."""
+        due = step % self.job.train.save_steps == 0 or self._postponed
+        self._postponed = due and self.watch.streak > 0
+        best = self.job.train.load_best_model_at_end and self.watch.best_step == step
+        return best or (due and not self._postponed)
+
+    def _sound(self, problem: str | None, rows: list[int], metrics: dict[str, float]) -> None:
+        """Raises DivergenceError for a `problem`, after rank 0 wrote what the step was taken over."""
+        if problem is None:
+            return
+        step, path = self.progress.step, self.ctx.folder / DIVERGED
+        where = list(dict.fromkeys(one.where for row in rows for one in self.prepared.rows[row]))
+        if self.ctx.rank == 0:
+            numbers = {name: repr(value) for name, value in metrics.items()}  # JSON has no NaN
+            write_json(path, {"step": step, "found": problem, "metrics": numbers, "rows": where})
+        shown = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+        hint = "look at these rows, or lower `train.learning_rate` under another `name`"
+        raise DivergenceError(f"run `{self.job.name}`, step {step}", f"{problem}; rows {shown}: see {path}", hint=hint)
+
+    def _measured(self, step: int) -> dict[str, float]:
+        start = time.perf_counter()
+        loss = self.held_out_loss()
+        return {"eval.loss": loss, "eval.seconds": time.perf_counter() - start}
 
     def held_out_loss(self) -> float:
         """Mean loss over the held-out tokens with the model as it is."""
@@ -86,8 +143,10 @@ class Loop:
             "train.learning_rate": rate,
             "train.grad_norm": report.grad_norm,
             "train.tokens_per_s": report.num_tokens / seconds,
+            "train.tokens": report.num_tokens,
             "train.supervised_tokens": report.num_supervised,
             "train.epoch": self.progress.samples / len(self.prepared.rows),
+            **peak_memory_bytes(self.ctx.device),
         }
 
     def _report(self, step: int, metrics: dict[str, float], *, save: bool) -> None:
@@ -99,10 +158,28 @@ class Loop:
         folder.mkdir(parents=True)
         self._save(folder)
         self.ctx.report(step, metrics, folder)
+        self._forget_older_bests()
 
     def _save(self, folder: Path) -> None:
-        if self.ctx.rank == 0:
-            save_checkpoint(folder, self.progress, self.learner.model, self.job.adapter, self.learner.placed.optimizer)
+        if self.ctx.rank != 0:
+            return
+        if self.job.train.load_best_model_at_end and self.watch.best_step == self.progress.step:
+            # Before the checkpoint that names it: what a committed checkpoint calls the best is always there.
+            best = self.ctx.scratch / "best"
+            shutil.rmtree(best, ignore_errors=True)
+            self.job.adapter.save(self.learner.model, best)
+            replace_folder(best, self._best_folder())
+        save_checkpoint(folder, self.progress, self.learner.model, self.job.adapter, self.learner.placed.optimizer)
+
+    def _best_folder(self) -> Path:
+        return self.ctx.folder / f"best-{self.watch.best_step:08d}"
+
+    def _forget_older_bests(self) -> None:
+        """Only after a commit: until then a resume may go back to where an older one was the best."""
+        if self.ctx.rank == 0 and self.job.train.load_best_model_at_end and self.watch.best_step is not None:
+            for old in self.ctx.folder.glob("best-*"):
+                if old != self._best_folder():
+                    shutil.rmtree(old)
 
     def _resumed(self) -> Progress:
         folder = self.ctx.resume_from()

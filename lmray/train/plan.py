@@ -23,8 +23,10 @@ from lmray.train.memory import bytes_per_row, memory_parts, process_bytes, worst
 from lmray.train.prepare import Prepared, prepare
 from lmray.units import human_bytes, human_count
 
-PLACEMENT = ("name", "storage", "resources", "output")
+PLACEMENT = ("name", "storage", "resources", "output", "report_to")
 """Fields of a job that are not part of what it computes."""
+WATCHED = ("train.divergence_factor",)
+"""Fields below those that decide when a run is given up, not what it computes: a run may go on under another value."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class Plan:
 def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     """The plan of `job`; reads model config and data, loads no weights. Raises what `prepare` raises, and ConfigError
     or CapacityError for an adapter or a sharding that does not fit."""
+    for tracker in job.report_to:
+        tracker.check()
     ready = prepared or prepare(job)
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
@@ -137,6 +141,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     rows = worst_rows(ready.rows, job.train.per_device_train_batch_size, fused=kernels == "fused")
     settings = {"dtype": dtype, "device": device}
     fields = _flat({key: value for key, value in dump(job).items() if key not in PLACEMENT})
+    fields = {key: value for key, value in fields.items() if key not in WATCHED}
     return Plan(
         name=job.name,
         run_key=sha256_json([fields, model["digest"], data["digest"]]),

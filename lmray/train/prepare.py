@@ -41,13 +41,12 @@ class Prepared:
 
 def prepare(job: TrainJob) -> Prepared:
     """Finds the model and reads the data. Raises ArtifactError or DataError for what is missing or malformed."""
-    trust = job.model.trust_remote_code
-    model = find_model(job.model.source, job.model.revision, trust_remote_code=trust)
+    model = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
     examples = read_examples(job.data)
     check_tasks(job.evaluate.tasks, examples.eval)
     chats = any(example.text is None for example in (*examples.train, *examples.eval))
-    tokenizer = load_tokenizer(model.folder, chat=chats, trust_remote_code=trust)
-    rules = Rules.of(job.data, model.folder, trust_remote_code=trust)
+    tokenizer = load_tokenizer(model.folder, chat=chats, trust_remote_code=job.model.trust_remote_code)
+    rules = Rules.of(job.data, model.folder, trust_remote_code=job.model.trust_remote_code)
     train, held_out = (tokenise_cached(tokenizer, part, rules) for part in (examples.train, examples.eval))
     rows = pack(train.examples, max_length=job.data.max_length) if job.data.packing else unpacked(train.examples)
     eval_rows = pack(held_out.examples, max_length=job.data.max_length)

@@ -1,14 +1,14 @@
 """The training program: from a job to a kept adapter. Runs on every rank; rank 0 writes the run folder.
 
-Run folder: `job.yaml`, `plan.json`, `events.jsonl`, checkpoints, `adapter/`, `answers-*.jsonl`, `loss.png`,
-`report.html`, and last `result.json`. A run whose folder holds `result.json` is done and is not run again.
+Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, checkpoints, `adapter/`, `answers-*.jsonl`,
+`loss.png`, `report.html`, and last `result.json`. A run whose folder holds `result.json` is done and is not run again.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,23 @@ from lmray.artifacts.files import write_atomic, write_json
 from lmray.artifacts.store import open_store
 from lmray.config import dump
 from lmray.context import Result, RunContext
+from lmray.errors import DivergenceError
 from lmray.evaluate.measure import HeldOut, Measured, measure
 from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
 from lmray.models.fused import Fused
 from lmray.models.load import load_model
 from lmray.optim.adamw import make_adamw
+from lmray.trackers.base import TrackedRun
 from lmray.train.learner import Learner
 from lmray.train.loop import Loop
 from lmray.train.plan import Plan, check_same_run, make_plan
 from lmray.train.preflight import run_cost
 from lmray.train.prepare import Prepared, prepare
+from lmray.train.record import DATA, DIVERGED, JOB, PLAN, RESULT
 from lmray.train.report import write_report
-
-RESULT = "result.json"
+from lmray.train.statistics import data_statistics
+from lmray.train.tracking import Tracking
 
 
 def finished(folder: Path) -> Result | None:
@@ -58,15 +61,29 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
     if (done := finished(ctx.folder)) is not None:
         return done
     if ctx.rank == 0:
-        _open_folder(job, plan, ctx.folder)
+        _open_folder(job, plan, prepared, ctx.folder)
     loop = Loop(job, plan, prepared, make_learner(job, plan, prepared, ctx), ctx)
     if ctx.rank == 0:
         EventLog(ctx.folder / "events.jsonl").truncate_after(loop.progress.step)
-    if not loop.run():
-        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
-    if ctx.rank != 0:
-        return Result("succeeded", str(ctx.folder))
-    return _finish(job, plan, prepared, loop, started=started)
+    with Tracking(job.report_to if ctx.rank == 0 else (), _tracked(job, plan, ctx)) as tracking:
+        tracking.result = _run(job, plan, prepared, loop, started=started)
+    return tracking.result
+
+
+def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
+    prepared_s = time.time() - started
+    if not _ran(loop):
+        return Result("stopped", str(loop.ctx.folder), seconds=time.time() - started)
+    peaks = loop.peaks_by_worker()
+    if loop.ctx.rank != 0:
+        return Result("succeeded", str(loop.ctx.folder))
+    times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
+    return _finish(job, plan, prepared, loop, started=started, times=times, peaks=peaks)
+
+
+def _tracked(job: TrainJob, plan: Plan, ctx: RunContext) -> TrackedRun:
+    text = yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True)
+    return TrackedRun(job.name, ctx.folder, open_store(job.storage).root, plan.fields, text)
 
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
@@ -88,23 +105,55 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, fused=fused)
 
 
-def _open_folder(job: TrainJob, plan: Plan, folder: Path) -> None:
-    write_json(folder / "plan.json", plan.to_json())
-    write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
+def _ran(loop: Loop) -> bool:
+    """Runs the loop; a run that is given up has a report as well."""
+    try:
+        return loop.run()
+    except DivergenceError:
+        if loop.ctx.rank == 0:
+            write_report(loop.ctx.folder)
+        raise
 
 
-def _train_metrics(folder: Path) -> dict[str, float]:
-    events = EventLog(folder / "events.jsonl").read()
+def _open_folder(job: TrainJob, plan: Plan, prepared: Prepared, folder: Path) -> None:
+    (folder / DIVERGED).unlink(missing_ok=True)  # an earlier attempt's
+    write_json(folder / PLAN, plan.to_json())
+    write_json(folder / DATA, data_statistics(prepared))
+    write_atomic(folder / JOB, yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
+
+
+def _train_metrics(loop: Loop) -> dict[str, float]:
+    """From the whole run's events: attempts before this one count as well."""
+    events = EventLog(loop.ctx.folder / "events.jsonl").read()
     last = events[-1] if events else {}
     speeds = sorted(event["train.tokens_per_s"] for event in events if "train.tokens_per_s" in event)
-    median = {"train.tokens_per_s": speeds[len(speeds) // 2]} if speeds else {}
-    return {name: last[name] for name in ("train.loss", "eval.loss") if name in last} | median
+    metrics: dict[str, float] = {"train.steps": loop.progress.step}
+    metrics |= {name: last[name] for name in ("train.loss", "eval.loss") if name in last}
+    metrics |= {"train.tokens_per_s": speeds[len(speeds) // 2]} if speeds else {}
+    gpu = [event["train.peak_gpu_memory_bytes"] for event in events if "train.peak_gpu_memory_bytes" in event]
+    metrics |= {"train.peak_gpu_memory_bytes": max(gpu)} if gpu else {}
+    if loop.watch.best_step is not None and loop.watch.best_loss is not None:
+        metrics["train.best_step"] = loop.watch.best_step
+        if loop.job.train.load_best_model_at_end:
+            metrics["eval.loss"] = loop.watch.best_loss
+    return metrics
 
 
-def _finish(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
+def _finish(
+    job: TrainJob,
+    plan: Plan,
+    prepared: Prepared,
+    loop: Loop,
+    *,
+    started: float,
+    times: dict[str, float],
+    peaks: Sequence[float],
+) -> Result:
     """Measures, keeps and reports; `result.json` last."""
-    folder, model = loop.ctx.folder, loop.learner.model
+    folder, model, measuring = loop.ctx.folder, loop.learner.model, time.time()
     measured = _measure(job, prepared, loop)
+    held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(folder / "events.jsonl").read())
+    times = times | {"run.evaluate_seconds": held_out_s + time.time() - measuring}
     for label, one in measured.items():
         if one.answers:
             one.save_answers(folder / f"answers-{label}.jsonl")
@@ -116,15 +165,16 @@ def _finish(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, starte
         "model.trainable_parameters": plan.model["trainable_parameters"],
     }
     metrics = (
-        sizes
-        | _train_metrics(folder)
-        | {name: value for one in measured.values() for name, value in one.metrics.items()}
+        sizes | _train_metrics(loop) | {name: value for one in measured.values() for name, value in one.metrics.items()}
     )
+    metrics["train.peak_memory_bytes"] = max(peaks)
+    metrics |= {name: round(seconds, 3) for name, seconds in times.items()}
     metrics["run.seconds"] = round(time.time() - started, 3)
     if job.resources.price_per_worker_hour is not None:
         metrics["run.cost"] = round(run_cost(job.resources, metrics["run.seconds"]), 6)
     base = {name: plan.model[name] for name in ("source", "revision", "digest")}
     details: dict[str, Any] = {"adapter": str(adapter), "base": base, "run_key": plan.run_key}
+    details["peak_memory_bytes_by_worker"] = list(peaks)
     kept = None
     if job.output is not None:
         artifacts = Artifacts(open_store(job.storage))
@@ -132,7 +182,7 @@ def _finish(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, starte
         metrics["model.bytes"] = artifact.num_bytes
         kept = artifact.ref
     result = Result("succeeded", str(folder), kept, metrics, time.time() - started, details)
-    write_report(folder, job=job, plan=plan, result=result, answers={key: one.answers for key, one in measured.items()})
+    write_report(folder, result)
     write_json(folder / RESULT, result.to_json())
     return result
 

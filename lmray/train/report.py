@@ -1,104 +1,189 @@
-"""`loss.png` and `report.html`: one self-contained page a run, for people."""
+"""`loss.png` and `report.html`: one self-contained page a run, for people; written again from the run folder alone."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from lmray.artifacts.files import write_atomic
-from lmray.config import dump
 from lmray.context import Result
 from lmray.evaluate.answers import Answer
-from lmray.job import TrainJob
-from lmray.metrics.events import read_events
 from lmray.metrics.names import metric
-from lmray.metrics.plots import plot_losses
-from lmray.train.plan import Plan
+from lmray.metrics.page import Cell, cards, heading, number, page, paragraph, picture, split, table, verbatim
+from lmray.metrics.plots import SMALL, plot_lengths, plot_losses, plot_metric
+from lmray.train.record import Record, read_record
 from lmray.units import human_bytes, human_count, human_seconds
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1c2530 }
-h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2rem; color: #1f4e8c }
-table { border-collapse: collapse } td, th { padding: .25rem .8rem; border-bottom: 1px solid #dde3ea; text-align: left;
-vertical-align: top } td.number { text-align: right; font-variant-numeric: tabular-nums }
-pre { background: #f5f7fa; padding: .8rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
-img { max-width: 100% } .good { color: #2a7a2a } .bad { color: #b03a2e } .quiet { color: #66707c }
-"""
+MAX_ANSWERS = 8
+TIMES = {
+    "run.prepare_seconds": "preparing",
+    "run.train_seconds": "training",
+    "run.evaluate_seconds": "evaluating",
+}
 
 
-def write_report(
-    folder: Path, *, job: TrainJob, plan: Plan, result: Result, answers: Mapping[str, Sequence[Answer]]
-) -> None:
-    """Writes both files into the run folder."""
-    events = read_events(folder / "events.jsonl")
-    picture = folder / "loss.png"
-    plot_losses(events, picture, title=job.name, base_loss=result.metrics.get("base.loss"))
-    encoded = base64.b64encode(picture.read_bytes()).decode()
-    ended = escape(f"{result.status} in {human_seconds(result.seconds)}; kept as {result.artifact}")
+def write_report(folder: Path, result: Result | None = None) -> Path:
+    """Writes both files into the run folder, whether the run has ended or not; returns the page. `result` is that of a
+    run that is about to write it. Raises ArtifactError where there is no run."""
+    run = read_record(folder)
+    run = replace(run, result=result) if result else run
+    losses = folder / "loss.png"
+    plot_losses(run.events, losses, title=run.name, base_loss=run.metrics.get("base.loss"))
     body = [
-        f"<h1>{escape(job.name)}</h1>",
-        f'<p class="quiet">{ended}</p>',
-        metrics_table(result.metrics),
-        f'<h2>Loss</h2><img alt="Loss over steps" src="data:image/png;base64,{encoded}">',
-        f"<h2>Plan</h2><pre>{escape(chr(10).join(plan.lines()))}</pre>",
-        *answers_section(answers),
-        f"<h2>Job</h2><pre>{escape(yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))}</pre>",
+        heading(run.name, 1),
+        paragraph(_ending(run), "quiet"),
+        *_alarm(run.diverged),
+        *_head(run),
+        *before_and_after(run.metrics),
+        heading("Curves"),
+        picture(losses.read_bytes(), "Loss over steps"),
+        '<div class="grid">',
+        *(picture(png, SMALL[name]) for name in SMALL if (png := plot_metric(run.events, name))),
+        "</div>",
+        *_resources(run),
+        *_data(run.data),
+        *answers_section(run.answers),
+        heading("Metrics"),
+        metrics_table(run.metrics),
+        heading("Plan"),
+        verbatim("\n".join(run.plan.lines())),
+        heading("Job"),
+        verbatim(run.job),
     ]
-    head = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(job.name)}</title><style>{_STYLE}</style>'
-    )
-    write_atomic(folder / "report.html", head + "\n".join(body) + "</html>\n")
+    path = folder / "report.html"
+    write_atomic(path, page(run.name, body))
+    return path
+
+
+def _ending(run: Record) -> str:
+    if run.result is None:
+        return run.status
+    kept = f"; kept as {run.result.artifact}" if run.result.artifact else ""
+    return f"{run.status} in {human_seconds(run.result.seconds)}{kept}"
+
+
+def _alarm(diverged: Mapping[str, Any] | None) -> Iterator[str]:
+    if diverged is not None:
+        yield '<div class="alarm">'
+        yield paragraph(f"Given up at step {diverged['step']}: {diverged['found']}", "bad")
+        yield paragraph("The step was taken over these rows:")
+        yield verbatim("\n".join(diverged["rows"]))
+        yield "</div>"
+
+
+def _head(run: Record) -> Iterator[str]:
+    """The numbers that are asked for first."""
+    metrics = run.metrics
+    facts = [("steps", f"{run.step} of {run.plan.steps}")]
+    for name, words in (("eval.loss", "held-out loss"), ("train.loss", "last training loss")):
+        if name in metrics:
+            facts.append((words, f"{metrics[name]:.4g}"))
+    if "train.tokens_per_s" in metrics:
+        facts.append(("tokens/s, median" if run.result else "tokens/s", f"{metrics['train.tokens_per_s']:,.0f}"))
+    if "train.peak_memory_bytes" in metrics:
+        facts.append(("peak memory of a worker", human_bytes(metrics["train.peak_memory_bytes"])))
+    yield cards(facts)
+
+
+def before_and_after(metrics: Mapping[str, float]) -> Iterator[str]:
+    """Untouched model beside tuned."""
+    pairs = [name for name in metrics if name.startswith("eval.") and f"base.{name[5:]}" in metrics]
+    if not pairs:
+        return
+    rows = []
+    for name in pairs:
+        facts, before, after = metric(name), metrics[f"base.{name[5:]}"], metrics[name]
+        better = after > before if facts.better == "max" else after < before
+        shade = "" if not facts.better or after == before else "good" if better else "bad"
+        change = number(f"{after - before:+.4g}", shade)
+        rows.append((Cell(name[5:], title=facts.help), number(f"{before:.4g}"), number(f"{after:.4g}"), change))
+    yield heading("Before and after")
+    yield table(rows, ("held out", number("untouched"), number("tuned"), number("change")))
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
-    """Untouched model beside tuned, then everything else."""
-    pairs = [name for name in metrics if name.startswith("eval.") and f"base.{name[5:]}" in metrics]
-    rows = ["<h2>Before and after</h2><table><tr><th>held out<th>untouched<th>tuned<th>change</tr>"] if pairs else []
-    for name in pairs:
-        before, after = metrics[f"base.{name[5:]}"], metrics[name]
-        better = after > before if metric(name).better == "max" else after < before
-        change = f'<td class="number {"good" if better else "bad"}">{after - before:+.4g}'
-        rows.append(
-            f'<tr><td title="{escape(metric(name).help)}">{name[5:]}<td class="number">{before:.4g}'
-            f'<td class="number">{after:.4g}{change}</tr>'
-        )
-    rows += ["</table>"] if pairs else []
-    others = [name for name in metrics if name not in pairs and not name.startswith("base.")]
-    rows.append("<h2>Metrics</h2><table>")
-    for name in others:
-        facts = metric(name)
-        shown = f'<td class="number">{_shown(metrics[name], facts.unit)}<td class="quiet">{escape(facts.help)}'
-        rows.append(f"<tr><td>{name}{shown}</tr>")
-    return "\n".join([*rows, "</table>"])
+    """Every metric with what it means."""
+    return table((name, number(shown(name, metrics[name])), Cell(metric(name).help, "quiet")) for name in metrics)
 
 
-def _shown(value: float, unit: str) -> str:
-    """A value as people read it."""
+def shown(name: str, value: float) -> str:
+    """A metric's value as people read it."""
+    unit = metric(name).unit
     if unit == "bytes":
         return human_bytes(value)
     if unit == "s":
         return human_seconds(value)
-    return human_count(value) if unit == "parameters" else f"{value:,.4g} {unit}".rstrip()
+    if unit == "parameters":
+        return human_count(value)
+    digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return digits if unit == "fraction" else f"{digits} {unit}".rstrip()
 
 
-def answers_section(answers: Mapping[str, Sequence[Answer]], count: int = 8) -> list[str]:
+def _resources(run: Record) -> Iterator[str]:
+    metrics, details = run.metrics, run.result.details if run.result else {}
+    times = [(words, metrics[name], human_seconds(metrics[name])) for name, words in TIMES.items() if name in metrics]
+    rows = [
+        (f"worker {rank}, peak memory", number(human_bytes(peak)))
+        for rank, peak in enumerate(details.get("peak_memory_bytes_by_worker", ()))
+    ]
+    if "train.peak_gpu_memory_bytes" in metrics:
+        rows.append(("worker 0, peak GPU memory", number(human_bytes(metrics["train.peak_gpu_memory_bytes"]))))
+    if rows:
+        rows.append(("planned for a worker, without the process itself", number(_planned(run))))
+    if times or rows:
+        yield heading("Time and memory")
+    if times:
+        yield split(times)
+    if rows:
+        yield table(rows)
+
+
+def _planned(run: Record) -> str:
+    return human_bytes(run.plan.memory_bytes["total"])
+
+
+def _data(data: Mapping[str, Any]) -> Iterator[str]:
+    """Counts by source, and how long the examples are."""
+    if not data:
+        return
+    yield heading("Data")
+    rows = []
+    for part, facts in data.items():
+        words = {"train": "training", "eval": "held out"}[part]
+        several = len(facts["sources"]) > 1
+        rows.append(_counts(words if several else f"{words}: {next(iter(facts['sources']))}", facts))
+        rows += [_counts(f"\u2003{name}", counts) for name, counts in facts["sources"].items() if several]
+    yield table(rows, ("", number("examples"), number("tokens"), number("mean length"), number("supervised")))
+    lengths = data["train"]["lengths"]
+    yield f'<div class="grid">{picture(plot_lengths(lengths["edges"], lengths["counts"]), "Lengths in tokens")}</div>'
+
+
+def _counts(label: str, facts: Mapping[str, int]) -> tuple[str | Cell, ...]:
+    examples, tokens = facts["examples"], facts["tokens"]
+    share = facts["supervised_tokens"] / tokens
+    return label, *map(number, (f"{examples:,}", human_count(tokens), f"{tokens / examples:.0f}", f"{share:.0%}"))
+
+
+def answers_section(answers: Mapping[str, Sequence[Answer]], count: int = MAX_ANSWERS) -> Iterator[str]:
     """The first `count` questions with what each target said."""
     targets = [label for label, given in answers.items() if given]
     if not targets:
-        return []
-    rows = ["<h2>Answers</h2>"]
+        return
+    yield heading("Answers")
     for index, asked in enumerate(answers[targets[0]][:count]):
-        rows.append(
-            f"<table><tr><th>asked<td>{escape(asked.prompt)}</tr><tr><th>expected<td><pre>{escape(asked.expected)}</pre></tr>"
-        )
+        yield '<dl class="answer"><dt>asked</dt><dd>'
+        yield f"{verbatim(asked.prompt)}</dd><dt>expected</dt><dd>{verbatim(asked.expected)}</dd>"
         for label in targets:
-            given = answers[label][index]
-            right = all(score == 1.0 for score in given.scores.values())
-            shade = "good" if right else "bad"
-            rows.append(f'<tr><th class="{shade}">{escape(label)}<td><pre>{escape(given.answer)}</pre></tr>')
-        rows.append("</table><br>")
-    return rows
+            if index < len(answers[label]):
+                yield from _answer(label, answers[label][index])
+        yield "</dl>"
+
+
+def _answer(label: str, given: Answer) -> Iterator[str]:
+    scores = ", ".join(f"{name} {value:g}" for name, value in given.scores.items())
+    shade = "" if not given.scores else "good" if all(score == 1.0 for score in given.scores.values()) else "bad"
+    words = f"{label}: {scores}" if scores else label
+    yield f'<dt class="{shade}">{escape(words)}</dt><dd>{verbatim(given.answer)}</dd>'

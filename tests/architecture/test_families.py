@@ -18,6 +18,7 @@ BASES = {
     "adapters": "lmray.adapters.base.Adapter",
     "sharding": "lmray.sharding.base.Sharding",
     "tasks": "lmray.tasks.base.Task",
+    "trackers": "lmray.trackers.base.Tracker",
     "engines": "lmray.engines.base.EngineConfig",
     "mappings": "lmray.data.base.Mapping",
 }

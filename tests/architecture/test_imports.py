@@ -70,7 +70,11 @@ def test_imports_inside_functions_are_for_the_command_line_and_optional_extras(p
         return
     extras = project()["project"]["optional-dependencies"]
     optional = {line.partition(">")[0] for extra, lines in extras.items() if extra != "dev" for line in lines}
-    odd = [f"line {line}: {name}" for line, name in lazy_imports(tree_of(path)) if name.split(".")[0] not in optional]
+    odd = [
+        f"line {line}: {name}"
+        for line, name in lazy_imports(tree_of(path))
+        if not optional & {name.split(".")[0], *providers().get(name.split(".")[0], [])}
+    ]
     assert not odd, f"{name_of(path)}: hint: import at the top, or move what both need down a floor"
 
 
@@ -90,7 +94,10 @@ providers = cache(metadata.packages_distributions)
 def declared() -> set[str]:
     """Distributions that installing lmray brings: its dependencies and extras, and theirs."""
     extras = project()["project"]["optional-dependencies"]
-    waiting = [*project()["project"]["dependencies"], *extras["deepspeed"], *extras["quant"]]
+    waiting = [
+        *project()["project"]["dependencies"],
+        *(line for extra, lines in extras.items() if extra != "dev" for line in lines),
+    ]
     found: set[str] = set()
     while waiting:
         requirement = Requirement(waiting.pop())

@@ -20,6 +20,12 @@ FUNCTION_LINES, FILE_LINES, PARAMETERS, FIELDS = 60, 400, 5, 12
 EXCEPTIONS: dict[str, str] = {}
 """`path` or `path: function` -> `YYYY-MM-DD why`. An entry that is no longer needed fails the test as well."""
 
+FIELD_EXCEPTIONS = {
+    "TrainArgs": "2026-11-21 flat, so that what people know from Hugging Face's TrainingArguments holds",
+    "TrainJob": "2026-11-21 one section a concern, and the trackers are none of the other sections'",
+}
+"""The same for configs with more fields."""
+
 
 def too_large(path) -> dict[str, str]:
     """What in `path` is over a ceiling: `path` or `path: function` -> how much."""
@@ -48,7 +54,9 @@ def test_nothing_is_over_a_ceiling():
 
 
 def test_exceptions_carry_a_date_and_a_reason():
-    assert all(re.fullmatch(r"\d{4}-\d{2}-\d{2} \w.+", reason) for reason in EXCEPTIONS.values())
+    assert all(
+        re.fullmatch(r"\d{4}-\d{2}-\d{2} \w.+", reason) for reason in [*EXCEPTIONS.values(), *FIELD_EXCEPTIONS.values()]
+    )
 
 
 def config_classes(cls: type[Config] = Config) -> list[type[Config]]:
@@ -67,4 +75,5 @@ def _everything_is_imported():
 def test_no_config_has_more_than_twelve_fields():
     found = {cls.__qualname__: len(cls.model_fields) for cls in config_classes() if cls.__module__.startswith("lmray.")}
     assert found
-    assert {name: count for name, count in found.items() if count > FIELDS} == {}
+    assert {name: count for name, count in found.items() if count > FIELDS and name not in FIELD_EXCEPTIONS} == {}
+    assert all(found[name] > FIELDS for name in FIELD_EXCEPTIONS), "exceptions that are no longer needed"

@@ -11,7 +11,7 @@ from lmray import errors
 from lmray.errors import ArtifactError, ConfigError, LmrayError, Problem, did_you_mean
 
 CLASSES = [errors.ConfigError, errors.DataError, errors.ArtifactError, errors.CapacityError]
-CLASSES += [errors.CheckpointError, errors.RemoteError, errors.LmrayError]
+CLASSES += [errors.CheckpointError, errors.RemoteError, errors.DivergenceError, errors.LmrayError]
 
 
 def test_a_message_has_only_the_lines_it_needs():
@@ -48,6 +48,7 @@ def test_exit_codes_tell_wrong_input_from_a_failed_job():
         "CapacityError": 2,
         "CheckpointError": 1,
         "RemoteError": 1,
+        "DivergenceError": 1,
         "LmrayError": 1,
     }
 
@@ -62,3 +63,9 @@ def test_a_hint_names_the_closest_word_or_nothing():
     assert did_you_mean("lorra", ["lora", "full"]) == "did you mean `lora`?"
     assert did_you_mean("zzz", ["lora", "full"]) is None
     assert did_you_mean("lora", []) is None
+
+
+def test_what_would_fail_again_is_final():
+    final = {cls.__name__ for cls in CLASSES if cls.final}
+    assert final == {"ConfigError", "DataError", "ArtifactError", "CapacityError", "DivergenceError"}
+    assert errors.DivergenceError.exit_code == 1

@@ -16,7 +16,8 @@ from lmray.cli.output import table
 from lmray.context import Result
 from lmray.errors import CapacityError, RemoteError
 
-COMMANDS = ["run", "submit", "jobs", "check", "show", "schema", "evaluate", "artifacts", "chat", "demo", "doctor"]
+COMMANDS = ("run", "submit", "jobs", "check", "show", "schema", "evaluate", "artifacts", "chat", "demo", "doctor")
+COMMANDS += ("report", "bench")
 
 
 def test_help_names_every_command_and_exits_0(cli):

@@ -1,0 +1,1 @@
+"""Where a run's numbers are sent besides its own folder: one file a tracker."""
