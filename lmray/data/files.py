@@ -18,15 +18,19 @@ from lmray.errors import DataError
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".text")
 SUFFIXES = (*TABLES, *TEXTS)
+PIECE = 65_536
+"""Characters of a text after which the next blank line ends the row; where there is none, a line does after four
+times as many."""
 _BLANK = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 
 
 def read_rows(path: Path, shown: str | None = None) -> Iterator[Row]:
-    """Every record of `path` with its place: `file:line` for JSON lines and CSV (whose header is line 1), else
-    `file:row`.
+    """Every record of `path` with its place: `file:line` for JSON lines, text and CSV (whose header is line 1),
+    else `file:row`.
 
-    `shown` stands for the path in messages. A text file is one row with the column `text`. Raises DataError.
+    `shown` stands for the path in messages. A text file is one row with the column `text`; a longer one than PIECE is
+    cut at blank lines, so that a corpus in one file can be split and is never in memory as a whole. Raises DataError.
     """
     name = shown or str(path)
     read = _READERS.get(path.suffix.lower())
@@ -99,9 +103,11 @@ def _csv_rows(path: Path, name: str, delimiter: str = ",") -> Iterator[Row]:
         line = 1
         while (record := _next_record(reader, f"{name}:{line}")) is not None:
             where, line = f"{name}:{line}", reader.line_num + 1
+            if not record:  # a blank line
+                continue
             if header is None:
                 header = _header(record, where)
-            elif record:
+            else:
                 yield Row(where, _cells(header, record, where))
 
 
@@ -139,7 +145,18 @@ def _tsv_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def _text_rows(path: Path, name: str) -> Iterator[Row]:
-    yield Row(name, {"text": _decoded(path.read_bytes().removeprefix(_BOM), name)})
+    piece: list[str] = []
+    size, begin = 0, 1
+    with open(path, "rb") as file:
+        file.seek(_first_line(file)[0])
+        for number, line in enumerate(_lines(file, name), start=1):
+            piece.append(line.removesuffix("\r\n") + "\n" if line.endswith("\r\n") else line)
+            size += len(line)
+            if size >= PIECE and (not line.strip() or size >= 4 * PIECE):
+                yield Row(f"{name}:{begin}", {"text": "".join(piece)})
+                piece, size, begin = [], 0, number + 1
+    if piece:
+        yield Row(f"{name}:{begin}", {"text": "".join(piece)})
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[Row]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -34,10 +36,24 @@ def open_dataset(source: str) -> Iterator[Row]:
 
 def _load(name: str, config: str | None, split: str, where: str) -> Any:
     try:
-        return datasets.load_dataset(name, config, split=split)
+        with _bars_on_terminals():
+            return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises a dozen kinds, from its own to the network's
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(where, f"cannot be had: {said}", hint=_hint(str(error), split)) from None
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Progress bars of the library only where someone sees them move."""
+    hidden = datasets.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
 
 
 def _hint(said: str, split: str) -> str:

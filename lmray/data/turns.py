@@ -132,6 +132,8 @@ def _read_turn(turn: Any, where: str, dialect: Dialect) -> Turn:
         hint = did_you_mean(str(written), dialect.roles)
         raise DataError(where, found, allowed=f"{dialect.role} {', '.join(dialect.roles)}", hint=hint)
     content = turn.get(dialect.content)
+    if role in ("assistant", "function_call"):
+        _check_learnt(turn, where)
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _read_calls(parse_list(content, where), where)}
     calls = turn.get("tool_calls")
@@ -142,6 +144,16 @@ def _read_turn(turn: Any, where: str, dialect: Dialect) -> Turn:
         read["tool_calls"] = _read_calls(parse_list(calls, where), where)
     kept = {"tool": ("name", "tool_call_id"), "assistant": ("reasoning_content",)}.get(role, ())
     return read | {key: turn[key] for key in kept if isinstance(turn.get(key), str)}
+
+
+def _check_learnt(turn: Turn, where: str) -> None:
+    """Data may mark an assistant's turn as not to be learnt; all of them are, so such a turn is refused."""
+    for key in ("weight", "train"):
+        if turn.get(key) in (0, False):
+            hint = "end the conversation before it, or leave the mark out"
+            raise DataError(
+                where, f"is marked `{key}: {turn[key]}`", allowed="assistant turns to learn from", hint=hint
+            )
 
 
 def _read_content(content: Any, where: str) -> str:

@@ -66,6 +66,15 @@ def test_a_row_of_the_wrong_shape_is_named(tmp_path, row, where, message):
     assert caught.value.where == f"{path}{where}"
 
 
+def test_a_wrong_column_in_the_job_names_the_nearest(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"question": "a", "answer": "b"}])
+    source = {"source": str(path), "mapping": {"prompt": "qestion", "completion": "answer"}}
+    with pytest.raises(DataError, match="is missing") as caught:
+        read_examples(spec(path, train=[source]))
+    assert caught.value.where == f"{path}:1: column `qestion`"
+    assert (caught.value.allowed, caught.value.hint) == ("question, answer", "did you mean `question`?")
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [

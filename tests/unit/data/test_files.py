@@ -59,7 +59,30 @@ def test_cells_of_csv_hold_commas_quotes_lines_and_whole_documents(tmp_path):
 
 def test_a_text_file_is_one_row(tmp_path):
     (tmp_path / "x.txt").write_text("一行\n\ntwo\n", encoding="utf-8")
-    assert list(read_rows(tmp_path / "x.txt")) == [Row(str(tmp_path / "x.txt"), {"text": "一行\n\ntwo\n"})]
+    assert list(read_rows(tmp_path / "x.txt")) == [Row(f"{tmp_path / 'x.txt'}:1", {"text": "一行\n\ntwo\n"})]
+
+
+def test_a_long_text_is_cut_at_blank_lines(tmp_path):
+    paragraph = ("x" * 99 + "\n") * 300 + "\n"
+    (tmp_path / "x.txt").write_text(paragraph * 7, encoding="utf-8")
+    rows = list(read_rows(tmp_path / "x.txt"))
+    assert [row.value["text"] for row in rows] == [paragraph * 3, paragraph * 3, paragraph]
+    assert [row.where.rpartition(":")[2] for row in rows] == ["1", "904", "1807"]
+
+
+def test_a_long_text_without_blank_lines_is_cut_at_lines(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbf" + b"0123456\r\n" * 60_000)
+    texts = [row.value["text"] for row in read_rows(tmp_path / "x.txt")]
+    assert "".join(texts) == "0123456\n" * 60_000
+    assert [len(text) % 8 for text in texts] == [0] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("x.jsonl", "\n \n"), ("x.json", "[]"), ("x.csv", "\na,b\n\n"), ("x.txt", ""), ("x.json", "")]
+)
+def test_files_without_a_row(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert list(read_rows(tmp_path / name)) == []
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -103,7 +126,7 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path):
         ("x.json", b'{"rows": [{"a": 1}],\n "b": 2}', "", "one JSON object with rows, b"),
         ("x.json", b'{"type": "text_only", "instances": 3}', "", "one JSON object"),
         ("x.json", b'{"type": "text_only", "instances": ["a"]}', ":1", "a row is a str"),
-        ("x.txt", b"one\ntwo \xff", ":2", "not UTF-8 at byte 8"),
+        ("x.txt", b"one\ntwo \xff", ":2", "not UTF-8 at byte 4"),
         ("x.csv", b"a,b\n1,2\n3,\xff\n", ":3", "not UTF-8"),
         ("x.csv", b'a,b\n1,"2\n2"\n1,2,3\n', ":4", "has 3 fields, the header 2: a, b"),
         ("x.csv", b"a,b\n1\n", ":2", "has 1 fields, the header 2"),

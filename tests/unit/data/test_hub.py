@@ -1,5 +1,6 @@
 """Data sets by their id on the Hub: folders that stand for them, read by the real library without a network."""
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -48,6 +49,13 @@ def hub(tmp_path, monkeypatch):
 )
 def test_splits_are_read_row_by_row(source, prompts):
     assert [row.value["prompt"] for row in open_source(source, None).rows] == prompts
+
+
+def test_no_progress_bar_is_drawn_where_nobody_sees_it_move(capfd):
+    before = datasets.are_progress_bars_disabled()
+    assert len(list(open_source("hf:owner/qa", None).rows)) == 3
+    assert "split:" not in capfd.readouterr().err
+    assert datasets.are_progress_bars_disabled() == before
 
 
 def test_rows_are_named_by_data_set_split_and_number():

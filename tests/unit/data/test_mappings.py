@@ -92,6 +92,8 @@ def test_an_answer_that_only_calls_is_compared_as_json():
         (changed(2, tool_calls=["weather"]), "turn 3", "names no function"),
         (changed(2, tool_calls=[{"name": "f", "arguments": "{"}]), "turn 3", "malformed JSON"),
         (changed(2, tool_calls=[{"name": "f", "arguments": [1]}]), "turn 3", "arguments of `f` are a list"),
+        (changed(4, weight=0), "turn 5", "is marked `weight: 0`"),
+        (changed(4, train=False), "turn 5", "is marked `train: False`"),
         (changed(3, content=None), "turn 4", "content is nothing"),
         (changed(4, content=[{"type": "image"}]), "turn 5", "content is a list"),
         (changed(0, role="sistem"), "turn 1", "role 'sistem'"),
