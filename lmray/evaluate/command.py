@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def make_job(words: Words) -> EvaluateJob:
         "model": model,
         "data": {"train": sources, "eval": held_out},
         "targets": [
-            {"label": label, **({} if target == BASE else {"adapter": target})}
+            {"label": label, **({} if target == BASE else {"adapter": _found(target)})}
             for label, target in zip(labels, words.targets, strict=True)
         ],
         "evaluate": {"tasks": [_task(text) for text in words.tasks.split(",") if text.strip()]}
@@ -82,10 +83,17 @@ def _labels(targets: Sequence[str]) -> list[str]:
             folder = folder.resolve()
             label = folder.parent.name if folder.name == "adapter" else folder.name
         else:
-            label = target.replace("@", "-")
+            label = target
+        label = re.sub(r"[^\w.\-]+", "-", label).strip("-.")[:50] or "target"
         alike = sum(one == label or one.startswith(f"{label}-again-") for one in labels)
         labels.append(f"{label}-again-{alike}" if alike else label)
     return labels
+
+
+def _found(target: str) -> str:
+    """A folder by its whole path, for a worker may stand elsewhere; a reference as it is."""
+    folder = Path(target).expanduser()
+    return str(folder.resolve()) if _is_adapter(folder) else target
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -68,6 +68,13 @@ def test_the_base_model_is_the_adapter_folders_and_a_runs_folder_gives_the_label
     assert job.targets[0].adapter == str(adapter)
 
 
+def test_any_folder_gives_a_label_and_is_named_by_its_whole_path(tiny_model, tmp_path, monkeypatch):
+    folder = tiny_adapter_folder(tiny_model, tmp_path / "私の adapter (2)", seed=1)
+    monkeypatch.chdir(tmp_path)
+    (target,) = made(words(folder.name)).targets
+    assert (target.label, target.adapter) == ("私の-adapter-2", str(folder))
+
+
 def test_an_adapter_that_names_no_base_model(adapter):
     path = adapter / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
