@@ -78,7 +78,9 @@ def check_sweep(job: SweepJob, *, cluster: bool, examples: int) -> Found:
     found = check_train(job.job, cluster=cluster, examples=examples)
     trials, together = job.search.num_trials, min(job.max_concurrent_trials, job.search.num_trials)
     flight = found.value["preflight"]
-    longest = -(-trials // together) * flight["total_seconds"][1]
+    alone = job.job.resources.gpus_per_worker > 0  # trials on CPUs share the cores of a machine
+    sharing = 1.0 if alone else max(1.0, together / len(flight["machines"]))
+    longest = -(-trials // together) * sharing * flight["total_seconds"][1]
     lines = [
         f"sweep      {trials} trials, {together} side by side, over {', '.join(job.space)}",
         f"           {_objective(job)}; search {job.search.name}, early stopping {job.scheduler.name}",

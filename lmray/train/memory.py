@@ -19,9 +19,10 @@ import psutil
 from lmray.data.batch import Packed
 from lmray.models.shape import WIDTH, AdaptedLinear, ModelShape
 
-HEAP_SHARE = 0.8
+HEAP_SHARE = 0.5
 """What the C library's heap adds to kept tensors on a CPU: temporaries freed between them leave holes that later
-tensors do not fill. Measured 0.5 to 0.95 of them; with every tensor mapped on its own it is 0.06."""
+tensors do not fill. `tests/bench/memory.py` found 0.3 to 0.9 of them, half on average; with every tensor mapped on
+its own (MALLOC_MMAP_THRESHOLD_=65536) it is 0.06."""
 CUDA_SHARE = 0.1
 """The same for PyTorch's CUDA allocator, which keeps blocks of similar sizes."""
 CUDA_PROCESS_BYTES = 512 * 2**20

@@ -22,6 +22,8 @@ class Preflight:
     """A plan on machines."""
 
     plan: Plan
+    resources: str
+    """What the job asks for, for people."""
     machines: tuple[Machine, ...]
     worker_memory_bytes: int | None
     """What the smallest machine gives one worker; None where a GPU did not say."""
@@ -45,7 +47,10 @@ class Preflight:
         """For people: what the plan's own lines do not say."""
         low, likely, high = self.total_seconds
         there = human_bytes(self.worker_memory_bytes) if self.worker_memory_bytes else "an unknown amount"
-        lines = [f"machines   {', '.join(map(machine_text, self.machines))}"]
+        lines = [
+            f"resources  {self.resources}",
+            f"machines   {', '.join(map(machine_text, self.machines))}",
+        ]
         if self.max_micro_batch is not None:
             lines.append(
                 f"fits       at most {self.max_micro_batch} rows a forward pass into {USABLE:.0%} of {there} a worker"
@@ -68,8 +73,9 @@ class Preflight:
 def preflight(job: TrainJob, plan: Plan, machines: Sequence[Machine], *, flops_per_s: float) -> Preflight:
     """Puts `plan` on `machines`. Raises CapacityError where the workers, or the weights alone, can never fit."""
     resources = job.resources
+    on_gpu = resources.gpus_per_worker > 0
     check_resources(resources, machines)
-    memory = worker_memory(machines, workers=resources.workers, on_gpu=resources.gpus_per_worker > 0)
+    memory = worker_memory(machines, workers=resources.workers, on_gpu=on_gpu)
     warnings, most = [], None
     if memory is not None:
         count = job.train.per_device_train_batch_size
@@ -79,19 +85,36 @@ def preflight(job: TrainJob, plan: Plan, machines: Sequence[Machine], *, flops_p
         check_weights(plan.memory_bytes["weights"], memory)
         if plan.memory_bytes["total"] > USABLE * memory:
             warnings.append(_too_large(plan, memory, most, count))
-    total = seconds(plan.flops["total"] / resources.workers, flops_per_s)
+    speed = resources.workers * flops_per_s * (1.0 if on_gpu else _share_of_cores(resources, machines))
+    total = seconds(plan.flops["total"], speed)
     price = resources.price_per_worker_hour
     return Preflight(
         plan=plan,
+        resources=_asked(resources),
         machines=tuple(machines),
         worker_memory_bytes=memory,
         max_micro_batch=most,
         flops_per_s=flops_per_s,
-        step_seconds=seconds(plan.flops["step"] / resources.workers, flops_per_s),
+        step_seconds=seconds(plan.flops["step"], speed),
         total_seconds=total,
         cost=None if price is None else tuple(run_cost(resources, one) for one in total),  # type: ignore[arg-type]
         warnings=tuple(warnings),
     )
+
+
+def _share_of_cores(resources: Resources, machines: Sequence[Machine]) -> float:
+    """The part of a machine that one worker computes with; the speed was measured with all of it."""
+    cores = min(one.cpus for one in machines)
+    if resources.cpus_per_worker is not None:
+        return min(1.0, resources.cpus_per_worker / cores)
+    return 1 / -(-resources.workers // len(machines))
+
+
+def _asked(resources: Resources) -> str:
+    cores = (
+        "an even share of the cores" if resources.cpus_per_worker is None else f"{resources.cpus_per_worker} core(s)"
+    )
+    return f"{resources.workers} worker(s) with {cores} and {resources.gpus_per_worker} GPU(s) each"
 
 
 def run_cost(resources: Resources, num_seconds: float) -> float:

@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "train" / "demo.yaml"
 SETTINGS = (
     (1, 256, False, "float32"),
-    (4, 256, True, "bfloat16"),
     (1, 512, True, "bfloat16"),
-    (4, 512, True, "float32"),
+    (4, 256, True, "float32"),
+    (4, 512, False, "bfloat16"),
 )
 """Micro-batch, length, packing, dtype."""
 MIB = 2**20
@@ -98,7 +98,8 @@ def main() -> None:
         batch, length, packing, dtype = SETTINGS[index]
         print(
             f"{batch:5}  {length:6}  {'yes' if packing else 'no':7}  {dtype:8}  {found['peak'] / MIB:8.0f}  "
-            f"{found['estimate'] / MIB:12.0f}  {found['estimate'] / found['peak']:13.2f}"
+            f"{found['estimate'] / MIB:12.0f}  {found['estimate'] / found['peak']:13.2f}",
+            flush=True,
         )
 
 

@@ -41,6 +41,9 @@ def test_a_plan_on_machines(job):
     assert found.cost == pytest.approx([one / 1000 for one in found.total_seconds])
     assert plan.flops["total"] == pytest.approx(plan.steps * plan.flops["step"] + plan.flops["eval"])
     assert preflight(job(), plan, (SMALL,), flops_per_s=1e9).cost is None
+    quarter = preflight(job(resources={"cpus_per_worker": 1}), plan, (SMALL,), flops_per_s=1e9)
+    assert quarter.total_seconds[1] == pytest.approx(4 * found.total_seconds[1])
+    assert "1 worker(s) with 1 core(s) and 0 GPU(s) each" in "\n".join(quarter.lines())
 
 
 @pytest.mark.parametrize(("room", "advice"), [(2, "per_device_train_batch_size="), (0, "lower `data.max_length`")])
