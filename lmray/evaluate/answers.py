@@ -54,7 +54,7 @@ def generate_answers(
     """Greedy answers of `model` to `examples`. `shots` are solved examples put before each question; `adapter` is the
     attached adapter's handle, None the base model; `progress` is told how many answers are done."""
     shown = [message for shot in shots for message in shot.messages]
-    prompts = [prompt_ids(tokenizer, [*shown, *example.prompt]) for example in examples]
+    prompts = [prompt_ids(tokenizer, [*shown, *example.prompt], example.tools) for example in examples]
     with computing(model):
         generated = generate(
             model,

@@ -33,7 +33,7 @@ def choice_log_likelihoods(
     shown = [message for shot in shots for message in shot.messages]
     rows = []
     for example, choices in asked:
-        prompt = prompt_ids(tokenizer, [*shown, *example.prompt])
+        prompt = prompt_ids(tokenizer, [*shown, *example.prompt], example.tools)
         for choice in choices:
             ids = encode(tokenizer, choice)
             labels = [IGNORED] * len(prompt) + ids

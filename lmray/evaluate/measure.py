@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lmray.artifacts.files import write_atomic
 from lmray.data.base import Example
 from lmray.data.batch import Packed
+from lmray.errors import DataError
 from lmray.evaluate.answers import Answer, generate_answers, sample_evenly
 from lmray.evaluate.choices import choice_log_likelihoods
 from lmray.evaluate.loss import example_losses
@@ -110,7 +111,11 @@ class Asked:
 
 def check_tasks(tasks: Sequence[Task], examples: Sequence[Example]) -> None:
     """Raises DataError where held-out `examples` lack what a task scores by, before a model is loaded."""
+    texts = [example.where for example in examples if example.text is not None]
     for task in tasks:
+        if task.needs != "loss" and texts:
+            hint = "plain text has a loss and a perplexity: `tasks: [loss]`"
+            raise DataError(texts[0], f"holds no answer for the task `{task.name}`", hint=hint)
         task.for_examples(examples)
         for example in examples if task.needs == "choices" else ():
             task.choices(example)

@@ -51,11 +51,12 @@ def prepare(job: EvaluateJob) -> Prepared:
     found = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
     for target in job.targets:
         _adapter_folder(job, target.adapter, found)
-    tokenizer = load_tokenizer(found.folder, trust_remote_code=job.model.trust_remote_code)
     examples = read_examples(job.data)
     if not examples.eval:
         raise DataError("data.eval", "holds nothing to measure on", hint="add `eval: {split: 0.1}`")
     check_tasks(job.evaluate.tasks, examples.eval)
+    chats = any(example.text is None for example in examples.eval)
+    tokenizer = load_tokenizer(found.folder, chat=chats, trust_remote_code=job.model.trust_remote_code)
     tokens = tokenise_cached(
         tokenizer, examples.eval, Rules.of(job.data, found.folder, trust_remote_code=job.model.trust_remote_code)
     )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lmray.data.base import Example
 from lmray.data.batch import pack
 from lmray.data.tokenise import IGNORED, encode, prompt_ids, tokenise
 from lmray.errors import ConfigError, DataError
@@ -114,3 +116,25 @@ def test_tasks_that_the_data_does_not_fit_are_found_before_a_model_is_loaded(exa
 def test_a_task_listed_twice_is_refused(args):
     with pytest.raises(ConfigError, match="lists `bleu` more than once"):
         args("bleu", {"name": "bleu", "tokenize": "char"})
+
+
+def test_models_are_asked_with_the_tools_they_were_trained_with(loaded, examples, args, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lmray.evaluate.answers.generate", lambda model, prompts, **_: asked.extend(prompts) or [[0]])
+    loaded.tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.function.name }};{% endfor %}ask"
+    tools = ({"type": "function", "function": {"name": "send_mail", "parameters": {}}},)
+    measure(
+        loaded.model,
+        loaded.tokenizer,
+        HeldOut([replace(examples[0], tools=tools)], []),
+        args("exact_match"),
+        adapter=None,
+    )
+    assert loaded.tokenizer.decode(asked[0]) == "send_mail;ask"
+
+
+def test_plain_text_has_a_loss_and_no_answers(args):
+    text = Example((), "corpus.txt:1", text="once")
+    check_tasks(args("loss").tasks, [text])
+    with pytest.raises(DataError, match=r"corpus\.txt:1: holds no answer for the task `exact_match`"):
+        check_tasks(args("loss", "exact_match").tasks, [text])
