@@ -1,7 +1,7 @@
 """Runs the training program under Ray Train: plans in the driver, trains in a worker group that outlives failures.
 
-The run's name and store are Ray Train's too, so the same command goes on from the last committed checkpoint. Ctrl-C
-asks the workers to save and end; a second one ends them at once.
+The run folder alone says where a run stands (see `lmray.on_ray.context`), so the same command goes on from the last
+committed checkpoint. Ctrl-C asks the workers to save and end; a second one ends them at once.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from lmray.artifacts.files import only_writer
+from lmray.artifacts.files import check_writable, only_writer
 from lmray.artifacts.store import open_store, run_folder
-from lmray.context import CHECKPOINTS_KEPT, Result
-from lmray.errors import LmrayError, RemoteError
+from lmray.context import Result
+from lmray.errors import CheckpointError, LmrayError, RemoteError
 from lmray.job import Resources, TrainJob
 from lmray.metrics.progress import follow
 from lmray.on_ray.cluster import check_resources, cluster_resources, connected
 from lmray.on_ray.context import STOP, RayContext
+from lmray.on_ray.notices import heard
 from lmray.train.plan import check_same_run, make_plan
 from lmray.train.program import finished
 from lmray.train.program import train as train_program
+
+RAY_FOLDER = "ray-train"
+"""In the run folder: what Ray Train writes for itself."""
 
 
 def train(job: TrainJob, *, progress: bool = True) -> Result:
@@ -37,9 +41,10 @@ def train(job: TrainJob, *, progress: bool = True) -> Result:
     check_same_run(plan, folder)
     if (done := finished(folder)) is not None:
         return done
+    check_writable(folder)
     with connected():
         job = placed(job)
-        with only_writer(folder), follow(folder) if progress else nullcontext():
+        with only_writer(folder), heard(folder), follow(folder) if progress else nullcontext():
             (folder / STOP).unlink(missing_ok=True)
             return _fit(_trainer(job, folder), folder)
 
@@ -57,8 +62,6 @@ def placed(job: Any) -> Any:
 
 def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
     resources = job.resources
-    # Ray Train puts the run's name into metrics that hold ASCII only; checkpoints stay in the run folder either way.
-    storage, name = (folder.parent, job.name) if job.name.isascii() else (folder, "ray")
     return TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -68,10 +71,9 @@ def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
             resources_per_worker={"CPU": resources.cpus_per_worker or 1, "GPU": resources.gpus_per_worker},
         ),
         run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(storage),
+            name=RAY_FOLDER,  # not the run's: Ray Train puts it into metrics that hold ASCII only
+            storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
         ),
     )
 
@@ -81,11 +83,14 @@ def _worker(config: dict[str, Any]) -> Result | LmrayError:
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     context = RayContext(run_folder(job), device=device, threads=job.resources.cpus_per_worker or 1)
     try:
+        context.open()
         return train_program(job, context)
     except LmrayError as error:
-        if error.exit_code != 2:
+        if error.exit_code != 2 and not isinstance(error, CheckpointError):
             raise
-        return error  # wrong input stays wrong: handed back instead of raised, so that it is not tried again
+        # Wrong input stays wrong, and a store was waited for long enough: handed back instead of raised, so that it
+        # is not tried again.
+        return error
     finally:
         context.close()
 

@@ -95,12 +95,13 @@ class Loop:
             self.ctx.report(step, metrics)
             return
         folder = self.ctx.scratch / "checkpoint"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self._save(folder)
+        hint = f"{self.ctx.scratch} needs room for one checkpoint; the same command goes on from the last committed one"
+        self.ctx.patience(f"writing {folder}", lambda: self._save(folder), hint=hint)
         self.ctx.report(step, metrics, folder)
 
     def _save(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         if self.ctx.rank == 0:
             save_checkpoint(folder, self.progress, self.learner.model, self.job.adapter, self.learner.placed.optimizer)
 

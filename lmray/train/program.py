@@ -55,16 +55,23 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
     check_same_run(plan, ctx.folder)
     if (done := finished(ctx.folder)) is not None:
         return done
+    again = f"once {ctx.folder} can be written, the same command goes on"
     if ctx.rank == 0:
-        _open_folder(job, plan, ctx.folder)
+        ctx.patience(f"writing {ctx.folder}/plan.json", lambda: _open_folder(job, plan, ctx.folder), hint=again)
     loop = Loop(job, plan, prepared, make_learner(job, plan, prepared, ctx), ctx)
     if ctx.rank == 0:
-        EventLog(ctx.folder / "events.jsonl").truncate_after(loop.progress.step)
+        events = EventLog(ctx.folder / "events.jsonl")
+        ctx.patience(f"writing {events.path}", lambda: events.truncate_after(loop.progress.step), hint=again)
     if not loop.run():
         return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     if ctx.rank != 0:
         return Result("succeeded", str(ctx.folder))
-    return _finish(job, plan, prepared, loop, started=started)
+    measured = _measure(job, prepared, loop)
+    return ctx.patience(
+        f"keeping the result of {ctx.folder}",
+        lambda: _finish(job, plan, prepared, loop, measured=measured, started=started),
+        hint=again,
+    )
 
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
@@ -98,10 +105,12 @@ def _train_metrics(folder: Path) -> dict[str, float]:
     return {name: last[name] for name in ("train.loss", "eval.loss") if name in last} | median
 
 
-def _finish(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
-    """Measures, keeps and reports; `result.json` last."""
+def _finish(
+    job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, measured: Mapping[str, Measured], started: float
+) -> Result:
+    """Keeps and reports, `result.json` last; done again, it gives the same."""
     folder, model = loop.ctx.folder, loop.learner.model
-    measured = _measure(job, prepared, loop)
+    folder.stat()  # a store that is gone is not made anew below its mount
     for label, one in measured.items():
         if one.answers:
             one.save_answers(folder / f"answers-{label}.jsonl")
