@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 
 from lmray.artifacts.files import check_writable, only_writer
@@ -46,7 +47,7 @@ def train(job: TrainJob, *, progress: bool = True) -> Result:
         job = placed(job)
         with only_writer(folder), heard(folder), follow(folder) if progress else nullcontext():
             (folder / STOP).unlink(missing_ok=True)
-            return _fit(_trainer(job, folder), folder)
+            return _fit(job, folder)
 
 
 def placed(job: Any) -> Any:
@@ -95,13 +96,13 @@ def _worker(config: dict[str, Any]) -> Result | LmrayError:
         context.close()
 
 
-def _fit(trainer: TorchTrainer, folder: Path) -> Result:
+def _fit(job: TrainJob, folder: Path) -> Result:
     """Fits in a thread, so that an interrupt reaches this one: Ray Train's own handler would abort without saving."""
     future: Future[ray.train.Result] = Future()
 
     def fit() -> None:
         try:
-            future.set_result(trainer.fit())
+            future.set_result(_outlasting_controllers(job, folder))
         except BaseException as error:
             future.set_exception(error)
 
@@ -110,10 +111,36 @@ def _fit(trainer: TorchTrainer, folder: Path) -> Result:
         wait([future])
     except KeyboardInterrupt:
         print("stopping: the workers save and end; once more ends them at once", file=sys.stderr, flush=True)
-        (folder / STOP).touch()
+        _ask_to_stop(folder)
     result = future.result().return_value
     if isinstance(result, LmrayError):
         raise result
     if result is None:
         raise RemoteError(f"run {folder.name}", "ended without a result", hint=f"see the Ray Train log beside {folder}")
     return result
+
+
+def _ask_to_stop(folder: Path) -> None:
+    try:
+        (folder / STOP).touch()
+    except OSError as error:
+        raise CheckpointError(
+            str(folder / STOP), f"cannot be written, so the workers end unasked: {error.strerror}"
+        ) from None
+
+
+def _outlasting_controllers(job: TrainJob, folder: Path) -> ray.train.Result:
+    """Fits; where Ray Train's controller dies, its workers do too, and another one goes on from the last checkpoint."""
+    for attempt in range(job.resources.max_failures + 1):
+        try:
+            return _trainer(job, folder).fit()
+        except RayActorError as error:
+            if attempt == job.resources.max_failures:
+                hint = "the same command goes on from the last checkpoint; `resources.max_failures` allows more"
+                raise RemoteError(f"run {job.name}", f"lost its controller: {_first_line(error)}", hint=hint) from None
+            print("warning: the run's controller died; going on from the last checkpoint", file=sys.stderr, flush=True)
+    raise AssertionError("unreachable")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
