@@ -66,6 +66,8 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
         return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     if ctx.rank != 0:
         return Result("succeeded", str(ctx.folder))
+    if ctx.should_stop():  # what was trained is committed; measuring may take longer than who stops it waits
+        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     measured = _measure(job, prepared, loop)
     return ctx.patience(
         f"keeping the result of {ctx.folder}",

@@ -137,6 +137,14 @@ def test_nothing_supervised_is_an_error_before_anything_is_written(job, tmp_path
     assert not (run_folder(job()) / "plan.json").exists()
 
 
+def test_asked_to_stop_after_the_last_step_it_measures_another_time(job, tmp_path):
+    assert run_here(job(), tmp_path / "scratch", stop_at=7).status == "stopped"
+    assert [path.name for path in checkpoints.committed(run_folder(job()))][-1] == "checkpoint-00000006"
+    assert not (run_folder(job()) / "result.json").exists()
+    result = run_here(job(), tmp_path / "scratch")
+    assert result.status == "succeeded" and "eval.loss" in result.metrics and len(curve(job())) == 6
+
+
 def test_epochs_and_evaluation_steps(job, tmp_path):
     one = job(train__max_steps=None, train__num_train_epochs=1.5, train__eval_steps=2)
     plan = make_plan(one)
