@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+from ray._raylet import PlacementGroupID
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from lmray.artifacts.files import check_writable, only_writer
 from lmray.artifacts.store import open_store, run_folder
@@ -131,6 +133,7 @@ def _ask_to_stop(folder: Path) -> None:
 
 def _outlasting_controllers(job: TrainJob, folder: Path) -> ray.train.Result:
     """Fits; where Ray Train's controller dies, its workers do too, and another one goes on from the last checkpoint."""
+    taken = set(placement_group_table())
     for attempt in range(job.resources.max_failures + 1):
         try:
             return _trainer(job, folder).fit()
@@ -138,8 +141,18 @@ def _outlasting_controllers(job: TrainJob, folder: Path) -> ray.train.Result:
             if attempt == job.resources.max_failures:
                 hint = "the same command goes on from the last checkpoint; `resources.max_failures` allows more"
                 raise RemoteError(f"run {job.name}", f"lost its controller: {_first_line(error)}", hint=hint) from None
+            _free_bundles(taken)
             print("warning: the run's controller died; going on from the last checkpoint", file=sys.stderr, flush=True)
     raise AssertionError("unreachable")
+
+
+def _free_bundles(taken: set[str]) -> None:
+    """Gives back what a killed controller had reserved beyond `taken`: Ray Train's own cleaner leaves it reserved, and
+    after a few deaths no worker would fit any more. An id ends with that of the job it belongs to."""
+    own = ray.get_runtime_context().get_job_id()
+    for identity, facts in placement_group_table().items():
+        if identity not in taken and identity.endswith(own) and facts["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identity))))
 
 
 def _first_line(error: Exception) -> str:

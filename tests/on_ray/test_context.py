@@ -95,6 +95,8 @@ class DyingTrainer:
 def test_the_run_outlasts_as_many_controllers_as_failures_are_allowed(tmp_path, monkeypatch, capfd, deaths):
     job, trainer = tiny_job(tmp_path, tmp_path, tmp_path, resources={"max_failures": 2}), DyingTrainer(deaths)
     monkeypatch.setattr(train, "_trainer", lambda *_: trainer)
+    monkeypatch.setattr(train, "placement_group_table", dict)
+    monkeypatch.setattr(train, "_free_bundles", lambda taken: None)
     if deaths == 2:
         assert train._outlasting_controllers(job, tmp_path) == "result"
     else:

@@ -11,6 +11,7 @@ import threading
 import psutil
 import pytest
 import ray
+from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 
 from lmray.artifacts.store import run_folder
@@ -130,3 +131,5 @@ def test_whole_checkpoints_that_nobody_registered_are_taken_up_and_spoilt_ones_a
         "checkpoint-00000056",
         "checkpoint-00000060",
     ]
+    reserved = [one for one in placement_group_table().values() if one["state"] == "CREATED"]
+    assert reserved == [], "the dead controller's bundles are given back"
