@@ -5,17 +5,14 @@ A program knows this protocol and nothing of Ray. `LocalContext` runs it in this
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from lmray.artifacts.files import replace_folder
+from lmray.artifacts.checkpoints import checkpoint_name, commit, newest_good, remove_old, tidy
+from lmray.artifacts.patience import Patience, passing
 from lmray.metrics.events import EventLog
-
-CHECKPOINTS_KEPT = 2
-"""Older committed checkpoints of a run are removed."""
 
 
 class RunContext(Protocol):
@@ -31,6 +28,8 @@ class RunContext(Protocol):
     """The run folder, the same path on every rank."""
     scratch: Path
     """A folder of this process's own; gone after the run."""
+    patience: Patience
+    """What the program does its own writes with."""
 
     def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
         """Records `metrics` of optimizer step `step`. With `checkpoint`, returns once that folder is committed: a
@@ -66,15 +65,11 @@ class Result:
         return head | {"seconds": round(self.seconds, 3)} | ({"details": dict(self.details)} if self.details else {})
 
 
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after `step` optimizer steps; sorts by step."""
-    return f"checkpoint-{step:08d}"
-
-
 class LocalContext:
-    """Runs a program in this process: one rank, checkpoints committed by renaming them into `folder`."""
+    """Runs a program in this process: one rank, the only writer of `folder`; checkpoints are committed by renaming."""
 
-    rank, world_size = 0, 1
+    rank: int = 0
+    world_size: int = 1
 
     def __init__(
         self,
@@ -84,28 +79,67 @@ class LocalContext:
         device: str = "cpu",
         threads: int = 1,
         stop: Callable[[], bool] = lambda: False,
+        patience: Patience | None = None,
     ):
         self.folder, self.scratch, self.device, self.threads, self._stop = folder, scratch, device, threads, stop
+        self.patience = patience or Patience()
         folder.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
         self._events = EventLog(folder / "events.jsonl")
+        self._last: Path | None = None
+        self._away = False
 
     def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
-        # The event first: one without its checkpoint is dropped at the resume, a checkpoint without its event is a gap.
-        self._events.append(step, metrics)
-        if checkpoint is not None:
-            replace_folder(checkpoint, self.folder / checkpoint_name(step))
-            for old in committed(self.folder)[:-CHECKPOINTS_KEPT]:
-                shutil.rmtree(old)
+        self._events.add(step, metrics)
+        if checkpoint is None:
+            self._try_events()
+            return
+        name = self.folder / checkpoint_name(step)
+        self.patience(f"writing {name}", lambda: self._commit(step, checkpoint), hint=self.standing())
+        self._last = name
+        try:
+            remove_old(self.folder)
+        except OSError:  # nothing is lost by what stays; the next checkpoint or the next start removes it
+            return
+
+    def _commit(self, step: int, checkpoint: Path) -> None:
+        # Events first: one without its checkpoint is dropped at the resume, a checkpoint without its event is a gap.
+        self._events.flush(durable=True)
+        commit(checkpoint, self.folder, step)
+        self._away = False  # Patience has said so
+
+    def _try_events(self) -> None:
+        """Steps need no store. Lines that cannot be written wait for the next; a kill that loses them loses nothing,
+        for without a checkpoint their steps are done again."""
+        try:
+            self._events.flush()
+        except OSError as error:
+            trouble = passing(error)
+            if trouble is None:
+                raise
+            if not self._away:
+                self.patience.say(f"writing {self._events.path} failed: {trouble}; training goes on, its lines wait")
+            self._away = True
+        else:
+            if self._away:
+                self.patience.say(f"writing {self._events.path}: done, no line is missing")
+            self._away = False
+
+    def standing(self) -> str:
+        """What is safe, as the hint of an error that ends the run."""
+        safe = f"{self._last} is good" if self._last else "there is no checkpoint yet"
+        return f"{safe}; once {self.folder} can be written again, the same command goes on from there"
 
     def should_stop(self) -> bool:
-        return self._stop()
+        try:
+            return self._stop()
+        except OSError:  # the store is away: nobody can have asked
+            return False
 
     def resume_from(self) -> Path | None:
-        found = committed(self.folder)
-        return found[-1] if found else None
+        def found() -> Path | None:
+            tidy(self.folder)
+            return newest_good(self.folder, self.patience.say)
 
-
-def committed(folder: Path) -> list[Path]:
-    """Checkpoint folders of a run that carry their manifest, oldest first."""
-    return sorted(path for path in folder.glob("checkpoint-*") if (path / "manifest.json").is_file())
+        self._last = self.patience(f"reading {self.folder}", found, hint=self.standing())
+        return self._last

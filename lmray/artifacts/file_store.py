@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lmray.artifacts.files import fsync_folder, temporary_beside, write_atomic
+from lmray.artifacts.files import fsync, remove_abandoned, temporary_beside, write_atomic
 
 
 class FileStore:
@@ -25,19 +25,19 @@ class FileStore:
 
     def put(self, key: str, content: bytes | Path) -> None:
         path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
         if isinstance(content, bytes):
             write_atomic(path, content)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(path)
         try:
             shutil.copyfile(content, temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            fsync(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        fsync_folder(path.parent)
+        fsync(path.parent)
 
     def list(self, prefix: str) -> list[str]:
         folder = self.root / prefix
@@ -53,7 +53,8 @@ class FileStore:
 
     def append(self, log: str, entry: bytes) -> str:
         with self._lock(log):
-            key = f"{log}/{len(self.list(log)):08d}.json"
+            taken = [int(path.stem) for path in (self.root / log).glob("*.json") if path.stem.isdigit()]
+            key = f"{log}/{max(taken, default=-1) + 1:08d}.json"
             self.put(key, entry)
             return key
 

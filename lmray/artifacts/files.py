@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ from filelock import FileLock, Timeout
 from lmray.errors import ArtifactError, CapacityError
 
 MANIFEST = "manifest.json"
+ABANDONED_S = 24 * 3600.0
+"""A temporary file that nobody touched for so long is nobody's."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -31,12 +35,43 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name that nothing else uses, hidden, on the same file system as `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    """A name that nothing else uses, hidden, on the same file system as `path`; it tells whose it is."""
+    return path.with_name(f".{path.name}.{_writer()}-{secrets.token_hex(4)}.tmp")
+
+
+def _writer() -> str:
+    return f"{platform.node()}-{os.getpid()}"
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes temporary files in `folder` that a killed process left: its number is free on this machine, or the file
+    is older than ABANDONED_S, for those of other machines."""
+    for path in folder.glob(".*.tmp"):
+        writer, _, _ = path.name.rpartition("-")
+        node, _, pid = writer.rpartition("-")
+        try:
+            if node.endswith("." + platform.node()) and pid.isdigit():
+                abandoned = not _runs(int(pid))
+            else:
+                abandoned = time.time() - path.stat().st_mtime > ABANDONED_S
+            if abandoned:
+                path.unlink()
+        except FileNotFoundError:  # its writer was done, or another process tidies too
+            continue
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,21 +79,32 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Makes the content of a file durable, or the names inside a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def check_writable(folder: Path) -> None:
+    """Raises CapacityError where `folder`, which need not be there yet, cannot be written to; writes nothing."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        found = "cannot be written to" if there.is_dir() else "is a file"
+        hint = "set `storage` in the job, or LMRAY_STORE, to a folder that can be written to"
+        raise CapacityError(
+            str(there), found, allowed="a folder of yours, on a file system mounted to write", hint=hint
+        )
+
+
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, *, lock_name: str = ".lock", wait_s: float = 0) -> Iterator[None]:
     """Keeps a second writer out of `folder` for the length of the block; the lock ends with its process, however that
-    ends. Raises CapacityError where another process writes there already."""
+    ends. Raises CapacityError where another process still writes there after `wait_s`."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / lock_name, timeout=wait_s)
     try:
         lock.acquire()
     except Timeout:
@@ -75,17 +121,15 @@ def replace_folder(source: Path, target: Path) -> None:
     temporary, replaced = temporary_beside(target), temporary_beside(target)
     try:
         shutil.copytree(source, temporary)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        for path in (temporary, *temporary.rglob("*")):
+            fsync(path)
         if target.exists():
             os.replace(target, replaced)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
-    fsync_folder(target.parent)
+    fsync(target.parent)
 
 
 def sha256_file(path: Path) -> str:

@@ -23,7 +23,7 @@ import transformers
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
-from lmray.artifacts.files import folder_digests, fsync_folder, read_sealed, seal, sha256_json, temporary_beside
+from lmray.artifacts.files import folder_digests, fsync, read_sealed, seal, sha256_json, temporary_beside
 from lmray.config.places import cache_root
 from lmray.data.base import Example
 from lmray.data.rules import Rules
@@ -102,7 +102,7 @@ def _write(folder: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[
         seal(temporary, **vars(tally))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        fsync_folder(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -17,13 +17,34 @@ class EventLog:
 
     def __init__(self, path: Path):
         self.path = path
+        self._waiting: list[str] = []
+        self._whole: int | None = None
+        """Length of the file before a write that failed: what is beyond is written again."""
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`add` and `flush`."""
+        self.add(step, metrics)
+        self.flush()
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Takes a report in; the next `flush` writes it."""
         line = json.dumps({"step": step, "time": round(time.time(), 3), **metrics}, ensure_ascii=False)
+        self._waiting.append(line + "\n")
+
+    def flush(self, *, durable: bool = False) -> None:
+        """Writes what waits, `durable`: to the disk itself. Raises OSError where it cannot; then all of it waits on,
+        and a later call leaves each line once."""
         with open(self.path, "ab+") as file:
-            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                line = "\n" + line  # after a line that a kill cut off
-            file.write(line.encode() + b"\n")
+            if self._whole is not None:
+                file.truncate(self._whole)
+            start = file.seek(0, os.SEEK_END)
+            cut_off = start and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # by a kill
+            self._whole = start
+            file.write((("\n" if cut_off else "") + "".join(self._waiting)).encode())
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        self._waiting, self._whole = [], None
 
     def read(self) -> list[dict[str, Any]]:
         """All complete lines."""

@@ -9,12 +9,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from lmray.artifacts.files import fsync, temporary_beside
+
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Writes `tensors` to `path` (CPU copies, contiguous) by temporary name, fsync and rename."""
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(plain, temporary, metadata={"format": "pt"})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = temporary_beside(path)
+    try:
+        save_file(plain, temporary, metadata={"format": "pt"})
+        fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

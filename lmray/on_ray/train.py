@@ -1,7 +1,7 @@
 """Runs the training program under Ray Train: plans in the driver, trains in a worker group that outlives failures.
 
-The run's name and store are Ray Train's too, so the same command goes on from the last committed checkpoint. Ctrl-C
-asks the workers to save and end; a second one ends them at once.
+The run folder alone says where a run stands (see `lmray.on_ray.context`), so the same command goes on from the last
+committed checkpoint. Ctrl-C asks the workers to save and end; a second one ends them at once.
 """
 
 from __future__ import annotations
@@ -14,19 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+from ray._raylet import PlacementGroupID
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-from lmray.artifacts.files import only_writer
+from lmray.artifacts.files import check_writable, only_writer
 from lmray.artifacts.store import open_store, run_folder
-from lmray.context import CHECKPOINTS_KEPT, Result
-from lmray.errors import LmrayError, RemoteError
+from lmray.context import Result
+from lmray.errors import CheckpointError, LmrayError, RemoteError
 from lmray.job import Resources, TrainJob
 from lmray.metrics.progress import follow
 from lmray.on_ray.cluster import check_resources, cluster_resources, connected
 from lmray.on_ray.context import STOP, RayContext
+from lmray.on_ray.notices import heard
 from lmray.train.plan import check_same_run, make_plan
 from lmray.train.program import finished
 from lmray.train.program import train as train_program
+
+RAY_FOLDER = "ray-train"
+"""In the run folder: what Ray Train writes for itself."""
 
 
 def train(job: TrainJob, *, progress: bool = True) -> Result:
@@ -39,11 +46,12 @@ def train(job: TrainJob, *, progress: bool = True) -> Result:
         print("\n".join(plan.head()), file=sys.stderr, flush=True)
     if (done := finished(folder)) is not None:
         return done
+    check_writable(folder)
     with connected():
         job = placed(job)
-        with only_writer(folder), follow(folder) if progress else nullcontext():
+        with only_writer(folder), heard(folder), follow(folder) if progress else nullcontext():
             (folder / STOP).unlink(missing_ok=True)
-            return _fit(_trainer(job, folder), folder)
+            return _fit(job, folder)
 
 
 def placed(job: Any) -> Any:
@@ -59,8 +67,6 @@ def placed(job: Any) -> Any:
 
 def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
     resources = job.resources
-    # Ray Train puts the run's name into metrics that hold ASCII only; checkpoints stay in the run folder either way.
-    storage, name = (folder.parent, job.name) if job.name.isascii() else (folder, "ray")
     return TorchTrainer(
         _worker,
         train_loop_config={"job": job},
@@ -70,10 +76,9 @@ def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
             resources_per_worker={"CPU": resources.cpus_per_worker or 1, "GPU": resources.gpus_per_worker},
         ),
         run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=str(storage),
+            name=RAY_FOLDER,  # not the run's: Ray Train puts it into metrics that hold ASCII only
+            storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
         ),
     )
 
@@ -83,22 +88,25 @@ def _worker(config: dict[str, Any]) -> Result | LmrayError:
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     context = RayContext(run_folder(job), device=device, threads=job.resources.cpus_per_worker or 1)
     try:
+        context.open()
         return train_program(job, context)
     except LmrayError as error:
-        if not error.final:
+        if not error.final and not isinstance(error, CheckpointError):
             raise
-        return error  # it would fail again: handed back instead of raised, so that it is not tried again
+        # Wrong input stays wrong, a diverged run diverges again, and a store was waited for long enough: handed back
+        # instead of raised, so that it is not tried again.
+        return error
     finally:
         context.close()
 
 
-def _fit(trainer: TorchTrainer, folder: Path) -> Result:
+def _fit(job: TrainJob, folder: Path) -> Result:
     """Fits in a thread, so that an interrupt reaches this one: Ray Train's own handler would abort without saving."""
     future: Future[ray.train.Result] = Future()
 
     def fit() -> None:
         try:
-            future.set_result(trainer.fit())
+            future.set_result(_outlasting_controllers(job, folder))
         except BaseException as error:
             future.set_exception(error)
 
@@ -107,10 +115,47 @@ def _fit(trainer: TorchTrainer, folder: Path) -> Result:
         wait([future])
     except KeyboardInterrupt:
         print("stopping: the workers save and end; once more ends them at once", file=sys.stderr, flush=True)
-        (folder / STOP).touch()
+        _ask_to_stop(folder)
     result = future.result().return_value
     if isinstance(result, LmrayError):
         raise result
     if result is None:
         raise RemoteError(f"run {folder.name}", "ended without a result", hint=f"see the Ray Train log beside {folder}")
     return result
+
+
+def _ask_to_stop(folder: Path) -> None:
+    try:
+        (folder / STOP).touch()
+    except OSError as error:
+        raise CheckpointError(
+            str(folder / STOP), f"cannot be written, so the workers end unasked: {error.strerror}"
+        ) from None
+
+
+def _outlasting_controllers(job: TrainJob, folder: Path) -> ray.train.Result:
+    """Fits; where Ray Train's controller dies, its workers do too, and another one goes on from the last checkpoint."""
+    taken = set(placement_group_table())
+    for attempt in range(job.resources.max_failures + 1):
+        try:
+            return _trainer(job, folder).fit()
+        except RayActorError as error:
+            if attempt == job.resources.max_failures:
+                hint = "the same command goes on from the last checkpoint; `resources.max_failures` allows more"
+                raise RemoteError(f"run {job.name}", f"lost its controller: {_first_line(error)}", hint=hint) from None
+            _free_bundles(taken)
+            print("warning: the run's controller died; going on from the last checkpoint", file=sys.stderr, flush=True)
+    raise AssertionError("unreachable")
+
+
+def _free_bundles(taken: set[str]) -> None:
+    """Gives back what a killed controller had reserved beyond `taken`: Ray Train's own cleaner leaves it reserved, and
+    after a few deaths no worker would fit any more. An id ends with that of the job it belongs to."""
+    own = ray.get_runtime_context().get_job_id()
+    for identity, facts in placement_group_table().items():
+        if identity not in taken and identity.endswith(own) and facts["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identity))))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -154,13 +154,14 @@ class Loop:
             self.ctx.report(step, metrics)
             return
         folder = self.ctx.scratch / "checkpoint"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self._save(folder)
+        hint = f"{self.ctx.scratch} needs room for one checkpoint; the same command goes on from the last committed one"
+        self.ctx.patience(f"writing {folder}", lambda: self._save(folder), hint=hint)
         self.ctx.report(step, metrics, folder)
         self._forget_older_bests()
 
     def _save(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         if self.ctx.rank != 0:
             return
         if self.job.train.load_best_model_at_end and self.watch.best_step == self.progress.step:

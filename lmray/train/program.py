@@ -60,25 +60,39 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
     check_same_run(plan, ctx.folder)
     if (done := finished(ctx.folder)) is not None:
         return done
+    again = f"once {ctx.folder} can be written, the same command goes on"
     if ctx.rank == 0:
-        _open_folder(job, plan, prepared, ctx.folder)
+        ctx.patience(
+            f"writing {ctx.folder}/plan.json", lambda: _open_folder(job, plan, prepared, ctx.folder), hint=again
+        )
     loop = Loop(job, plan, prepared, make_learner(job, plan, prepared, ctx), ctx)
     if ctx.rank == 0:
-        EventLog(ctx.folder / "events.jsonl").truncate_after(loop.progress.step)
+        events = EventLog(ctx.folder / "events.jsonl")
+        ctx.patience(f"writing {events.path}", lambda: events.truncate_after(loop.progress.step), hint=again)
     with Tracking(job.report_to if ctx.rank == 0 else (), _tracked(job, plan, ctx)) as tracking:
         tracking.result = _run(job, plan, prepared, loop, started=started)
     return tracking.result
 
 
 def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
-    prepared_s = time.time() - started
+    ctx, prepared_s = loop.ctx, time.time() - started
     if not _ran(loop):
-        return Result("stopped", str(loop.ctx.folder), seconds=time.time() - started)
+        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     peaks = loop.peaks_by_worker()
-    if loop.ctx.rank != 0:
-        return Result("succeeded", str(loop.ctx.folder))
+    if ctx.rank != 0:
+        return Result("succeeded", str(ctx.folder))
+    if ctx.should_stop():  # what was trained is committed; measuring may take longer than who stops it waits
+        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
-    return _finish(job, plan, prepared, loop, started=started, times=times, peaks=peaks)
+    measuring = time.time()
+    measured = _measure(job, prepared, loop)
+    held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(ctx.folder / "events.jsonl").read())
+    times["run.evaluate_seconds"] = held_out_s + time.time() - measuring
+    return ctx.patience(
+        f"keeping the result of {ctx.folder}",
+        lambda: _finish(job, plan, loop, measured=measured, peaks=peaks, times=times, started=started),
+        hint=f"once {ctx.folder} can be written, the same command goes on",
+    )
 
 
 def _tracked(job: TrainJob, plan: Plan, ctx: RunContext) -> TrackedRun:
@@ -142,24 +156,22 @@ def _train_metrics(loop: Loop) -> dict[str, float]:
 def _finish(
     job: TrainJob,
     plan: Plan,
-    prepared: Prepared,
     loop: Loop,
     *,
-    started: float,
-    times: dict[str, float],
+    measured: Mapping[str, Measured],
     peaks: Sequence[float],
+    times: dict[str, float],
+    started: float,
 ) -> Result:
-    """Measures, keeps and reports; `result.json` last."""
-    folder, model, measuring = loop.ctx.folder, loop.learner.model, time.time()
-    measured = _measure(job, prepared, loop)
-    held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(folder / "events.jsonl").read())
-    times = times | {"run.evaluate_seconds": held_out_s + time.time() - measuring}
+    """Keeps and reports, `result.json` last; done again, it gives the same."""
+    folder, model = loop.ctx.folder, loop.learner.model
+    folder.stat()  # a store that is gone is not made anew below its mount
     for label, one in measured.items():
         if one.answers:
             one.save_answers(folder / f"answers-{label}.jsonl")
     adapter = folder / "adapter"
     job.adapter.save(model, adapter)
-    prepared.tokenizer.save_pretrained(adapter)
+    loop.prepared.tokenizer.save_pretrained(adapter)
     sizes = {
         "model.parameters": plan.model["parameters"],
         "model.trainable_parameters": plan.model["trainable_parameters"],

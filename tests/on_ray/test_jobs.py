@@ -19,9 +19,10 @@ import yaml
 
 import lmray
 from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.checkpoints import committed
 from lmray.artifacts.store import open_store, run_folder
 from lmray.config import Document, decode
-from lmray.context import Result, committed
+from lmray.context import Result
 from lmray.errors import ConfigError, RemoteError
 from lmray.job import EvaluateJob, ServeJob
 from lmray.on_ray.job_client import api_url, connect, speaking

@@ -1,13 +1,17 @@
-"""What Ray adds to a training run: the same curve, and going on after a worker is killed."""
+"""What Ray adds to a training run: the same curve, and going on after a worker or the controller is killed."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import threading
 
 import psutil
 import pytest
+import ray
+from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 
 from lmray.artifacts.store import run_folder
@@ -30,8 +34,13 @@ def adapter(job) -> dict:
     return load_file(run_folder(job) / "adapter" / "adapter_model.safetensors")
 
 
+def processes(name: str) -> list[int]:
+    """Of the local Ray, those that run the actor `name`."""
+    return [one.pid for one in psutil.Process().children(recursive=True) if name in " ".join(one.cmdline())]
+
+
 def worker_pids() -> list[int]:
-    return [one.pid for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(one.cmdline())]
+    return processes("RayTrainWorker")
 
 
 def test_a_killed_worker_loses_nothing_and_the_curve_is_the_local_one(ray_cluster, job, tmp_path):
@@ -81,3 +90,46 @@ def test_what_is_not_there_is_refused_before_anything_is_written(ray_cluster, jo
     with pytest.raises(ConfigError, match="nope"):
         train(job("s", adapter__target_modules=["nope"]))
     assert not run_folder(job("s")).exists()
+
+
+def register(folder, *, known: str) -> None:
+    """What Ray Train's own register of checkpoints looks like after a kill: it knows an older one only."""
+    known_one = {"version": 0, "checkpoint_dir_name": known, "metrics": {}}
+    state = {"ray_version": ray.__version__, "checkpoint_results": [known_one], "checkpoint_report_indices": [0]}
+    state |= {"latest_checkpoint_result": known_one, "current_report_index": 1}
+    (folder / "checkpoint_manager_snapshot.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def test_whole_checkpoints_that_nobody_registered_are_taken_up_and_spoilt_ones_are_not(
+    ray_cluster, job, tmp_path, capfd
+):
+    """And the controller is killed once: another one goes on by itself."""
+    changes = {"train__max_steps": 60, "train__save_steps": 4}
+    local, remote = job("local", **changes), job("remote", **changes)
+    run_here(local, tmp_path / "scratch")
+    run_here(remote, tmp_path / "scratch", stop_at=10)  # leaves checkpoints 8 and 10
+    folder = run_folder(remote)
+    register(folder, known="checkpoint-00000004")  # which is removed already
+    shutil.copytree(folder / "checkpoint-00000010", folder / "checkpoint-00000012")
+    (folder / "checkpoint-00000012" / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
+    (folder / "checkpoint-00000016" / "adapter").mkdir(parents=True)
+    earlier = set(processes("TrainController"))
+    outcome = {}
+    runner = threading.Thread(target=lambda: outcome.update(result=train(remote, progress=False)))
+    runner.start()
+    wait_until(lambda: len(read_events(folder / "events.jsonl")) > 20 or not runner.is_alive(), "twenty steps")
+    for pid in set(processes("TrainController")) - earlier:
+        os.kill(pid, signal.SIGKILL)
+    runner.join()
+    said = capfd.readouterr().err
+    assert outcome["result"].status == "succeeded"
+    assert "checkpoint-00000012 is set aside, going on from checkpoint-00000010" in said
+    assert "the run's controller died; going on" in said
+    assert curve(remote) == pytest.approx(curve(local), abs=1e-6)
+    assert [event["step"] for event in read_events(folder / "events.jsonl")] == list(range(1, 61))
+    assert [path.name for path in sorted(folder.glob("*checkpoint-*"))] == [
+        "checkpoint-00000056",
+        "checkpoint-00000060",
+    ]
+    reserved = [one for one in placement_group_table().values() if one["state"] == "CREATED"]
+    assert reserved == [], "the dead controller's bundles are given back"

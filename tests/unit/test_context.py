@@ -1,14 +1,19 @@
-"""The context of a program that runs in this process: reports, commits, resumes."""
+"""The context of a program that runs in this process: reports, commits, resumes, waits for its store."""
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from lmray.artifacts.checkpoints import checkpoint_name, committed
 from lmray.artifacts.files import seal
-from lmray.context import LocalContext, Result, RunContext, checkpoint_name, committed
+from lmray.artifacts.patience import Patience
+from lmray.context import LocalContext, Result, RunContext
+from lmray.errors import CheckpointError
 from lmray.metrics.events import read_events
 
 
@@ -86,3 +91,91 @@ def test_a_result_is_one_json_object():
         "seconds": 1.235,
     }
     assert Result("failed", "run", details={"trials": 3}).to_json()["details"] == {"trials": 3}
+
+
+class Store:
+    """A run folder that can be taken away, and a clock that only waiting moves."""
+
+    def __init__(self, tmp_path: Path):
+        self.now, self.said, self.returns_at = 0.0, [], float("inf")
+        self.folder, self.elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+        patience = Patience(say=self.said.append, clock=lambda: self.now, sleep=self.sleep)
+        self.ctx = LocalContext(self.folder, scratch=tmp_path / "scratch", patience=patience)
+
+    def take_away(self) -> None:
+        self.folder.rename(self.elsewhere)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now >= self.returns_at and self.elsewhere.exists():
+            self.elsewhere.rename(self.folder)
+
+    def steps(self) -> list[int]:
+        return [event["step"] for event in read_events(self.folder / "events.jsonl")]
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path)
+
+
+def test_steps_go_on_while_the_store_is_away_and_no_event_is_missing(store):
+    store.ctx.report(1, {})
+    store.take_away()
+    store.ctx.report(2, {})
+    store.ctx.report(3, {})
+    store.elsewhere.rename(store.folder)
+    store.ctx.report(4, {})
+    assert store.steps() == [1, 2, 3, 4]
+    assert len(store.said) == 2 and "No such file" in store.said[0] and "no line is missing" in store.said[1]
+    assert store.now == 0
+
+
+def test_a_checkpoint_waits_for_the_store_and_is_then_whole(store):
+    store.ctx.report(1, {}, checkpoint(store.ctx, 1))
+    store.take_away()
+    store.returns_at = 60
+    store.ctx.report(2, {})
+    store.ctx.report(3, {}, checkpoint(store.ctx, 3))
+    assert store.steps() == [1, 2, 3]
+    assert store.ctx.resume_from() == store.folder / "checkpoint-00000003"
+    assert len(store.said) == 3 and store.now >= 60
+
+
+def test_a_store_that_stays_away_ends_the_run_and_names_what_is_safe(store):
+    store.ctx.report(1, {}, checkpoint(store.ctx, 1))
+    store.take_away()
+    with pytest.raises(CheckpointError, match="checkpoint-00000001 is good") as caught:
+        store.ctx.report(2, {}, checkpoint(store.ctx, 2))
+    assert "same command goes on" in str(caught.value) and not store.folder.exists(), "nothing is made in its place"
+    store.elsewhere.rename(store.folder)
+    assert store.ctx.resume_from() == store.folder / "checkpoint-00000001"
+
+
+def test_a_full_disk_half_way_through_a_checkpoint_leaves_no_half(store, monkeypatch):
+    store.ctx.report(1, {}, checkpoint(store.ctx, 1))
+
+    def full(source, target):
+        target.mkdir()
+        (target / "weights").write_bytes(b"half")
+        raise shutil.Error([(source, target, "[Errno 28] No space left on device")])
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left"):
+        patch.setattr(shutil, "copytree", full)
+        store.ctx.report(2, {}, checkpoint(store.ctx, 2))
+    assert [path.name for path in committed(store.folder)] == ["checkpoint-00000001"]
+    assert not list(store.folder.glob(".*.tmp"))
+    assert store.ctx.resume_from() == store.folder / "checkpoint-00000001"
+
+
+def test_nobody_asks_to_stop_through_a_store_that_is_away(tmp_path):
+    def away() -> bool:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    assert not LocalContext(tmp_path / "run", scratch=tmp_path / "scratch", stop=away).should_stop()
+
+
+def test_an_error_of_the_event_log_that_no_waiting_mends_is_raised(ctx):
+    (ctx.folder / "events.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        ctx.report(1, {})

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from lmray.artifacts.file_store import FileStore
+from lmray.artifacts.files import temporary_beside
 from lmray.artifacts.store import open_store
 from lmray.config.places import cache_root, store_root
 from lmray.errors import ConfigError
@@ -97,3 +102,74 @@ def test_places_come_from_the_environment(tmp_path, monkeypatch):
     assert cache_root() == tmp_path / "xdg" / "lmray"
     monkeypatch.setenv("LMRAY_CACHE", "~/mine")
     assert cache_root() == tmp_path / "mine"
+
+
+WRITE_MANY = """
+import sys
+from pathlib import Path
+from lmray.artifacts.file_store import FileStore
+store = FileStore(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(int(sys.argv[3])):
+    store.append("log", f"{sys.argv[2]}-{number}".encode())
+"""
+DIE_LOCKED = """
+import os, signal, sys
+from pathlib import Path
+from lmray.artifacts.file_store import FileStore
+if sys.argv[2] == "before":
+    FileStore.put = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+else:
+    os.replace = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+FileStore(Path(sys.argv[1])).append("log", b"never")
+"""
+
+
+def test_processes_that_append_at_once_lose_and_share_no_number(store):
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITE_MANY, str(store.root), name, "20"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in "abc"
+    ]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.communicate("go\n")
+        assert writer.returncode == 0
+    entries = [store.get(key).decode() for key in store.list("log")]
+    assert sorted(entries) == sorted(f"{name}-{number}" for name in "abc" for number in range(20))
+    assert [entry for entry in entries if entry.startswith("b")] == [f"b-{number}" for number in range(20)]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_writer_killed_with_the_lock_blocks_nobody_and_leaves_no_entry(store, moment):
+    store.append("log", b"first")
+    done = subprocess.run([sys.executable, "-c", DIE_LOCKED, str(store.root), moment], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert store.append("log", b"second") == "log/00000001.json"
+    assert [store.get(key) for key in store.list("log")] == [b"first", b"second"]
+    assert not list((store.root / "log").glob(".*.tmp")), "what the killed writer left is gone"
+
+
+def test_a_log_with_a_gap_is_added_to_at_its_end(store):
+    for number in range(3):
+        store.append("log", str(number).encode())
+    (store.root / "log" / "00000001.json").unlink()
+    assert store.append("log", b"3") == "log/00000003.json"
+    assert store.get("log/00000002.json") == b"2"
+
+
+def test_temporary_files_of_others_are_left_alone_until_nobody_can_own_them(store):
+    store.put("a", b"")
+    mine = temporary_beside(store.root / "b")
+    elsewhere, forgotten = store.root / ".b.othernode-1-00000000.tmp", store.root / ".c.othernode-1-00000000.tmp"
+    for path in (mine, elsewhere, forgotten):
+        path.write_bytes(b"half")
+    os.utime(forgotten, (0, 0))
+    store.put("a", b"")
+    assert mine.exists() and elsewhere.exists() and not forgotten.exists()

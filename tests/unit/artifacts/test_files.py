@@ -13,6 +13,7 @@ import pytest
 
 from lmray.artifacts import files
 from lmray.artifacts.files import (
+    check_writable,
     folder_digests,
     only_writer,
     read_sealed,
@@ -157,4 +158,24 @@ def test_a_killed_writers_lock_is_gone(tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     with only_writer(tmp_path / "run"):
+        pass
+
+
+def test_a_place_that_can_be_written_to_is_checked_without_writing(tmp_path):
+    check_writable(tmp_path / "not" / "there" / "yet")
+    assert names(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(CapacityError, match="file: is a file"):
+        check_writable(tmp_path / "file" / "run")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere but on a read-only mount
+    with pytest.raises(CapacityError, match="cannot be written to") as caught:
+        check_writable(tmp_path / "store" / "run")
+    assert caught.value.where == str(tmp_path) and caught.value.exit_code == 2
+
+
+def test_locks_of_different_names_do_not_meet(tmp_path):
+    with only_writer(tmp_path, lock_name=".writer.lock"), only_writer(tmp_path):
         pass

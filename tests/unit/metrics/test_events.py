@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+
+import pytest
 
 from lmray.metrics.events import EventLog, read_events
 
@@ -56,3 +59,14 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_costs_no_other_line(tmp_path):
     assert steps(log) == [1, 3]
     log.truncate_after(3)
     assert len(log.path.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_a_write_that_fails_half_way_leaves_each_line_once(tmp_path, monkeypatch):
+    log = EventLog(tmp_path / "events.jsonl")
+    log.append(1, {})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+        log.add(2, {})
+        log.flush(durable=True)  # the line is in the file, and nobody knows whether it is on the disk
+    log.append(3, {})
+    assert steps(log) == [1, 2, 3]

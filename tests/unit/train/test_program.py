@@ -2,13 +2,13 @@ import json
 
 import pytest
 
-from lmray import context
+from lmray.artifacts import checkpoints
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store, run_folder
 from lmray.errors import CapacityError, CheckpointError, ConfigError, DataError
 from lmray.metrics.events import read_events
 from lmray.models.load import load_model
-from lmray.testing.jobs import run_here, tiny_job, tiny_rows, write_jsonl
+from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.train.plan import make_plan
 
 
@@ -79,14 +79,32 @@ def test_the_plan_counts_what_is_trained(job):
     assert len(head) == 4 and head[0] in run_text and head[-1].startswith("memory ")
 
 
-def test_a_corrupted_checkpoint_is_refused_and_named(job, tmp_path):
-    run_here(job(), tmp_path / "scratch", stop_at=3)
-    (checkpoint,) = run_folder(job()).glob("checkpoint-*3")
+def spoil(checkpoint):
     path = checkpoint / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(CheckpointError, match="not what its manifest says") as caught:
+    return path
+
+
+def test_a_corrupted_checkpoint_costs_only_the_steps_since_the_one_before(job, tmp_path, capfd):
+    straight, broken = job(name="straight"), job(name="broken")
+    run_here(straight, tmp_path / "scratch")
+    run_here(broken, tmp_path / "scratch", stop_at=3)
+    path = spoil(run_folder(broken) / "checkpoint-00000003")
+    assert run_here(broken, tmp_path / "scratch").status == "succeeded"
+    warning = f"warning: {path}: is missing or not what its manifest says; checkpoint-00000003 is set aside, going on"
+    assert f"{warning} from checkpoint-00000002" in capfd.readouterr().err
+    assert curve(broken) == curve(straight)
+    assert not list(run_folder(broken).glob("rejected-*")), "kept only until the run is past it"
+
+
+def test_a_run_without_a_good_checkpoint_fails_and_touches_none(job, tmp_path):
+    run_here(job(), tmp_path / "scratch", stop_at=3)
+    there = sorted(run_folder(job()).glob("checkpoint-*"))
+    path = [spoil(checkpoint) for checkpoint in there][-1]
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is good") as caught:
         run_here(job(), tmp_path / "scratch")
-    assert str(path) in caught.value.where
+    assert caught.value.where == str(path) and "start over" in str(caught.value)
+    assert len(there) == 2 and sorted(run_folder(job()).glob("checkpoint-*")) == there
 
 
 def test_a_checkpoint_of_another_run_is_refused(job, tmp_path):
@@ -121,6 +139,14 @@ def test_nothing_supervised_is_an_error_before_anything_is_written(job, tmp_path
     assert not (run_folder(job()) / "plan.json").exists()
 
 
+def test_asked_to_stop_after_the_last_step_it_measures_another_time(job, tmp_path):
+    assert run_here(job(), tmp_path / "scratch", stop_at=7).status == "stopped"
+    assert [path.name for path in checkpoints.committed(run_folder(job()))][-1] == "checkpoint-00000006"
+    assert not (run_folder(job()) / "result.json").exists()
+    result = run_here(job(), tmp_path / "scratch")
+    assert result.status == "succeeded" and "eval.loss" in result.metrics and len(curve(job())) == 6
+
+
 def test_epochs_and_evaluation_steps(job, tmp_path):
     one = job(train__max_steps=None, train__num_train_epochs=1.5, train__eval_steps=2)
     plan = make_plan(one)
@@ -138,7 +164,7 @@ def test_a_kill_around_a_commit_leaves_no_gap_in_the_events(job, tmp_path, monke
     class Killed(BaseException):
         pass
 
-    calls, commit = iter(range(1, 100)), context.replace_folder
+    calls, commit = iter(range(1, 100)), checkpoints.replace_folder
 
     def dying(source, target):
         dies = next(calls) == call
@@ -149,7 +175,7 @@ def test_a_kill_around_a_commit_leaves_no_gap_in_the_events(job, tmp_path, monke
             raise Killed
 
     one = job(train__max_steps=6, train__save_steps=1)
-    monkeypatch.setattr(context, "replace_folder", dying)
+    monkeypatch.setattr(checkpoints, "replace_folder", dying)
     with pytest.raises(Killed):
         run_here(one, tmp_path / "scratch")
     assert run_here(one, tmp_path / "scratch").status == "succeeded"

@@ -1,0 +1,97 @@
+"""A run's checkpoint folders: committed by a rename, verified when they are taken up again, tidied after a kill.
+
+What lies in the run folder is the only truth: a folder `checkpoint-STEP` that is what its manifest says was committed,
+whoever was killed meanwhile. A folder that is not is set aside as `rejected-checkpoint-STEP` until the run is past it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from lmray.artifacts.files import MANIFEST, read_sealed, replace_folder, temporary_beside
+from lmray.errors import ArtifactError, CheckpointError
+
+CHECKPOINTS_KEPT = 2
+"""Older committed checkpoints of a run are removed."""
+REJECTED = "rejected-"
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimizer steps; sorts by step."""
+    return f"checkpoint-{step:08d}"
+
+
+def committed(folder: Path) -> list[Path]:
+    """Checkpoint folders of a run that carry their manifest, oldest first."""
+    return sorted(path for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file())
+
+
+def commit(source: Path, folder: Path, step: int) -> None:
+    """Makes the finished folder `source` the checkpoint of `step` of the run in `folder`: it is there whole or not at
+    all. Raises OSError where it cannot, also where the run folder is gone: making it anew would write below the place
+    where a store was mounted."""
+    if not folder.is_dir():
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    replace_folder(source, folder / checkpoint_name(step))
+
+
+def newest_good(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is what its manifest says, or None where none was ever committed.
+
+    Newer ones that are not are set aside, and `say` hears what is wrong with each. Raises CheckpointError where there
+    are checkpoints and none is good; then nothing is moved.
+    """
+    bad: list[tuple[Path, ArtifactError]] = []
+    for path in reversed(committed(folder)):
+        try:
+            read_sealed(path)
+        except ArtifactError as error:
+            bad.append((path, error))
+            continue
+        for spoilt, error in bad:
+            say(f"warning: {error.where}: {error.found}; {spoilt.name} is set aside, going on from {path.name}")
+            _remove(folder / (REJECTED + spoilt.name))
+            os.replace(spoilt, folder / (REJECTED + spoilt.name))
+        return path
+    if not bad:
+        return None
+    _, error = bad[0]
+    hint = f"restore it, or remove {folder} to start over"
+    raise CheckpointError(error.where, f"{error.found}; no checkpoint of this run is good", hint=hint)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what a killed writer of the run in `folder` left: temporary files, checkpoints without a manifest, and
+    those beyond the last CHECKPOINTS_KEPT. To be called by the run's only writer."""
+    for path in list(folder.rglob(".*.tmp")):
+        _remove(path)
+    there = committed(folder)
+    for path in folder.glob("checkpoint-*"):
+        if path not in there:
+            _remove(path)
+    remove_old(folder)
+
+
+def remove_old(folder: Path) -> None:
+    """Removes all but the last CHECKPOINTS_KEPT checkpoints, and those set aside that the run is past."""
+    there = committed(folder)
+    for path in there[:-CHECKPOINTS_KEPT]:
+        _remove(path)
+    for path in folder.glob(f"{REJECTED}checkpoint-*"):
+        if there and path.name.removeprefix(REJECTED) <= there[-1].name:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Folders by another name first: what is left of a removal that is killed is no checkpoint."""
+    if path.is_dir():
+        aside = path if path.suffix == ".tmp" else temporary_beside(path)
+        if aside != path:
+            os.replace(path, aside)
+        shutil.rmtree(aside)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,71 @@
+"""What lies in the run folder after a kill, and what the next attempt makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lmray.artifacts.checkpoints import checkpoint_name, commit, committed, newest_good, remove_old, tidy
+from lmray.artifacts.files import MANIFEST, seal
+from lmray.errors import CheckpointError
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    path = folder / checkpoint_name(step)
+    path.mkdir(parents=True)
+    (path / "weights").write_text(str(step), encoding="utf-8")
+    seal(path, step=step)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_commit_is_a_whole_folder_under_its_steps_name(tmp_path):
+    commit(checkpoint(tmp_path / "scratch", 3), tmp_path, 7)
+    assert names(tmp_path) == ["checkpoint-00000007", "scratch"]
+
+
+def test_a_run_folder_that_is_gone_is_not_made_anew(tmp_path):
+    with pytest.raises(OSError, match="No such file"):
+        commit(checkpoint(tmp_path / "scratch", 3), tmp_path / "mount" / "run", 3)
+    assert names(tmp_path) == ["scratch"]
+
+
+def test_tidying_keeps_the_last_whole_ones_and_removes_what_a_kill_left(tmp_path):
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step)
+    (checkpoint(tmp_path, 8) / MANIFEST).unlink()
+    (tmp_path / ".checkpoint-00000010.host-1-00000000.tmp" / "adapter").mkdir(parents=True)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / ".weights.host-1-00000000.tmp").write_bytes(b"half")
+    (tmp_path / "events.jsonl").write_bytes(b"")
+    tidy(tmp_path)
+    assert names(tmp_path) == ["adapter", "checkpoint-00000004", "checkpoint-00000006", "events.jsonl"]
+    assert names(tmp_path / "adapter") == []
+
+
+def test_the_newest_good_one_is_taken_and_those_before_it_are_named_and_set_aside(tmp_path):
+    said = []
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-00000004" / "weights").unlink()
+    (tmp_path / "checkpoint-00000006" / MANIFEST).write_text("{", encoding="utf-8")
+    assert newest_good(tmp_path, said.append) == tmp_path / "checkpoint-00000002"
+    assert "no readable manifest" in said[0] and "checkpoint-00000006 is set aside" in said[0]
+    assert "weights: is missing" in said[1] and "going on from checkpoint-00000002" in said[1]
+    assert [path.name for path in committed(tmp_path)] == ["checkpoint-00000002"]
+    assert {"rejected-checkpoint-00000004", "rejected-checkpoint-00000006"} <= set(names(tmp_path))
+    checkpoint(tmp_path, 5)
+    remove_old(tmp_path)
+    assert names(tmp_path) == ["checkpoint-00000002", "checkpoint-00000005", "rejected-checkpoint-00000006"]
+
+
+def test_none_at_all_is_a_fresh_start_and_none_good_is_an_error(tmp_path):
+    assert newest_good(tmp_path, print) is None
+    (checkpoint(tmp_path, 2) / "weights").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is good"):
+        newest_good(tmp_path, print)
+    assert names(tmp_path) == ["checkpoint-00000002"]
