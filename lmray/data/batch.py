@@ -92,11 +92,12 @@ def pack(examples: Sequence[Tokenised], *, max_length: int) -> Rows:
     return Rows(examples, rows)
 
 
-def collate(rows: Sequence[Packed], *, pad_token_id: int) -> Batch:
-    """`rows` side by side. Padding counts positions on where no row is packed (causal attention suffices); else every
-    padding token is an example of its own, which nothing attends to."""
+def collate(rows: Sequence[Packed], *, pad_token_id: int, multiple_of: int = 1) -> Batch:
+    """`rows` side by side, padded to a multiple of `multiple_of` tokens. Padding counts positions on where no row is
+    packed (causal attention suffices); else a row's padding is an example of its own, which nothing attends to."""
     packed = any(len(row) > 1 for row in rows)
-    shape = (len(rows), max(sum(map(len, row)) for row in rows))
+    longest = max(sum(map(len, row)) for row in rows)
+    shape = (len(rows), -(-longest // multiple_of) * multiple_of)
     ids_BT = np.full(shape, pad_token_id, dtype=np.int64)
     labels_BT = np.full(shape, IGNORED, dtype=np.int64)
     positions_BT = np.zeros(shape, dtype=np.int64) if packed else np.tile(np.arange(shape[1]), (shape[0], 1))
@@ -108,6 +109,8 @@ def collate(rows: Sequence[Packed], *, pad_token_id: int) -> Batch:
             labels_BT[number, start + 1 : stop] = example.labels[1:]
             positions_BT[number, start:stop] = np.arange(len(example))
             start = stop
+        if packed:
+            positions_BT[number, start:] = np.arange(shape[1] - start)
     return Batch(
         torch.from_numpy(ids_BT),
         torch.from_numpy(positions_BT),

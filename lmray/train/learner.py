@@ -20,6 +20,9 @@ from lmray.models.fused import Fused
 from lmray.models.precision import computing
 from lmray.sharding.base import Placed
 
+FUSED_MULTIPLE = 64
+"""Tokens. Products of a size not seen before cost time and memory, and joined rows have a size of their own each."""
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -42,6 +45,11 @@ class Learner:
     @property
     def model(self) -> torch.nn.Module:
         return self.placed.model
+
+    @property
+    def multiple_of(self) -> int:
+        """What a micro-batch's rows are padded to a multiple of: the fused products compile code for every size."""
+        return FUSED_MULTIPLE if self.fused else 1
 
     def joined(self, rows: Sequence[Packed]) -> Sequence[Packed]:
         """`rows` of a micro-batch as this learner computes them: as they are, or behind each other in one."""

@@ -135,7 +135,9 @@ class Loop:
         pad = pad_token_id(self.prepared.tokenizer)
         for first in range(0, len(mine), size):
             packed = [self.prepared.rows[row] for row in mine[first : first + size]]
-            yield collate(self.learner.joined(packed), pad_token_id=pad).to(self.ctx.device)
+            yield collate(self.learner.joined(packed), pad_token_id=pad, multiple_of=self.learner.multiple_of).to(
+                self.ctx.device
+            )
 
     def _metrics(self, report: StepReport, rate: float, seconds: float) -> dict[str, float]:
         return {

@@ -48,7 +48,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": False, "loss_type": "chunked_nll"},
     ),
     "LLaMA-Factory default": ("llamafactory", {}),
-    "LLaMA-Factory bf16": ("llamafactory", {"bf16": True, "pure_bf16": True, "disable_gradient_checkpointing": True}),
+    "LLaMA-Factory bf16": ("llamafactory", {"bf16": True, "disable_gradient_checkpointing": True}),
 }
 """Shown name -> framework and its options; options of lmray are the model's."""
 

@@ -135,7 +135,7 @@ def _writes(process: psutil.Process) -> bool:
     return not any(agent in " ".join(process.cmdline()) for agent in ("DashboardAgent", "RuntimeEnvAgent"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_asked_to_end_it_saves_and_leaves_with_130(shell, train_file, tmp_path, number):
     """As a terminal's Ctrl-C, `timeout` and Slurm do it: the signal reaches the local Ray's processes too."""
     folder = tmp_path / "store" / "runs" / "tiny"

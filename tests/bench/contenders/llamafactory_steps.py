@@ -9,11 +9,13 @@ import tempfile
 import types
 from pathlib import Path
 
-os.environ["DISABLE_VERSION_CHECK"] = "1"
-sys.modules.setdefault("torchaudio", types.ModuleType("torchaudio"))  # imported for audio, which is not used here
+import torch
+from clock import Clock
 
-import torch  # noqa: E402
-from clock import Clock  # noqa: E402
+os.environ["DISABLE_VERSION_CHECK"] = "1"
+# Imported for audio, which is not used here; only now, for transformers looks at what is there when it is imported.
+sys.modules.setdefault("torchaudio", types.ModuleType("torchaudio"))
+
 from llamafactory.train.tuner import run_exp  # noqa: E402
 
 
@@ -29,7 +31,7 @@ def main() -> None:
     (folder / "dataset_info.json").write_text(json.dumps({"bench": facts}), encoding="utf-8")
     clock = Clock()
     arguments = {
-        "model_name_or_path": settings["model"],
+        "model_name_or_path": _for_transformers_4(Path(settings["model"]), folder / "model"),
         "stage": "sft",
         "do_train": True,
         "finetuning_type": "lora",
@@ -57,6 +59,18 @@ def main() -> None:
     }
     run_exp(arguments, callbacks=[clock])
     clock.print()
+
+
+def _for_transformers_4(model: Path, folder: Path) -> str:
+    """The model's folder with the class name that transformers 4 knows its tokenizer by."""
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).symlink_to(path)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").unlink()
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(folder)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,11 @@ def main() -> None:
         for step in range(settings["steps"]):
             start = time.perf_counter()
             rows = prepared.rows[step * size : (step + 1) * size]
-            batch = collate(learner.joined(rows), pad_token_id=pad_token_id(prepared.tokenizer))
+            batch = collate(
+                learner.joined(rows),
+                pad_token_id=pad_token_id(prepared.tokenizer),
+                multiple_of=learner.multiple_of,
+            )
             losses.append(learner.step([batch], learning_rate=settings["learning_rate"]).loss)
             seconds.append(time.perf_counter() - start)
             first = time.time() if step == 0 else first  # noqa: F821

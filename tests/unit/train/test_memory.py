@@ -64,7 +64,7 @@ def test_what_is_kept_of_a_layer_is_what_autograd_saves(tmp_path, dtype, packed,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_kept_of_a_fused_layer_is_what_autograd_saves(tmp_path, dtype):
-    rows = [(example(24), example(24)), (example(24), example(24))]  # of one length: nothing is padded inside
+    rows = [(example(32), example(32)), (example(32), example(32))]  # of one round length: nothing is padded inside
     sizes, sums = [], []
     for layers in (2, 6):
         folder = tiny_model_folder(tmp_path / str(layers), num_hidden_layers=layers)
