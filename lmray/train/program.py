@@ -26,6 +26,7 @@ from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
 from lmray.models.fused import Fused
 from lmray.models.load import load_model
+from lmray.models.machine import release_heap
 from lmray.optim.adamw import make_adamw
 from lmray.trackers.base import TrackedRun
 from lmray.train.learner import Learner
@@ -116,6 +117,7 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     )
     (objective,) = job.method.objectives()
     fused = Fused(placed.model) if plan.kernels == "fused" else None
+    release_heap()
     return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, fused=fused)
 
 

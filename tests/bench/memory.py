@@ -1,6 +1,6 @@
 """The plan's memory estimate beside the measured peak of a training process, for a few settings.
 
-    python tests/bench/memory.py [--steps 3] [--settings 0,3]
+    python tests/bench/memory.py [--steps 3] [--settings 0,3] [--kernels auto]
 
 Each setting is a process of its own that takes a few steps through lmray's learner, on the longest rows of the demo's
 data, and reports its largest resident set.
@@ -29,17 +29,19 @@ from lmray.train.program import make_learner
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "train" / "demo.yaml"
-SETTINGS = (
+Setting = tuple[int, int, bool, str]
+"""Micro-batch, length, packing, dtype."""
+SETTINGS: tuple[Setting, ...] = (
     (1, 256, False, "float32"),
     (1, 512, True, "bfloat16"),
+    (2, 512, True, "bfloat16"),
     (4, 256, True, "float32"),
     (4, 512, False, "bfloat16"),
 )
-"""Micro-batch, length, packing, dtype."""
 MIB = 2**20
 
 
-def overrides(setting: tuple[int, int, bool, str]) -> list[str]:
+def overrides(setting: Setting, kernels: str) -> list[str]:
     """The demo's job with one setting."""
     batch, length, packing, dtype = setting
     return [
@@ -47,6 +49,7 @@ def overrides(setting: tuple[int, int, bool, str]) -> list[str]:
         f"data.max_length={length}",
         f"data.packing={str(packing).lower()}",
         f"model.dtype={dtype}",
+        f"model.kernels={kernels}",
     ]
 
 
@@ -55,10 +58,10 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(setting: tuple[int, int, bool, str], steps: int) -> dict[str, Any]:
+def measure(setting: Setting, steps: int, kernels: str) -> dict[str, Any]:
     """In a process of its own: estimate and peak of a few optimizer steps."""
     imported = peak_bytes()
-    job = load(CONFIG, *overrides(setting))
+    job = load(CONFIG, *overrides(setting, kernels))
     prepared = prepare(job)
     plan = make_plan(job, prepared)
     planned = peak_bytes()
@@ -69,7 +72,7 @@ def measure(setting: tuple[int, int, bool, str], steps: int) -> dict[str, Any]:
         learner = make_learner(job, plan, prepared, context)
     loaded = peak_bytes()
     rows = sorted(prepared.rows, key=lambda row: -sum(map(len, row)))[: setting[0]]
-    batch = collate(rows, pad_token_id=0)
+    batch = collate(learner.joined(rows), pad_token_id=0, multiple_of=learner.multiple_of)
     for _ in range(steps):
         learner.step([batch], learning_rate=1e-4)
     return {
@@ -86,14 +89,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--settings", default=",".join(map(str, range(len(SETTINGS)))))
+    parser.add_argument("--kernels", choices=("auto", "plain", "fused"), default="auto")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        print(json.dumps(measure(SETTINGS[args.child], args.steps)))
+        print(json.dumps(measure(SETTINGS[args.child], args.steps, args.kernels)))
         return
     print("batch  length  packing  dtype     peak MiB  estimate MiB  estimate/peak")
     for index in map(int, args.settings.split(",")):
         command = [sys.executable, __file__, "--child", str(index), "--steps", str(args.steps)]
+        command += ["--kernels", args.kernels]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         batch, length, packing, dtype = SETTINGS[index]
         print(

@@ -60,7 +60,8 @@ def test_twenty_kills_cost_no_step_and_repeat_none(shell, train_file, tmp_path):
     driver = drivers[-1]
     out, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
-    assert one_json(out)["status"] == "succeeded"
+    # A worker outlives its killed driver by seconds, which may be all the last steps took.
+    assert one_json(out)["status"] in ("succeeded", "already-done")
     events = read_events(run / "events.jsonl")
     assert [event["step"] for event in events] == list(range(1, STEPS + 1))
     assert [event["train.loss"] for event in events] == pytest.approx(curve(straight), abs=1e-6)

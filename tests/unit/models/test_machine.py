@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-import psutil
+import platform
 
-from lmray.models.machine import measure_flops, this_machine
+import psutil
+import pytest
+
+from lmray.models.machine import measure_flops, release_heap, this_machine
 
 
 def test_a_containers_limit_is_the_memory_there_is(tmp_path):
@@ -16,3 +19,14 @@ def test_a_containers_limit_is_the_memory_there_is(tmp_path):
 
 def test_speed_is_measured_in_operations_a_second():
     assert measure_flops("float32", seconds=0.01, size=64) > 1e5
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory so")
+def test_released_memory_is_the_systems_again():
+    process = psutil.Process()
+    blocks = [bytearray(64 * 1024) for _ in range(4096)]  # small enough for the heap: 256 MiB
+    kept = blocks[-1]  # the heap's end stays in use, so nothing below it is given back by itself
+    held = process.memory_info().rss
+    del blocks
+    release_heap()
+    assert process.memory_info().rss < held - 128 * 2**20 and len(kept)
