@@ -38,6 +38,7 @@ SYSTEM = "You are a helpful assistant."
 """Given in every row, so that no contender's template adds one of its own."""
 CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lmray": ("lmray", {}),
+    "lmray run": ("lmray_run", {}),
     "lmray plain kernels": ("lmray", {"kernels": "plain"}),
     "lmray fp32": ("lmray", {"dtype": "float32"}),
     "TRL default": ("trl", {}),
@@ -50,7 +51,8 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LLaMA-Factory default": ("llamafactory", {}),
     "LLaMA-Factory bf16": ("llamafactory", {"bf16": True, "disable_gradient_checkpointing": True}),
 }
-"""Shown name -> framework and its options; options of lmray are the model's."""
+"""Shown name -> framework and its options; options of lmray are the model's. `lmray run` is the whole command with its
+own Ray, the other contenders are their steps alone in one process."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,12 @@ DATA = {"e2e": read_e2e, "pubmedqa": read_pubmedqa}
 def measure(name: str, settings: dict[str, Any], tokens: list[int]) -> Measured:
     """One round of contender `name`; `tokens` are the real tokens of each step."""
     framework, options = CONTENDERS[name]
-    python = Path(sys.executable) if framework == "lmray" else peer_python(framework)
+    is_own = framework.startswith("lmray")
+    python = Path(sys.executable) if is_own else peer_python(framework)
     threads = str(settings["threads"])
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "LMRAY_BENCH_DATA")}
     env |= {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    env |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(HERE.parents[1]) if framework == "lmray" else ""}
+    env |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(HERE.parents[1]) if is_own else ""}
     script = HERE / "contenders" / f"{framework}_steps.py"
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(settings | {"options": options}, file)
@@ -109,7 +112,7 @@ def measure(name: str, settings: dict[str, Any], tokens: list[int]) -> Measured:
     found = json.loads(done.stdout.strip().splitlines()[-1])
     seconds = found["seconds"][WARM_UP:]
     return Measured(
-        tokens_per_s=sum(tokens[WARM_UP:]) / sum(seconds),
+        tokens_per_s=sum(found.get("tokens", tokens)[WARM_UP:]) / sum(seconds),
         median_step_s=statistics.median(seconds),
         first_loss=float(found["losses"][0]),
         peak_bytes=found["peak_bytes"],
