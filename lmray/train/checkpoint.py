@@ -1,4 +1,4 @@
-"""A checkpoint: adapter, optimizer, random state and place in the data; safetensors and JSON, manifest last.
+"""A checkpoint: trained weights, optimizer, random state and place in the data; safetensors and JSON, manifest last.
 
 Written by rank 0 into a scratch folder; the context commits that folder. Nothing in it is ever unpickled.
 """
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lmray.adapters.base import Adapter
 from lmray.artifacts.files import read_sealed, seal, write_json
 from lmray.errors import ArtifactError, CheckpointError
-from lmray.models.tensors import save_tensors
+from lmray.models.tensors import check_same_shapes, save_tensors
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def save_checkpoint(
     folder: Path, progress: Progress, model: torch.nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer
 ) -> None:
     """Writes a whole checkpoint into the empty or new `folder`."""
-    adapter.save(model, folder / "adapter")
+    save_tensors(adapter.trained(model), folder / "weights.safetensors")
+    save_tensors(adapter.resume_state(model), folder / "adapter.safetensors")
     state = optimizer.state_dict()["state"]
     tensors = {
         f"{index}.{key}": torch.as_tensor(value) for index, facts in state.items() for key, value in facts.items()
@@ -65,11 +66,20 @@ def load_checkpoint(
         raise CheckpointError(
             str(folder), "belongs to another run", allowed=run_key[:12], hint="give the job another name"
         )
-    adapter.load(model, folder / "adapter")
+    progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    _set_weights(adapter.trained(model), folder / "weights.safetensors")
+    adapter.resume(model, load_file(folder / "adapter.safetensors"), step=progress.step)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(folder / "optimizer.safetensors").items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(load_file(folder / "rng.safetensors")["cpu"])
-    return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    return progress
+
+
+def _set_weights(weights: Mapping[str, torch.nn.Parameter], path: Path) -> None:
+    found = load_file(path)
+    check_same_shapes(path, found, weights)
+    for name, parameter in weights.items():
+        parameter.data.copy_(found[name])

@@ -19,7 +19,9 @@ def strategy(request):
 
 def test_what_is_placed_can_be_trained(strategy, tiny_model):
     placed = strategy.place(
-        load_model(tiny_model, "float32"), lambda model: make_adamw(model, learning_rate=0.1, weight_decay=0.0), "cpu"
+        load_model(tiny_model, "float32"),
+        lambda model: make_adamw([{"params": [*model.parameters()]}], learning_rate=0.1, weight_decay=0.0),
+        "cpu",
     )
     before = [parameter.clone() for parameter in placed.model.parameters()]
     placed.model(torch.tensor([[5, 6, 7]])).logits.square().sum().backward()
