@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from lmray.adapters.base import Adapter
-from lmray.errors import ArtifactError, CheckpointError
+from lmray.errors import ArtifactError, CheckpointError, ConfigError
 from lmray.models.load import load_model
 from lmray.models.precision import compute_dtype, keep_masters
 from lmray.models.quiet import quiet
@@ -58,6 +58,15 @@ class WholeModel(Adapter):
         check_same_shapes(folder, found, state)
         for name, tensor in state.items():
             tensor.copy_(found[name])
+
+
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
+    """The model's layers, from the input to the output. Raises ConfigError where they are not one list."""
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [one for one in model.modules() if isinstance(one, torch.nn.ModuleList) and len(one) == count]
+    if not lists:
+        raise ConfigError("adapter.name", f"{type(model).__name__} does not hold its {count} layers in one list")
+    return lists[0]
 
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
