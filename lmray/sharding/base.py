@@ -39,7 +39,11 @@ class Placed(Protocol):
         ...
 
     def apply(self) -> None:
-        """The optimizer's step; the gradients are gone after it."""
+        """The optimizer's step."""
+        ...
+
+    def clear(self) -> None:
+        """Frees the gradients, at the end of every step."""
         ...
 
     def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:

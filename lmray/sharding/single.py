@@ -57,6 +57,8 @@ class WholePlaced:
 
     def apply(self) -> None:
         self.optimizer.step()
+
+    def clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:

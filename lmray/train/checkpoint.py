@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from lmray.adapters.base import Adapter
 from lmray.artifacts.files import read_sealed, seal, write_json
 from lmray.errors import ArtifactError, CheckpointError
-from lmray.models.tensors import save_tensors
+from lmray.models.tensors import check_same_shapes, save_tensors
 from lmray.sharding.base import Placed
+
+WEIGHTS, ADAPTER = "weights.safetensors", "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class Progress:
 
 def save_checkpoint(folder: Path, progress: Progress, placed: Placed, adapter: Adapter, rank: int) -> None:
     """Writes this rank's part of a checkpoint into the empty or new `folder`; called on all ranks together."""
-    if placed.whole:
-        save_weights(folder / "adapter", placed, adapter, rank)
     placed.save(folder)
     save_tensors(_random_state(), folder / _random_file(rank))
     if rank == 0:
+        if placed.whole:
+            save_tensors(adapter.trained(placed.model), folder / WEIGHTS)
+        save_tensors(adapter.resume_state(placed.model), folder / ADAPTER)
         write_json(folder / "progress.json", asdict(progress))
     seal(folder, step=progress.step, run_key=progress.run_key)
 
@@ -71,11 +74,20 @@ def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter
         raise CheckpointError(
             str(folder), "belongs to another run", allowed=run_key[:12], hint="give the job another name"
         )
-    if placed.whole and (folder / "adapter").is_dir():
-        adapter.load(placed.model, folder / "adapter")
+    progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    if placed.whole and (folder / WEIGHTS).is_file():
+        _set_weights(adapter.trained(placed.model), folder / WEIGHTS)
+    adapter.resume(placed.model, load_file(folder / ADAPTER), step=progress.step)
     placed.load(folder)
     _set_random_state(folder / _random_file(rank))
-    return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    return progress
+
+
+def _set_weights(weights: Mapping[str, torch.nn.Parameter], path: Path) -> None:
+    found = load_file(path)
+    check_same_shapes(path, found, weights)
+    for name, parameter in weights.items():
+        parameter.data.copy_(found[name])
 
 
 def _random_file(rank: int) -> str:

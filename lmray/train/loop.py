@@ -79,7 +79,7 @@ class Loop:
             warmup_ratio=args.warmup_ratio,
             shape=args.lr_scheduler_type,
         )
-        report = self.learner.step(list(self._batches(stop)), learning_rate=rate)
+        report = self.learner.step(list(self._batches(stop)), learning_rate=rate, step=step)
         seconds = time.perf_counter() - start
         rows = self.sampler.rows(self.progress.samples, stop)
         self.progress = Progress(self.plan.run_key, step, stop, self.progress.seconds + seconds)

@@ -92,14 +92,13 @@ def _follows_attention(one: AdaptedLinear, shape: ModelShape) -> bool:
 
 def memory_parts(shape: ModelShape, rows: Rows, dtype: str, *, device: str, process_bytes: int) -> dict[str, int]:
     """Bytes by part and in `total`. Logits: of supervised tokens only, as they leave the head, and in float32 with
-    their gradient. Bfloat16 models also multiply with bfloat16 copies of the adapter's weights."""
-    width = WIDTH[dtype]
-    copies = shape.trained * width if width < 4 else 0
+    their gradient. Bfloat16 models also multiply with bfloat16 copies of weights that are trained in float32."""
+    copies = shape.trained * WIDTH[dtype] if shape.trained_bytes > shape.trained * WIDTH[dtype] else 0
     activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype)
     parts = {
         "weights": shape.weights_bytes(dtype),
-        "gradients": shape.trained * 4,
-        "optimizer": shape.trained * 8,
+        "gradients": shape.trained_bytes,
+        "optimizer": 2 * shape.trained_bytes,
         "activations": activations + copies,
         "logits": logits,
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,

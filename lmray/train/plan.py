@@ -126,6 +126,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     shape = read_shape(
         ready.model.folder,
         lambda model: job.adapter.attach(model, seed=0),
+        dtype=dtype,
         trust_remote_code=job.model.trust_remote_code,
     )
     kernels, kernels_reason = _kernels(job, shape.unfit, device)

@@ -19,10 +19,13 @@ def strategy(request):
     return chosen
 
 
+def adamw(model):
+    trained = [one for one in model.parameters() if one.requires_grad]
+    return make_adamw([{"params": trained}], learning_rate=0.1, weight_decay=0.0)
+
+
 def place(strategy, folder):
-    return strategy.place(
-        load_model(folder, "float32"), lambda model: make_adamw(model, learning_rate=0.1, weight_decay=0.0), "cpu"
-    )
+    return strategy.place(load_model(folder, "float32"), adamw, "cpu")
 
 
 def values(placed) -> dict[str, torch.Tensor]:
@@ -35,6 +38,7 @@ def step(placed) -> float:
         placed.backward(placed.model(torch.tensor([ids])).logits.square().sum(), last=number == 2)
     norm = placed.clip_grad_norm(1e-3)
     placed.apply()
+    placed.clear()
     return norm
 
 
@@ -74,7 +78,7 @@ def test_a_state_of_other_parameters_is_refused(strategy, tiny_model, tmp_path):
     placed.save(tmp_path)
     model = load_model(tiny_model, "float32").requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
-    other = strategy.place(model, lambda one: make_adamw(one, learning_rate=0.1, weight_decay=0.0), "cpu")
+    other = strategy.place(model, adamw, "cpu")
     with pytest.raises(CheckpointError, match="other parameters"):
         other.load(tmp_path)
 
@@ -82,7 +86,7 @@ def test_a_state_of_other_parameters_is_refused(strategy, tiny_model, tmp_path):
 def test_only_what_is_trained_is_gathered_unless_asked(strategy, tiny_model):
     model = load_model(tiny_model, "float32").requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
-    placed = strategy.place(model, lambda one: make_adamw(one, learning_rate=0.1, weight_decay=0.0), "cpu")
+    placed = strategy.place(model, adamw, "cpu")
     assert set(placed.gathered_state()) == {"model.norm.weight"}
     assert set(model.state_dict()) == set(placed.gathered_state(trained_only=False))
 
