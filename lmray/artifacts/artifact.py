@@ -1,7 +1,7 @@
 """Artifacts: immutable versions under a name, with parents and metrics; stages point at versions.
 
 In the store: `objects/DIGEST` holds each file once, `artifacts/NAME/versions/ID.json` describes a version,
-`artifacts/NAME/stages.json` maps stages to versions, `artifacts/NAME/log/N.json` records every change of a stage.
+`artifacts/NAME/stages.json` lists every change of a stage, which also says what each stage holds: one write a change.
 A version's id is a digest of what it is (files, kind, base, parents): keeping the same thing twice gives one version.
 """
 
@@ -11,7 +11,7 @@ import getpass
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -138,8 +138,7 @@ class Artifacts:
 
     def stages(self, name: str) -> dict[str, str]:
         """`{stage: version id}`."""
-        content = self.store.get(f"artifacts/{name}/stages.json")
-        return json.loads(content) if content else {}
+        return _held(self.log(name))
 
     def find(self, ref: ArtifactRef | str) -> Artifact:
         """The version that `ref` names; without stage or version, the newest. ArtifactError lists what there is."""
@@ -195,33 +194,54 @@ class Artifacts:
                 f"stage `{stage}`", "unknown", allowed=", ".join(STAGES), hint=did_you_mean(stage, STAGES)
             )
         artifact = self.find(ref)
-        self._set_stage(artifact.name, stage, artifact.id, "promote")
+        self._change(artifact.name, "promote", stage, lambda log: artifact.id)
         return artifact
 
     def rollback(self, name: str, stage: str) -> Artifact:
         """Points `stage` at the version it held before its last change. Raises ArtifactError where there was none."""
-        history = [entry for entry in self.log(name) if entry["stage"] == stage]
-        previous = history[-1]["previous"] if history else None
-        if previous is None:
-            hint = f"lmray artifacts show {name} lists versions and stages"
-            raise ArtifactError(f"artifact `{name}@{stage}`", "there is no earlier version to go back to", hint=hint)
-        self._set_stage(name, stage, previous, "rollback")
-        return self.find(ArtifactRef(name, previous))
+
+        def previous(log: list[dict[str, Any]]) -> str:
+            found = [entry["previous"] for entry in log if entry["stage"] == stage]
+            if not found or found[-1] is None:
+                hint = f"lmray artifacts show {name} lists versions and stages"
+                raise ArtifactError(
+                    f"artifact `{name}@{stage}`", "there is no earlier version to go back to", hint=hint
+                )
+            return found[-1]
+
+        return self.find(ArtifactRef(name, self._change(name, "rollback", stage, previous)))
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """Every change of a stage of `name`, oldest first."""
-        return [json.loads(self.store.get(key) or b"{}") for key in self.store.list(f"artifacts/{name}/log")]
+        return self._log(name)[0]
 
-    def _set_stage(self, name: str, stage: str, version: str, action: str) -> None:
-        key = f"artifacts/{name}/stages.json"
+    def _change(self, name: str, action: str, stage: str, choose: Callable[[list[dict[str, Any]]], str]) -> str:
+        """Points `stage` at the version that `choose` makes of the log, and returns it. The log's new end is written if
+        nobody else wrote one meanwhile, else it is all done again; what the stage holds already is not written."""
         while True:
-            before = self.store.get(key)
-            stages = json.loads(before) if before else {}
-            if self.store.compare_and_swap(key, before, _bytes(stages | {stage: version})):
-                break
-        entry = {"action": action, "stage": stage, "version": version, "previous": stages.get(stage)}
-        entry |= {"time": round(time.time(), 3), "by": getpass.getuser()}
-        self.store.append(f"artifacts/{name}/log", _bytes(entry))
+            log, document = self._log(name)
+            held, version = _held(log).get(stage), choose(log)
+            entry = {"action": action, "stage": stage, "version": version, "previous": held}
+            entry |= {"time": round(time.time(), 3), "by": getpass.getuser()}
+            if version == held or self.store.compare_and_swap(_stages(name), document, _bytes([*log, entry])):
+                return version
+
+    def _log(self, name: str) -> tuple[list[dict[str, Any]], bytes | None]:
+        """The log, and the document it was read from."""
+        document = self.store.get(_stages(name))
+        found = json.loads(document) if document else []
+        return (self._log_of_old_layout(name, found) if isinstance(found, dict) else found), document
+
+    def _log_of_old_layout(self, name: str, stages: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Stages were written first and logged apart, so a kill between lost the entry; it is told by what is there."""
+        log = [json.loads(self.store.get(key) or b"{}") for key in self.store.list(f"artifacts/{name}/log")]
+        lost = [
+            {"action": "not logged", "stage": stage, "version": version, "previous": _held(log).get(stage)}
+            | {"time": None, "by": None}
+            for stage, version in stages.items()
+            if _held(log).get(stage) != version
+        ]
+        return [*log, *lost]
 
     def _is_intact(self, digest: str) -> bool:
         stored = self.store.root / "objects" / digest
@@ -230,6 +250,15 @@ class Artifacts:
     def _read(self, key: str) -> Artifact:
         fields = json.loads(self.store.get(key) or b"{}")
         return Artifact(**{**fields, "parents": tuple(fields["parents"])})
+
+
+def _stages(name: str) -> str:
+    return f"artifacts/{name}/stages.json"
+
+
+def _held(log: list[dict[str, Any]]) -> dict[str, str]:
+    """`{stage: version id}` after all changes of `log`."""
+    return {entry["stage"]: entry["version"] for entry in log}
 
 
 def _bytes(value: Any) -> bytes:
