@@ -7,9 +7,12 @@ A version's id is a digest of what it is (files, kind, base, parents): keeping t
 
 from __future__ import annotations
 
+import fnmatch
 import getpass
 import json
+import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,13 +23,16 @@ from typing import Any
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
-from lmray.artifacts.files import folder_digests, replace_folder, sha256_file, sha256_json
+from lmray.artifacts.files import folder_digests, fsync, sha256_file, sha256_json
 from lmray.artifacts.store import Store
 from lmray.config import Name
 from lmray.config.places import cache_root
 from lmray.errors import ArtifactError, did_you_mean
 
 STAGES = ("candidate", "staging", "production")
+KINDS = {"adapter": ("adapter_config.json",), "model": ("config.json", "*.safetensors", "tokenizer_config.json")}
+"""What an artifact may be, with the files that make it one: an adapter in PEFT's layout, a whole model with its
+tokenizer in Hugging Face's."""
 ALLOWED_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """Endings an artifact may hold: tensors, JSON, and a tokenizer's text files. Never pickles."""
 
@@ -65,9 +71,9 @@ class Artifact:
     name: str
     id: str
     kind: str
-    """`adapter`."""
+    """`adapter` or `model`; see KINDS."""
     base: Mapping[str, Any]
-    """The model it belongs to: `source`, `revision`, `digest` of its weights."""
+    """The model it was trained from: `source`, `revision`, `digest` of its weights."""
     files: Mapping[str, Mapping[str, Any]]
     """`{path: {sha256, bytes}}`."""
     parents: tuple[str, ...] = ()
@@ -103,8 +109,14 @@ class Artifacts:
         run_key: str = "",
         metrics: Mapping[str, float] | None = None,
     ) -> Artifact:
-        """Stores every file of `folder` as a version of `name`; the version's record is written last."""
+        """Stores every file of `folder` as a version of `name`; the version's record is written last. Raises
+        ArtifactError for files that may hold code, or that are no artifact of `kind`."""
         files = folder_digests(folder)
+        if kind not in KINDS:
+            raise ArtifactError(f"kind `{kind}`", "unknown", allowed=", ".join(KINDS), hint=did_you_mean(kind, KINDS))
+        for pattern in KINDS[kind]:
+            if not fnmatch.filter(files, pattern):
+                raise ArtifactError(str(folder), f"is no {kind}: it has no {pattern}", allowed=", ".join(KINDS[kind]))
         for path in files:
             if not path.endswith(ALLOWED_FILES):
                 raise ArtifactError(str(folder / path), "cannot be kept", allowed=" ".join(ALLOWED_FILES))
@@ -156,7 +168,7 @@ class Artifacts:
         if len(found) != 1:
             allowed = ", ".join([*self.stages(ref.name), *(artifact.id[:12] for artifact in versions)])
             what = f"no version or stage `{ref.at}`" if not found else f"`{ref.at}` fits {len(found)} versions"
-            hint = f"lmray artifacts promote {ref.name} {ref.at}" if ref.at in STAGES else None
+            hint = f"lmray artifacts promote {ref.name} {ref.at}" if ref.at in STAGES else did_you_mean(ref.at, STAGES)
             raise ArtifactError(f"artifact `{ref}`", what, allowed=allowed, hint=hint)
         return found[0]
 
@@ -164,27 +176,28 @@ class Artifacts:
         """Reads every stored file again and compares digests. Raises ArtifactError at the first that differs."""
         for path, facts in artifact.files.items():
             if not self._is_intact(facts["sha256"]):
-                where = f"{self.store.root}/objects/{facts['sha256']}"
-                raise ArtifactError(
-                    f"{artifact.ref}: {path}", f"is missing or corrupted in {where}", hint="keep it again"
-                )
+                raise self._corrupted(artifact, path)
 
     def checkout(self, artifact: Artifact) -> Path:
-        """A local folder with the version's files, verified once; the same folder on every call."""
+        """A local folder with the version's files, verified once; the same folder on every call. Raises ArtifactError
+        where a stored file is not what was kept."""
         folder = cache_root() / "artifacts" / artifact.id
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{artifact.id}.lock")):  # replicas start side by side
             if folder.is_dir():
                 return folder
-            self.verify(artifact)
             with TemporaryDirectory(dir=folder.parent, prefix=".checkout-") as temporary:
+                whole = Path(temporary, "files")
                 for path, facts in artifact.files.items():
-                    target = Path(temporary, path)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    content = self.store.get(f"objects/{facts['sha256']}")
-                    assert content is not None
-                    target.write_bytes(content)
-                replace_folder(Path(temporary), folder)
+                    (whole / path).parent.mkdir(parents=True, exist_ok=True)
+                    stored = self._object(facts["sha256"])
+                    if not stored.is_file():
+                        raise self._corrupted(artifact, path)
+                    shutil.copyfile(stored, whole / path)
+                    if sha256_file(whole / path) != facts["sha256"]:
+                        raise self._corrupted(artifact, path)
+                    fsync(whole / path)
+                os.replace(whole, folder)
         return folder
 
     def promote(self, ref: ArtifactRef | str, stage: str) -> Artifact:
@@ -243,13 +256,19 @@ class Artifacts:
         ]
         return [*log, *lost]
 
+    def _object(self, digest: str) -> Path:
+        return self.store.root / "objects" / digest
+
     def _is_intact(self, digest: str) -> bool:
-        stored = self.store.root / "objects" / digest
-        return stored.is_file() and sha256_file(stored) == digest
+        return self._object(digest).is_file() and sha256_file(self._object(digest)) == digest
+
+    def _corrupted(self, artifact: Artifact, path: str) -> ArtifactError:
+        found = f"is missing or corrupted in {self._object(artifact.files[path]['sha256'])}"
+        return ArtifactError(f"{artifact.ref}: {path}", found, hint="keep it again")
 
     def _read(self, key: str) -> Artifact:
         fields = json.loads(self.store.get(key) or b"{}")
-        return Artifact(**{**fields, "parents": tuple(fields["parents"])})
+        return Artifact(**{"kind": "adapter", **fields, "parents": tuple(fields["parents"])})  # one kind, once
 
 
 def _stages(name: str) -> str:

@@ -1,7 +1,8 @@
 """The training program: from a job to a kept adapter. Runs on every rank; rank 0 writes the run folder.
 
-Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, checkpoints, `adapter/`, `answers-*.jsonl`,
-`loss.png`, `report.html`, and last `result.json`. A run whose folder holds `result.json` is done and is not run again.
+Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, checkpoints, `adapter/` or `model/`,
+`answers-*.jsonl`, `loss.png`, `report.html`, and last `result.json`. A run whose folder holds `result.json` is done and
+is not run again.
 """
 
 from __future__ import annotations
@@ -169,9 +170,9 @@ def _finish(
     for label, one in measured.items():
         if one.answers:
             one.save_answers(folder / f"answers-{label}.jsonl")
-    adapter = folder / "adapter"
-    job.adapter.save(model, adapter)
-    loop.prepared.tokenizer.save_pretrained(adapter)
+    kind = getattr(job.adapter, "kept", "adapter")
+    job.adapter.save(model, folder / kind)
+    loop.prepared.tokenizer.save_pretrained(folder / kind)
     sizes = {
         "model.parameters": plan.model["parameters"],
         "model.trainable_parameters": plan.model["trainable_parameters"],
@@ -185,12 +186,13 @@ def _finish(
     if job.resources.price_per_worker_hour is not None:
         metrics["run.cost"] = round(run_cost(job.resources, metrics["run.seconds"]), 6)
     base = {name: plan.model[name] for name in ("source", "revision", "digest")}
-    details: dict[str, Any] = {"adapter": str(adapter), "base": base, "run_key": plan.run_key}
+    origin = {"kind": kind, "base": base, "parents": loop.prepared.model.parents, "run_key": plan.run_key}
+    details: dict[str, Any] = {kind: str(folder / kind), **origin}
     details["peak_memory_bytes_by_worker"] = list(peaks)
     kept = None
     if job.output is not None:
         artifacts = Artifacts(open_store(job.storage))
-        artifact = artifacts.keep(job.output.artifact, adapter, base=base, run_key=plan.run_key, metrics=metrics)
+        artifact = artifacts.keep(job.output.artifact, folder / kind, metrics=metrics, **origin)
         metrics["model.bytes"] = artifact.num_bytes
         kept = artifact.ref
     result = Result("succeeded", str(folder), kept, metrics, time.time() - started, details)

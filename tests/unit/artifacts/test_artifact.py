@@ -90,6 +90,33 @@ def test_files_that_may_hold_code_are_not_kept(artifacts, folder, name):
     assert artifacts.names() == []
 
 
+def test_a_whole_model_is_kept_and_a_record_without_a_kind_is_an_adapters(artifacts, folder, tmp_path):
+    whole = tmp_path / "model"
+    whole.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.json", "merges.txt"):
+        (whole / name).write_text("{}", encoding="utf-8")
+    kept = artifacts.keep("whole", whole, base=BASE, kind="model")
+    assert artifacts.find("whole").kind == "model"
+    artifacts.verify(kept)
+    assert sorted(path.name for path in artifacts.checkout(kept).iterdir()) == sorted(kept.files)
+    adapter = keep(artifacts, folder)
+    record = artifacts.store.root / "artifacts" / "calls" / "versions" / f"{adapter.id}.json"
+    fields = json.loads(record.read_text(encoding="utf-8"))
+    del fields["kind"]
+    record.write_text(json.dumps(fields), encoding="utf-8")
+    assert artifacts.find("calls") == adapter
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [("modle", "did you mean `model`"), ("model", r"is no model: it has no config.json"), ("report", "unknown")],
+)
+def test_what_is_no_artifact_of_its_kind_is_refused(artifacts, folder, kind, found):
+    with pytest.raises(ArtifactError, match=found):
+        artifacts.keep("calls", folder, base=BASE, kind=kind)
+    assert artifacts.names() == []
+
+
 def test_a_version_is_found_by_stage_by_version_and_as_the_newest(artifacts, folder):
     first, second = keep(artifacts, folder), keep(artifacts, folder, b"others")
     artifacts.promote(first.ref, "production")
@@ -111,6 +138,8 @@ def test_an_unknown_stage_or_version_lists_those_there_are(artifacts, folder):
     kept = keep(artifacts, folder)
     with pytest.raises(ArtifactError, match="hint: lmray artifacts promote calls production"):
         artifacts.find("calls@production")
+    with pytest.raises(ArtifactError, match="hint: did you mean `production`"):
+        artifacts.find("calls@prodction")
     with pytest.raises(ArtifactError, match=f"no version or stage `00000000`\n  allowed: {kept.id[:12]}"):
         artifacts.find("calls@00000000")
 
