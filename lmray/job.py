@@ -143,11 +143,14 @@ class TrainJob(Job):
 
 
 class Target(Config):
-    """One model to measure: the job's base model, alone or with an adapter."""
+    """One model to measure: the job's or another, alone or with an adapter."""
 
     label: Name
+    model: str | None = None
+    """Another model than the job's, of the same tokenizer; written like `model.source`: `artifact:NAME@STAGE`, a
+    folder, ... Empty: the job's."""
     adapter: str | None = None
-    """`NAME`, `NAME@STAGE` or `NAME@VERSION` of an artifact, or an adapter's folder. Empty: the base model."""
+    """`NAME`, `NAME@STAGE` or `NAME@VERSION` of an artifact, or an adapter's folder. Empty: the model alone."""
     num_fewshot: Annotated[int, Field(ge=0)] = 0
     """Solved examples of the training data put before each question."""
 

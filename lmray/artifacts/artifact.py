@@ -1,17 +1,20 @@
 """Artifacts: immutable versions under a name, with parents and metrics; stages point at versions.
 
 In the store: `objects/DIGEST` holds each file once, `artifacts/NAME/versions/ID.json` describes a version,
-`artifacts/NAME/stages.json` maps stages to versions, `artifacts/NAME/log/N.json` records every change of a stage.
+`artifacts/NAME/stages.json` lists every change of a stage, which also says what each stage holds: one write a change.
 A version's id is a digest of what it is (files, kind, base, parents): keeping the same thing twice gives one version.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import getpass
 import json
+import os
 import re
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,13 +23,16 @@ from typing import Any
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
-from lmray.artifacts.files import folder_digests, replace_folder, sha256_file, sha256_json
+from lmray.artifacts.files import folder_digests, fsync, sha256_file, sha256_json
 from lmray.artifacts.store import Store
 from lmray.config import Name
 from lmray.config.places import cache_root
 from lmray.errors import ArtifactError, did_you_mean
 
 STAGES = ("candidate", "staging", "production")
+KINDS = {"adapter": ("adapter_config.json",), "model": ("config.json", "*.safetensors", "tokenizer_config.json")}
+"""What an artifact may be, with the files that make it one: an adapter in PEFT's layout, a whole model with its
+tokenizer in Hugging Face's."""
 ALLOWED_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """Endings an artifact may hold: tensors, JSON, and a tokenizer's text files. Never pickles."""
 
@@ -65,9 +71,9 @@ class Artifact:
     name: str
     id: str
     kind: str
-    """`adapter`."""
+    """`adapter` or `model`; see KINDS."""
     base: Mapping[str, Any]
-    """The model it belongs to: `source`, `revision`, `digest` of its weights."""
+    """The model it was trained from: `source`, `revision`, `digest` of its weights."""
     files: Mapping[str, Mapping[str, Any]]
     """`{path: {sha256, bytes}}`."""
     parents: tuple[str, ...] = ()
@@ -103,8 +109,14 @@ class Artifacts:
         run_key: str = "",
         metrics: Mapping[str, float] | None = None,
     ) -> Artifact:
-        """Stores every file of `folder` as a version of `name`; the version's record is written last."""
+        """Stores every file of `folder` as a version of `name`; the version's record is written last. Raises
+        ArtifactError for files that may hold code, or that are no artifact of `kind`."""
         files = folder_digests(folder)
+        if kind not in KINDS:
+            raise ArtifactError(f"kind `{kind}`", "unknown", allowed=", ".join(KINDS), hint=did_you_mean(kind, KINDS))
+        for pattern in KINDS[kind]:
+            if not fnmatch.filter(files, pattern):
+                raise ArtifactError(str(folder), f"is no {kind}: it has no {pattern}", allowed=", ".join(KINDS[kind]))
         for path in files:
             if not path.endswith(ALLOWED_FILES):
                 raise ArtifactError(str(folder / path), "cannot be kept", allowed=" ".join(ALLOWED_FILES))
@@ -138,8 +150,7 @@ class Artifacts:
 
     def stages(self, name: str) -> dict[str, str]:
         """`{stage: version id}`."""
-        content = self.store.get(f"artifacts/{name}/stages.json")
-        return json.loads(content) if content else {}
+        return _held(self.log(name))
 
     def find(self, ref: ArtifactRef | str) -> Artifact:
         """The version that `ref` names; without stage or version, the newest. ArtifactError lists what there is."""
@@ -157,7 +168,7 @@ class Artifacts:
         if len(found) != 1:
             allowed = ", ".join([*self.stages(ref.name), *(artifact.id[:12] for artifact in versions)])
             what = f"no version or stage `{ref.at}`" if not found else f"`{ref.at}` fits {len(found)} versions"
-            hint = f"lmray artifacts promote {ref.name} {ref.at}" if ref.at in STAGES else None
+            hint = f"lmray artifacts promote {ref.name} {ref.at}" if ref.at in STAGES else did_you_mean(ref.at, STAGES)
             raise ArtifactError(f"artifact `{ref}`", what, allowed=allowed, hint=hint)
         return found[0]
 
@@ -165,27 +176,28 @@ class Artifacts:
         """Reads every stored file again and compares digests. Raises ArtifactError at the first that differs."""
         for path, facts in artifact.files.items():
             if not self._is_intact(facts["sha256"]):
-                where = f"{self.store.root}/objects/{facts['sha256']}"
-                raise ArtifactError(
-                    f"{artifact.ref}: {path}", f"is missing or corrupted in {where}", hint="keep it again"
-                )
+                raise self._corrupted(artifact, path)
 
     def checkout(self, artifact: Artifact) -> Path:
-        """A local folder with the version's files, verified once; the same folder on every call."""
+        """A local folder with the version's files, verified once; the same folder on every call. Raises ArtifactError
+        where a stored file is not what was kept."""
         folder = cache_root() / "artifacts" / artifact.id
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{artifact.id}.lock")):  # replicas start side by side
             if folder.is_dir():
                 return folder
-            self.verify(artifact)
             with TemporaryDirectory(dir=folder.parent, prefix=".checkout-") as temporary:
+                whole = Path(temporary, "files")
                 for path, facts in artifact.files.items():
-                    target = Path(temporary, path)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    content = self.store.get(f"objects/{facts['sha256']}")
-                    assert content is not None
-                    target.write_bytes(content)
-                replace_folder(Path(temporary), folder)
+                    (whole / path).parent.mkdir(parents=True, exist_ok=True)
+                    stored = self._object(facts["sha256"])
+                    if not stored.is_file():
+                        raise self._corrupted(artifact, path)
+                    shutil.copyfile(stored, whole / path)
+                    if sha256_file(whole / path) != facts["sha256"]:
+                        raise self._corrupted(artifact, path)
+                    fsync(whole / path)
+                os.replace(whole, folder)
         return folder
 
     def promote(self, ref: ArtifactRef | str, stage: str) -> Artifact:
@@ -195,41 +207,77 @@ class Artifacts:
                 f"stage `{stage}`", "unknown", allowed=", ".join(STAGES), hint=did_you_mean(stage, STAGES)
             )
         artifact = self.find(ref)
-        self._set_stage(artifact.name, stage, artifact.id, "promote")
+        self._change(artifact.name, "promote", stage, lambda log: artifact.id)
         return artifact
 
     def rollback(self, name: str, stage: str) -> Artifact:
         """Points `stage` at the version it held before its last change. Raises ArtifactError where there was none."""
-        history = [entry for entry in self.log(name) if entry["stage"] == stage]
-        previous = history[-1]["previous"] if history else None
-        if previous is None:
-            hint = f"lmray artifacts show {name} lists versions and stages"
-            raise ArtifactError(f"artifact `{name}@{stage}`", "there is no earlier version to go back to", hint=hint)
-        self._set_stage(name, stage, previous, "rollback")
-        return self.find(ArtifactRef(name, previous))
+
+        def previous(log: list[dict[str, Any]]) -> str:
+            found = [entry["previous"] for entry in log if entry["stage"] == stage]
+            if not found or found[-1] is None:
+                hint = f"lmray artifacts show {name} lists versions and stages"
+                raise ArtifactError(
+                    f"artifact `{name}@{stage}`", "there is no earlier version to go back to", hint=hint
+                )
+            return found[-1]
+
+        return self.find(ArtifactRef(name, self._change(name, "rollback", stage, previous)))
 
     def log(self, name: str) -> list[dict[str, Any]]:
         """Every change of a stage of `name`, oldest first."""
-        return [json.loads(self.store.get(key) or b"{}") for key in self.store.list(f"artifacts/{name}/log")]
+        return self._log(name)[0]
 
-    def _set_stage(self, name: str, stage: str, version: str, action: str) -> None:
-        key = f"artifacts/{name}/stages.json"
+    def _change(self, name: str, action: str, stage: str, choose: Callable[[list[dict[str, Any]]], str]) -> str:
+        """Points `stage` at the version that `choose` makes of the log, and returns it. The log's new end is written if
+        nobody else wrote one meanwhile, else it is all done again; what the stage holds already is not written."""
         while True:
-            before = self.store.get(key)
-            stages = json.loads(before) if before else {}
-            if self.store.compare_and_swap(key, before, _bytes(stages | {stage: version})):
-                break
-        entry = {"action": action, "stage": stage, "version": version, "previous": stages.get(stage)}
-        entry |= {"time": round(time.time(), 3), "by": getpass.getuser()}
-        self.store.append(f"artifacts/{name}/log", _bytes(entry))
+            log, document = self._log(name)
+            held, version = _held(log).get(stage), choose(log)
+            entry = {"action": action, "stage": stage, "version": version, "previous": held}
+            entry |= {"time": round(time.time(), 3), "by": getpass.getuser()}
+            if version == held or self.store.compare_and_swap(_stages(name), document, _bytes([*log, entry])):
+                return version
+
+    def _log(self, name: str) -> tuple[list[dict[str, Any]], bytes | None]:
+        """The log, and the document it was read from."""
+        document = self.store.get(_stages(name))
+        found = json.loads(document) if document else []
+        return (self._log_of_old_layout(name, found) if isinstance(found, dict) else found), document
+
+    def _log_of_old_layout(self, name: str, stages: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Stages were written first and logged apart, so a kill between lost the entry; it is told by what is there."""
+        log = [json.loads(self.store.get(key) or b"{}") for key in self.store.list(f"artifacts/{name}/log")]
+        lost = [
+            {"action": "not logged", "stage": stage, "version": version, "previous": _held(log).get(stage)}
+            | {"time": None, "by": None}
+            for stage, version in stages.items()
+            if _held(log).get(stage) != version
+        ]
+        return [*log, *lost]
+
+    def _object(self, digest: str) -> Path:
+        return self.store.root / "objects" / digest
 
     def _is_intact(self, digest: str) -> bool:
-        stored = self.store.root / "objects" / digest
-        return stored.is_file() and sha256_file(stored) == digest
+        return self._object(digest).is_file() and sha256_file(self._object(digest)) == digest
+
+    def _corrupted(self, artifact: Artifact, path: str) -> ArtifactError:
+        found = f"is missing or corrupted in {self._object(artifact.files[path]['sha256'])}"
+        return ArtifactError(f"{artifact.ref}: {path}", found, hint="keep it again")
 
     def _read(self, key: str) -> Artifact:
         fields = json.loads(self.store.get(key) or b"{}")
-        return Artifact(**{**fields, "parents": tuple(fields["parents"])})
+        return Artifact(**{"kind": "adapter", **fields, "parents": tuple(fields["parents"])})  # one kind, once
+
+
+def _stages(name: str) -> str:
+    return f"artifacts/{name}/stages.json"
+
+
+def _held(log: list[dict[str, Any]]) -> dict[str, str]:
+    """`{stage: version id}` after all changes of `log`."""
+    return {entry["stage"]: entry["version"] for entry in log}
 
 
 def _bytes(value: Any) -> bytes:

@@ -51,13 +51,6 @@ class FileStore:
             self.put(key, content)
             return True
 
-    def append(self, log: str, entry: bytes) -> str:
-        with self._lock(log):
-            taken = [int(path.stem) for path in (self.root / log).glob("*.json") if path.stem.isdigit()]
-            key = f"{log}/{max(taken, default=-1) + 1:08d}.json"
-            self.put(key, entry)
-            return key
-
     def _lock(self, key: str) -> FileLock:
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)

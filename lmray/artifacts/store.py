@@ -1,4 +1,4 @@
-"""The storage port: five verbs over keys like `artifacts/NAME/stages.json`; everything that lasts goes through it."""
+"""The storage port: four verbs over keys like `artifacts/NAME/stages.json`; everything that lasts goes through it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,6 @@ class Store(Protocol):
 
     def compare_and_swap(self, key: str, expected: bytes | None, content: bytes) -> bool:
         """Sets `key` if it still holds `expected` (None: nothing); says whether it did."""
-        ...
-
-    def append(self, log: str, entry: bytes) -> str:
-        """Adds an entry to a log: one object an entry, numbered; returns its key."""
         ...
 
 

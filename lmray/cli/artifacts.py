@@ -87,8 +87,8 @@ def rollback(
 def export(
     artifact: Ref,
     target: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write; must not exist yet or be empty.")],
-    format: Annotated[str, typer.Option(help="hf: merged into its base; peft: the adapter alone.")] = "hf",
-    dtype: Annotated[str, typer.Option(help="Of merged weights: auto (the base's), float32, bfloat16.")] = "auto",
+    format: Annotated[str, typer.Option(help="hf: the whole model; peft: the adapter alone.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="Of a model's weights: auto (as they are), float32, bfloat16.")] = "auto",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
@@ -98,7 +98,7 @@ def export(
     from lmray.models.export import export as write
 
     say(f"writing {found.ref} as {format} to {target}")
-    write(kept.checkout(found), found.base, target, format, dtype=dtype)
+    write(kept, found, target, format, dtype=dtype)
     emit({"artifact": found.ref, "folder": str(target), "format": format}, str(target), as_json=as_json)
 
 

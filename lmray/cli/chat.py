@@ -22,7 +22,10 @@ Speaker = Callable[[Messages], Iterator[str]]
 """The answer to a conversation, piece by piece."""
 MAX_LENGTH = 4096
 """Longest local conversation in tokens, where the model reaches that far."""
-Target = Annotated[str, typer.Argument(metavar="URL|MODEL[:ADAPTER]", help="An endpoint, or a model and an artifact.")]
+Target = Annotated[
+    str,
+    typer.Argument(metavar="URL|MODEL[:ADAPTER]", help="An endpoint, or a model (`artifact:NAME` too) and an adapter."),
+]
 Question = Annotated[str | None, typer.Argument(metavar="MESSAGE", help="Ask once. Empty: talk, a line at a time.")]
 ServedName = Annotated[str | None, typer.Option(help="Which model of the endpoint. Empty: its first.")]
 KeyFile = Annotated[Path | None, typer.Option(help="File with the endpoint's API key.")]
@@ -110,7 +113,7 @@ def _local(target: str, max_tokens: int, temperature: float) -> Iterator[Speaker
     from lmray.serve.answer import Answer, make_request
     from lmray.serve.openai import ChatMessage, ChatRequest
 
-    source, _, ref = target.partition(":") if not Path(target).exists() else (target, "", "")
+    source, ref = _split(target)
     found = find_model(source)
     adapter = _adapter_folder(ref, found) if ref else None
     tokenizer, loaded = load_tokenizer(found.folder), load_model(found.folder, resolve_dtype("auto", "cpu")[0])
@@ -137,6 +140,15 @@ def _local(target: str, max_tokens: int, temperature: float) -> Iterator[Speaker
         loop.close()
 
 
+def _split(target: str) -> tuple[str, str]:
+    """Model and adapter of `MODEL[:ADAPTER]`, where the model may be a folder, `artifact:NAME` or `pypi:PACKAGE`."""
+    if Path(target).exists():
+        return target, ""
+    prefix = next((one for one in ("artifact:", "pypi:") if target.startswith(one)), "")
+    source, _, ref = target.removeprefix(prefix).partition(":")
+    return prefix + source, ref
+
+
 def _adapter_folder(ref: str, base: FoundModel) -> Path:
     """The files of artifact `ref`. Raises ArtifactError where it was trained on another model."""
     from lmray.artifacts.artifact import Artifacts
@@ -144,6 +156,9 @@ def _adapter_folder(ref: str, base: FoundModel) -> Path:
 
     kept = Artifacts(open_store())
     artifact = kept.find(ref)
+    if artifact.kind != "adapter":
+        hint = f"lmray chat artifact:{ref}"
+        raise ArtifactError(f"artifact `{artifact.ref}`", f"is a {artifact.kind}", allowed="adapter", hint=hint)
     if artifact.base.get("digest") != base.digest:
         was = f"was trained on `{artifact.base.get('source')}`"
         hint = f"lmray chat {artifact.base.get('source')}:{ref}"

@@ -118,7 +118,7 @@ def _keep(trained: Result) -> Path:
     say(f"  {artifact.ref} is now {artifact.name}@production")
     merged = Path(trained.run) / "merged"
     if not merged.is_dir():
-        export(artifacts.checkout(artifact), artifact.base, merged)
+        export(artifacts, artifact, merged)
     say(f"  merged for plain transformers: {merged}")
     return merged
 

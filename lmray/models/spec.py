@@ -9,7 +9,8 @@ from lmray.config import Config
 
 class ModelSpec(Config):
     source: str
-    """A catalogue name, a folder, a `.gguf` file, `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`, or a Hub id."""
+    """A catalogue name, a folder, a `.gguf` file, `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`, a Hub id, or
+    `artifact:NAME[@STAGE|@VERSION]`: a whole model of the job's store, or an adapter of it merged into its base."""
     revision: str | None = None
     """Commit, tag or branch of a Hub id; must stay empty for the other sources."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -47,7 +47,8 @@ def _paths(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, bool]]
     found += [(f"data.train.{i}.source", source["source"], True) for i, source in enumerate(data.get("train") or ())]
     held_out = (data.get("eval") or {}).get("sources") or ()
     found += [(f"data.eval.sources.{i}.source", source["source"], True) for i, source in enumerate(held_out)]
-    found += [(f"targets.{i}.adapter", target["adapter"], False) for i, target in enumerate(tree.get("targets") or ())]
+    for i, target in enumerate(tree.get("targets") or ()):
+        found += [(f"targets.{i}.{field}", target[field], False) for field in ("model", "adapter")]
     found += [("http.api_keys_file", (tree.get("http") or {}).get("api_keys_file"), True)]
     for key, text, must_exist in found:
         if text:

@@ -19,7 +19,7 @@ from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
 from lmray.models.load import load_tokenizer
 from lmray.models.quiet import quiet
-from lmray.models.source import FoundModel, find_model
+from lmray.models.source import ARTIFACT, FoundModel, find_model, model_of
 from lmray.serve.keys import check_exposure, read_key_hashes
 
 
@@ -28,8 +28,9 @@ class ServePlan:
     """What will be served."""
 
     model_name: str
-    """The base model's name in requests."""
+    """The base model's name in requests: its source, a folder's own name, or an artifact's."""
     source: str
+    """Of an artifact with its version: a replica that starts after the stage moved serves what the others do."""
     revision: str | None
     digest: str
     """Of the base model's weights."""
@@ -59,14 +60,15 @@ def prepare(job: ServeJob) -> ServePlan:
     if job.model.trust_remote_code:
         hint = "serve a model whose architecture `transformers` knows"
         raise ConfigError("model.trust_remote_code", "an endpoint runs no code of a model's own", hint=hint)
-    found = find_model(job.model.source, job.model.revision)
+    found = model_of(job)
     load_tokenizer(found.folder)
     store = open_store(job.storage)
-    adapters = _adapters(job, Artifacts(store), found)
     is_folder = Path(job.model.source).expanduser().exists()
+    model_name = found.folder.name if is_folder else job.model.source.removeprefix(ARTIFACT).partition("@")[0]
+    adapters = _adapters(job, Artifacts(store), found, model_name)
     plan = ServePlan(
-        model_name=found.folder.name if is_folder else job.model.source,
-        source=str(found.folder) if is_folder else job.model.source,
+        model_name=model_name,
+        source=str(found.folder) if is_folder else found.source,
         revision=job.model.revision,
         digest=found.digest,
         store=str(store.root),
@@ -79,7 +81,7 @@ def prepare(job: ServeJob) -> ServePlan:
 
 def check_out(plan: ServePlan) -> CheckedOut:
     """Model and adapters of `plan` as folders of this node. Raises ArtifactError where the model is another here."""
-    found = find_model(plan.source, plan.revision)
+    found = find_model(plan.source, plan.revision, storage=plan.store)
     if found.digest != plan.digest:
         what = f"has other weights on this node ({found.digest[:12]})"
         hint = "put the model where every node reads the same"
@@ -112,7 +114,7 @@ def check_port(host: str, port: int) -> None:
         raise CapacityError(f"http {host}:{port}", f"cannot listen there: {error.strerror}", hint=hint) from None
 
 
-def _adapters(job: ServeJob, artifacts: Artifacts, base: FoundModel) -> dict[str, str]:
+def _adapters(job: ServeJob, artifacts: Artifacts, base: FoundModel, model_name: str) -> dict[str, str]:
     found: dict[str, str] = {}
     if len(job.adapters) > job.engine.max_adapters:
         hint = f"set `engine.max_adapters` to {len(job.adapters)}"
@@ -120,7 +122,7 @@ def _adapters(job: ServeJob, artifacts: Artifacts, base: FoundModel) -> dict[str
     for wanted in job.adapters:
         artifact = artifacts.find(ArtifactRef(wanted.artifact, wanted.stage))
         _check_base(artifact, base)
-        if artifact.name in found or artifact.name == job.model.source:
+        if artifact.name in found or artifact.name == model_name:
             raise ConfigError(
                 "adapters", f"the name `{artifact.name}` is taken", hint="serve one version of an artifact"
             )
@@ -130,7 +132,8 @@ def _adapters(job: ServeJob, artifacts: Artifacts, base: FoundModel) -> dict[str
 
 def _check_base(artifact: Artifact, base: FoundModel) -> None:
     if artifact.kind != "adapter":
-        raise ArtifactError(f"artifact `{artifact.ref}`", f"is a {artifact.kind}", allowed="adapter")
+        hint = f"serve it as `model.source: artifact:{artifact.name}`"
+        raise ArtifactError(f"artifact `{artifact.ref}`", f"is a {artifact.kind}", allowed="adapter", hint=hint)
     digest = artifact.base.get("digest")
     if digest != base.digest:
         was = f"was trained on `{artifact.base.get('source')}` ({str(digest)[:12]})"

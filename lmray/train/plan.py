@@ -137,7 +137,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     steps = job.train.max_steps or math.ceil(samples / rows_per_step)
     if job.train.max_steps:
         samples = steps * rows_per_step
-    model = {"source": job.model.source, "revision": job.model.revision, "digest": ready.model.digest}
+    model = {"source": ready.model.source, "revision": ready.model.revision, "digest": ready.model.digest}
     data = data_facts(ready, max_length=job.data.max_length)
     rows = worst_rows(ready.rows, job.train.per_device_train_batch_size, fused=kernels == "fused")
     settings = {"dtype": dtype, "device": device}

@@ -10,7 +10,7 @@ from lmray.data.examples import read_examples
 from lmray.errors import CapacityError, ConfigError, LmrayError, Problem
 from lmray.job import Resources, TrainJob
 from lmray.models.machine import Machine, check_room
-from lmray.models.source import find_model
+from lmray.models.source import model_of
 from lmray.train.duration import EFFICIENCY, FORMULA, seconds
 from lmray.train.memory import USABLE, largest_micro_batch
 from lmray.train.plan import Plan
@@ -168,7 +168,7 @@ def check_parts(job: TrainJob, machines: Sequence[Machine] | None) -> None:
     """Raises every problem of model, data, sharding and resources (where the machines are known) at once, not only the
     first."""
     steps: tuple[Callable[[], Any], ...] = (
-        lambda: find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code),
+        lambda: model_of(job),
         lambda: read_examples(job.data),
         lambda: job.sharding.resolve(workers=job.resources.workers),
         lambda: check_resources(job.resources, machines) if machines else None,

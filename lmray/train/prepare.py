@@ -14,7 +14,7 @@ from lmray.data.tokenise import TokenisedData
 from lmray.evaluate.measure import check_tasks
 from lmray.job import TrainJob
 from lmray.models.load import load_tokenizer
-from lmray.models.source import FoundModel, find_model
+from lmray.models.source import FoundModel, model_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class Prepared:
 
 def prepare(job: TrainJob) -> Prepared:
     """Finds the model and reads the data. Raises ArtifactError or DataError for what is missing or malformed."""
-    model = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
+    model = model_of(job)
     examples = read_examples(job.data)
     check_tasks(job.evaluate.tasks, examples.eval)
     chats = any(example.text is None for example in (*examples.train, *examples.eval))

@@ -178,9 +178,8 @@ def _finish(
         if one.answers:
             one.save_answers(folder / f"answers-{label}.jsonl")
     kind = job.adapter.kept
-    tuned = folder / kind
-    job.adapter.save(model, tuned)
-    loop.prepared.tokenizer.save_pretrained(tuned)
+    job.adapter.save(model, folder / kind)
+    loop.prepared.tokenizer.save_pretrained(folder / kind)
     sizes = {
         "model.parameters": plan.model["parameters"],
         "model.trainable_parameters": plan.model["trainable_parameters"],
@@ -194,13 +193,13 @@ def _finish(
     if job.resources.price_per_worker_hour is not None:
         metrics["run.cost"] = round(run_cost(job.resources, metrics["run.seconds"]), 6)
     base = {name: plan.model[name] for name in ("source", "revision", "digest")}
-    details: dict[str, Any] = {"kind": kind, kind: str(tuned), "base": base, "run_key": plan.run_key}
+    origin = {"kind": kind, "base": base, "parents": loop.prepared.model.parents, "run_key": plan.run_key}
+    details: dict[str, Any] = {kind: str(folder / kind), **origin}
     details["peak_memory_bytes_by_worker"] = list(peaks)
     kept = None
     if job.output is not None:
         artifacts = Artifacts(open_store(job.storage))
-        facts = {"kind": kind, "base": base, "run_key": plan.run_key, "metrics": metrics}
-        artifact = artifacts.keep(job.output.artifact, tuned, **facts)
+        artifact = artifacts.keep(job.output.artifact, folder / kind, metrics=metrics, **origin)
         metrics["model.bytes"] = artifact.num_bytes
         kept = artifact.ref
     result = Result("succeeded", str(folder), kept, metrics, time.time() - started, details)

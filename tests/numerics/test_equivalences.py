@@ -124,11 +124,11 @@ def test_a_merged_export_gives_the_attached_adapters_logits(job, tmp_path):
     untouched = base(ids).logits
     attached = PeftModel.from_pretrained(base, str(folder))(ids).logits
     assert (attached - untouched).abs().max() > 0.1, "the adapter must show, else equality says nothing"
-    export(folder, artifact.base, tmp_path / "merged", "hf")
+    export(artifacts, artifact, tmp_path / "merged", "hf")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(ids).logits, attached, atol=1e-4, rtol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
-    export(folder, artifact.base, tmp_path / "peft", "peft")
+    export(artifacts, artifact, tmp_path / "peft", "peft")
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(one.model.source), str(tmp_path / "peft"))
     torch.testing.assert_close(again(ids).logits, attached, atol=1e-6, rtol=1e-6)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.file_store import FileStore
 from lmray.errors import ArtifactError
+from lmray.testing.kills import Killed, file_operations
 
 BASE = {"source": "tiny", "revision": None, "digest": "d" * 64}
 
@@ -86,6 +90,33 @@ def test_files_that_may_hold_code_are_not_kept(artifacts, folder, name):
     assert artifacts.names() == []
 
 
+def test_a_whole_model_is_kept_and_a_record_without_a_kind_is_an_adapters(artifacts, folder, tmp_path):
+    whole = tmp_path / "model"
+    whole.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json", "tokenizer.json", "merges.txt"):
+        (whole / name).write_text("{}", encoding="utf-8")
+    kept = artifacts.keep("whole", whole, base=BASE, kind="model")
+    assert artifacts.find("whole").kind == "model"
+    artifacts.verify(kept)
+    assert sorted(path.name for path in artifacts.checkout(kept).iterdir()) == sorted(kept.files)
+    adapter = keep(artifacts, folder)
+    record = artifacts.store.root / "artifacts" / "calls" / "versions" / f"{adapter.id}.json"
+    fields = json.loads(record.read_text(encoding="utf-8"))
+    del fields["kind"]
+    record.write_text(json.dumps(fields), encoding="utf-8")
+    assert artifacts.find("calls") == adapter
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [("modle", "did you mean `model`"), ("model", r"is no model: it has no config.json"), ("report", "unknown")],
+)
+def test_what_is_no_artifact_of_its_kind_is_refused(artifacts, folder, kind, found):
+    with pytest.raises(ArtifactError, match=found):
+        artifacts.keep("calls", folder, base=BASE, kind=kind)
+    assert artifacts.names() == []
+
+
 def test_a_version_is_found_by_stage_by_version_and_as_the_newest(artifacts, folder):
     first, second = keep(artifacts, folder), keep(artifacts, folder, b"others")
     artifacts.promote(first.ref, "production")
@@ -107,6 +138,8 @@ def test_an_unknown_stage_or_version_lists_those_there_are(artifacts, folder):
     kept = keep(artifacts, folder)
     with pytest.raises(ArtifactError, match="hint: lmray artifacts promote calls production"):
         artifacts.find("calls@production")
+    with pytest.raises(ArtifactError, match="hint: did you mean `production`"):
+        artifacts.find("calls@prodction")
     with pytest.raises(ArtifactError, match=f"no version or stage `00000000`\n  allowed: {kept.id[:12]}"):
         artifacts.find("calls@00000000")
 
@@ -218,6 +251,125 @@ def test_promotions_at_once_are_all_logged_and_leave_one_of_them(artifacts, fold
         list(pool.map(lambda artifact: artifacts.promote(artifact.ref, "production"), kept))
     assert artifacts.stages("calls")["production"] in [artifact.id for artifact in kept]
     assert sorted(entry["version"] for entry in artifacts.log("calls")) == sorted(artifact.id for artifact in kept)
+
+
+def life(store: FileStore, folder: Path) -> None:
+    """Two versions, of which the second is promoted after the first and taken back; done again it changes nothing."""
+    artifacts = Artifacts(store)
+    first, second = keep(artifacts, folder), keep(artifacts, folder, b"others")
+    if artifacts.log("calls")[1:]:
+        return
+    for artifact in (first, second):
+        artifacts.promote(artifact.ref, "production")
+
+
+def test_a_kill_at_any_file_operation_loses_no_change_of_a_stage_and_no_entry_of_the_log(tmp_path):
+    folder = tmp_path / "adapter"
+    whole = FileStore(tmp_path / "whole")
+    operations = file_operations(whole.root, lambda: life(whole, folder))
+    files = sorted(path.relative_to(whole.root) for path in whole.root.rglob("*"))
+    assert len(operations) > 30, "few operations were heard: the test says little"
+    for kill, what in enumerate(operations, 1):
+        store = FileStore(tmp_path / f"kill{kill}")
+        with pytest.raises(Killed):
+            file_operations(store.root, lambda store=store: life(store, folder), kill_at=kill)
+        artifacts = Artifacts(store)
+        log = artifacts.log("calls")
+        assert artifacts.stages("calls") == ({"production": log[-1]["version"]} if log else {}), what
+        life(store, folder)
+        first, second = artifacts.versions("calls")
+        changes = [(entry["version"], entry["previous"]) for entry in artifacts.log("calls")]
+        assert changes == [(first.id, None), (second.id, first.id)], what
+        assert sorted(path.relative_to(store.root) for path in store.root.rglob("*")) == files, what
+        assert artifacts.rollback("calls", "production") == first, what
+
+
+def test_promoting_what_a_stage_holds_is_no_change(artifacts, folder):
+    first, second = keep(artifacts, folder), keep(artifacts, folder, b"others")
+    for artifact in (first, second, second):
+        artifacts.promote(artifact.ref, "production")
+    assert len(artifacts.log("calls")) == 2
+    assert artifacts.rollback("calls", "production") == first
+
+
+def test_a_rollback_goes_by_what_another_process_wrote_meanwhile(artifacts, folder, monkeypatch):
+    kept = [keep(artifacts, folder, bytes([content])) for content in range(3)]
+    for artifact in kept[:2]:
+        artifacts.promote(artifact.ref, "production")
+    swap, other = artifacts.store.compare_and_swap, Artifacts(FileStore(artifacts.store.root))
+
+    def late(*arguments):
+        monkeypatch.setattr(artifacts.store, "compare_and_swap", swap)
+        other.promote(kept[2].ref, "production")
+        return swap(*arguments)
+
+    monkeypatch.setattr(artifacts.store, "compare_and_swap", late)
+    assert artifacts.rollback("calls", "production") == kept[1], "and not the first, as it was before the other wrote"
+    assert [entry["version"] for entry in artifacts.log("calls")] == [kept[place].id for place in (0, 1, 2, 1)]
+
+
+PROMOTE = """
+import sys
+from pathlib import Path
+from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.file_store import FileStore
+artifacts = Artifacts(FileStore(Path(sys.argv[1])))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(10):
+    artifacts.promote(sys.argv[2 + number % 2], sys.argv[4])
+"""
+
+
+def test_two_processes_that_promote_at_once_lose_nothing(artifacts, folder):
+    first, second = keep(artifacts, folder), keep(artifacts, folder, b"others")
+    promoters = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROMOTE, str(artifacts.store.root), first.ref, second.ref, stage],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for stage in ("staging", "production")
+    ]
+    for promoter in promoters:
+        assert promoter.stdout is not None and promoter.stdout.readline() == "ready\n"
+    for promoter in promoters:
+        promoter.communicate("go\n")
+        assert promoter.returncode == 0
+    for stage in ("staging", "production"):
+        entries = [entry for entry in artifacts.log("calls") if entry["stage"] == stage]
+        versions = [first.id, second.id] * 5
+        assert [(entry["previous"], entry["version"]) for entry in entries] == [*pairwise([None, *versions])]
+    assert artifacts.stages("calls") == {"staging": second.id, "production": second.id}
+
+
+def old_layout(artifacts: Artifacts, stages: dict[str, str], log: list[tuple[str, str, str | None]]) -> None:
+    """The files of a store in which stages and log were apart."""
+    store = artifacts.store
+    store.put("artifacts/calls/stages.json", json.dumps(stages).encode())
+    for number, (stage, version, previous) in enumerate(log):
+        entry = {"action": "promote", "stage": stage, "version": version, "previous": previous, "time": 1.0, "by": "me"}
+        store.put(f"artifacts/calls/log/{number:08d}.json", json.dumps(entry).encode())
+
+
+def test_a_store_of_the_old_layout_is_read_and_goes_on_in_the_new_one(artifacts, folder):
+    first, second = keep(artifacts, folder), keep(artifacts, folder, b"others")
+    old_layout(artifacts, {"production": first.id}, [("production", first.id, None)])
+    assert artifacts.find("calls@production") == first and len(artifacts.log("calls")) == 1
+    artifacts.promote(second.ref, "production")
+    assert [entry["version"] for entry in artifacts.log("calls")] == [first.id, second.id]
+    assert artifacts.rollback("calls", "production") == first
+    assert artifacts.stages("calls") == {"production": first.id}
+
+
+def test_an_entry_that_the_old_layout_lost_is_told_and_a_rollback_does_not_go_one_too_far(artifacts, folder):
+    kept = [keep(artifacts, folder, bytes([content])) for content in range(3)]
+    one, two, three = (artifact.id for artifact in kept)
+    old_layout(artifacts, {"production": three}, [("production", one, None), ("production", two, one)])
+    last = artifacts.log("calls")[-1]
+    assert (last["action"], last["version"], last["previous"]) == ("not logged", three, two)
+    assert artifacts.rollback("calls", "production") == kept[1]
 
 
 def test_a_record_is_plain_json(artifacts, folder):

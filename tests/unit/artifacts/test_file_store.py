@@ -1,4 +1,4 @@
-"""The five verbs of the storage port on a file system."""
+"""The four verbs of the storage port on a file system."""
 
 from __future__ import annotations
 
@@ -61,14 +61,6 @@ def test_many_threads_that_count_with_compare_and_swap_lose_nothing(store):
     assert store.get("count") == b"64"
 
 
-def test_append_numbers_entries_in_order_also_from_many_threads(store):
-    assert store.append("log", b"first") == "log/00000000.json"
-    with ThreadPoolExecutor(8) as pool:
-        keys = list(pool.map(lambda number: store.append("log", str(number).encode()), range(32)))
-    assert sorted(keys) == [f"log/{number:08d}.json" for number in range(1, 33)]
-    assert sorted(store.get(key) for key in keys) == sorted(str(number).encode() for number in range(32))
-
-
 def test_a_put_that_fails_leaves_the_old_content_and_no_temporary_file(store, tmp_path):
     store.put("a", b"old")
     with pytest.raises(FileNotFoundError):
@@ -112,7 +104,10 @@ store = FileStore(Path(sys.argv[1]))
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(int(sys.argv[3])):
-    store.append("log", f"{sys.argv[2]}-{number}".encode())
+    while True:
+        before = store.get("log")
+        if store.compare_and_swap("log", before, (before or b"") + f"{sys.argv[2]}-{number} ".encode()):
+            break
 """
 DIE_LOCKED = """
 import os, signal, sys
@@ -122,11 +117,11 @@ if sys.argv[2] == "before":
     FileStore.put = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 else:
     os.replace = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-FileStore(Path(sys.argv[1])).append("log", b"never")
+FileStore(Path(sys.argv[1])).compare_and_swap("log", b"first", b"never")
 """
 
 
-def test_processes_that_append_at_once_lose_and_share_no_number(store):
+def test_processes_that_add_to_one_key_at_once_lose_nothing(store):
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITE_MANY, str(store.root), name, "20"],
@@ -141,27 +136,19 @@ def test_processes_that_append_at_once_lose_and_share_no_number(store):
     for writer in writers:
         writer.communicate("go\n")
         assert writer.returncode == 0
-    entries = [store.get(key).decode() for key in store.list("log")]
+    entries = (store.get("log") or b"").decode().split()
     assert sorted(entries) == sorted(f"{name}-{number}" for name in "abc" for number in range(20))
     assert [entry for entry in entries if entry.startswith("b")] == [f"b-{number}" for number in range(20)]
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_writer_killed_with_the_lock_blocks_nobody_and_leaves_no_entry(store, moment):
-    store.append("log", b"first")
+def test_a_writer_killed_with_the_lock_blocks_nobody_and_writes_nothing(store, moment):
+    store.put("log", b"first")
     done = subprocess.run([sys.executable, "-c", DIE_LOCKED, str(store.root), moment], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert store.append("log", b"second") == "log/00000001.json"
-    assert [store.get(key) for key in store.list("log")] == [b"first", b"second"]
-    assert not list((store.root / "log").glob(".*.tmp")), "what the killed writer left is gone"
-
-
-def test_a_log_with_a_gap_is_added_to_at_its_end(store):
-    for number in range(3):
-        store.append("log", str(number).encode())
-    (store.root / "log" / "00000001.json").unlink()
-    assert store.append("log", b"3") == "log/00000003.json"
-    assert store.get("log/00000002.json") == b"2"
+    assert store.compare_and_swap("log", b"first", b"second")
+    assert store.get("log") == b"second"
+    assert not list(store.root.glob(".*.tmp")), "what the killed writer left is gone"
 
 
 def test_temporary_files_of_others_are_left_alone_until_nobody_can_own_them(store):

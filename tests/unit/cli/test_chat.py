@@ -76,6 +76,19 @@ def test_a_model_with_an_adapter_answers_differently(cli, tiny_model, tmp_path):
     assert adapted.code == 0 and adapted.out != plain.out
 
 
+def test_a_kept_model_with_and_without_an_adapter(cli, tiny_model, tmp_path):
+    kept, found = Artifacts(open_store()), find_model(str(tiny_model))
+    base = {"source": str(tiny_model), "digest": found.digest}
+    kept.keep("whole", tiny_model, base=base, kind="model")
+    kept.keep("関数", tiny_adapter_folder(tiny_model, tmp_path / "adapter", seed=3), base=base)
+    for kept_model, folder in (("artifact:whole", tiny_model), ("artifact:whole:関数", f"{tiny_model}:関数")):
+        expected = cli("chat", folder, "hello", "--max-tokens", "6")
+        said = cli("chat", kept_model, "hello", "--max-tokens", "6")
+        assert said.code == 0 and said.out == expected.out
+    said = cli("chat", f"{tiny_model}:whole", "hello")
+    assert said.code == 2 and "hint: lmray chat artifact:whole" in said.err
+
+
 def test_an_adapter_of_another_model_is_refused(cli, tiny_model, tmp_path):
     folder = tiny_adapter_folder(tiny_model, tmp_path / "adapter", seed=3)
     Artifacts(open_store()).keep("other", folder, base={"source": "smollm2-135m", "digest": "d"})

@@ -75,6 +75,20 @@ def test_any_folder_gives_a_label_and_is_named_by_its_whole_path(tiny_model, tmp
     assert (target.label, target.adapter) == ("私の-adapter-2", str(folder))
 
 
+def test_whole_models_are_targets_beside_the_model_they_came_from_or_alone(tiny_model):
+    base = {"source": "smollm2-135m", "revision": None, "digest": "d"}
+    Artifacts(open_store()).keep("whole", tiny_model, base=base, kind="model")
+    job = made(words("base", "artifact:whole"))
+    assert job.model.source == "smollm2-135m"
+    assert [(one.label, one.model) for one in job.targets] == [("base", None), ("whole", "artifact:whole")]
+    assert made(words("whole")).model.source == "artifact:whole"
+    (target,) = made(words(str(tiny_model))).targets
+    assert (target.model, target.adapter) == (str(tiny_model), None)
+    assert made(words(str(tiny_model))).model.source == str(tiny_model)
+    with pytest.raises(ConfigError, match="--model: none given"):
+        make_job(words("base", str(tiny_model)))
+
+
 def test_an_adapter_that_names_no_base_model(adapter):
     path = adapter / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": None}

@@ -6,14 +6,15 @@ import json
 
 import pytest
 
-from lmray.artifacts.store import run_folder
+from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.store import open_store, run_folder
 from lmray.config import Document, decode
 from lmray.context import LocalContext
-from lmray.errors import ConfigError, DataError
-from lmray.evaluate.program import evaluate
+from lmray.errors import ArtifactError, ConfigError, DataError
+from lmray.evaluate.program import evaluate, prepare
 from lmray.job import EvaluateJob
 from lmray.testing.jobs import write_jsonl
-from lmray.testing.tiny import tiny_adapter_folder
+from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
 
 
 @pytest.fixture
@@ -69,6 +70,26 @@ def test_the_base_is_measured_without_the_adapter_beside_it(job, tmp_path):
     assert alone.metrics["eval.loss"] == pytest.approx(both["base"]["eval.loss"], abs=1e-6)
     assert alone.details["deltas"] == {}
     assert not (run_folder(job()) / "answers-v1.0.jsonl").exists(), "an earlier run's answers are gone"
+
+
+def test_a_whole_model_is_measured_beside_the_jobs(job, tiny_model, tmp_path):
+    kept = Artifacts(open_store(str(tmp_path / "store")))
+    other = tiny_model_folder(tmp_path / "other", seed=5)
+    kept.keep("whole", other, base={"source": str(tiny_model), "digest": "d"}, kind="model")
+    targets = [{"label": "base"}, {"label": "whole", "model": "artifact:whole"}, {"label": "again"}]
+    measured = run(job(targets=targets), tmp_path).details["targets"]
+    assert list(measured) == ["base", "whole", "again"]
+    assert measured["again"] == measured["base"] != measured["whole"]
+    alone = run(job(model={"source": str(other), "dtype": "float32"}, targets=[{"label": "one"}]), tmp_path)
+    assert alone.details["targets"]["one"] == measured["whole"]
+
+
+def test_a_model_of_another_tokenizer_is_refused(job, tmp_path):
+    folder = tiny_model_folder(tmp_path / "other")
+    (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="has another tokenizer") as caught:
+        prepare(job(targets=[{"label": "other", "model": str(folder)}]))
+    assert "as `model.source`" in str(caught.value.hint)
 
 
 def test_the_page_is_self_contained_and_escapes(job, tmp_path):

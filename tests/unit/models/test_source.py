@@ -5,6 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.store import open_store
 from lmray.errors import ArtifactError
 from lmray.models import source
 from lmray.models.catalogue import CATALOGUE
@@ -89,11 +91,8 @@ def test_a_missing_shard_is_named(tmp_path):
         find_model(str(folder))
 
 
-def test_an_artifact_is_no_model_and_a_path_has_no_revision(tiny_model):
-    with pytest.raises(ArtifactError, match="an adapter is no model") as caught:
-        find_model("artifact:function-calls@production")
-    assert "lmray artifacts export function-calls@production FOLDER" in str(caught.value.hint)
-    for name in (str(tiny_model), "smollm2-135m", "pypi:package"):
+def test_only_a_hub_id_has_a_revision(tiny_model):
+    for name in (str(tiny_model), "smollm2-135m", "pypi:package", "artifact:function-calls"):
         with pytest.raises(ArtifactError, match="has no revision `main`"):
             find_model(name, "main")
 
@@ -214,17 +213,21 @@ def test_a_bfloat16_model_computes_in_its_own_type_and_trains_float32_adapters(t
 
 
 def test_exports_are_refused_before_anything_is_written(tiny_model, tmp_path):
-    adapter = tiny_adapter_folder(tiny_model, tmp_path / "adapter", seed=1)
+    kept = Artifacts(open_store())
+    folder = tiny_adapter_folder(tiny_model, tmp_path / "adapter", seed=1)
     base = {"source": str(tiny_model), "revision": None, "digest": find_model(str(tiny_model)).digest}
+    adapter, stranger = (
+        kept.keep(name, folder, base=one) for name, one in (("one", base), ("two", base | {"digest": "0" * 64}))
+    )
     with pytest.raises(ArtifactError, match="format `onnx`"):
-        export(adapter, base, tmp_path / "out", "onnx")
+        export(kept, adapter, tmp_path / "out", "onnx")
     with pytest.raises(ArtifactError, match="dtype `int8`"):
-        export(adapter, base, tmp_path / "out", dtype="int8")
+        export(kept, adapter, tmp_path / "out", dtype="int8")
     with pytest.raises(ArtifactError, match="not empty"):
-        export(adapter, base, tmp_path / "adapter")
-    with pytest.raises(ArtifactError, match="the adapter's base"):
-        export(adapter, base | {"digest": "0" * 64}, tmp_path / "out")
+        export(kept, adapter, tmp_path / "adapter")
+    with pytest.raises(ArtifactError, match="the base of artifact `two@"):
+        export(kept, stranger, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    export(adapter, base, tmp_path / "out", dtype="bfloat16")
+    export(kept, adapter, tmp_path / "out", dtype="bfloat16")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert not list(tmp_path.glob(".export-*"))

@@ -33,14 +33,15 @@ def model(root):
 
 @pytest.fixture(scope="module")
 def artifacts(root, model) -> Artifacts:
-    """`helper` in production, `other` on another base, `report` that is no adapter, `wide` whose base is mistold."""
+    """`helper` in production, `other` on another base, `whole` that is a model, `wide` whose base is mistold."""
     artifacts = Artifacts(open_store(str(root / "store")))
     folder = tiny_adapter_folder(model, root / "adapter", seed=1)
     base = {"source": str(model), "revision": None, "digest": find_model(str(model)).digest}
     artifacts.keep("helper", folder, base=base)
     artifacts.promote("helper", "production")
     artifacts.keep("other", folder, base={"source": "another-model", "revision": None, "digest": "0" * 64})
-    artifacts.keep("report", folder, base=base, kind="report")
+    artifacts.keep("whole", tiny_model_folder(root / "whole", seed=5), base=base, kind="model")
+    artifacts.promote("whole", "production")
     deeper = tiny_model_folder(root / "deeper", num_hidden_layers=2, hidden_size=64)
     artifacts.keep("wide", tiny_adapter_folder(deeper, root / "wide", seed=1), base=base)
     return artifacts
@@ -89,7 +90,7 @@ def test_a_replica_refuses_a_model_that_is_not_the_planned_one(job):
         ([{"artifact": "helpr"}], "did you mean `helper`"),
         ([{"artifact": "helper", "stage": "staging"}], "no version or stage `staging`"),
         ([{"artifact": "other"}], "was trained on `another-model` (000000000000)"),
-        ([{"artifact": "report"}], "is a report\n  allowed: adapter"),
+        ([{"artifact": "whole"}], "is a model\n  allowed: adapter\n  hint: serve it as `model.source: artifact:whole`"),
         ([{"artifact": "wide"}], "allowed: [32, rank], rank up to 512"),
     ],
 )
@@ -97,6 +98,17 @@ def test_adapters_that_cannot_be_served_are_refused(job, adapters, found):
     with pytest.raises(ArtifactError) as caught:
         prepare(job.changed({"adapters": adapters}))
     assert found in str(caught.value)
+
+
+def test_a_kept_model_is_served_under_its_name_and_by_its_version(job, root, artifacts):
+    plan = prepare(job.changed({"model.source": "artifact:whole@production", "adapters": []}))
+    assert (plan.model_name, plan.source) == ("whole", f"artifact:{artifacts.find('whole').ref}")
+    served = check_out(plan).model
+    assert (served / "model.safetensors").read_bytes() == (root / "whole" / "model.safetensors").read_bytes()
+    merged = prepare(job.changed({"model.source": "artifact:helper@production", "adapters": []}))
+    assert merged.model_name == "helper" and check_out(merged).model.name == merged.digest
+    with pytest.raises(ArtifactError, match="was trained on"):
+        prepare(job.changed({"model.source": "artifact:whole"}))
 
 
 def test_two_versions_under_one_name_are_refused(job):

@@ -1,0 +1,32 @@
+"""An adapter merged into its base: a whole model, for plain `from_pretrained`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig
+
+from lmray.models.load import load_model, load_tokenizer
+from lmray.models.quiet import quiet
+
+
+def write_merged(
+    base: Path, adapter: Path | None, target: Path, *, dtype: str = "auto", trust_remote_code: bool = False
+) -> None:
+    """Writes the model in folder `base` with the adapter in folder `adapter` (None: as it is) to folder `target`.
+
+    Merged in float32 and rounded once to `dtype` (`float32`, `bfloat16`; `auto`: the base's own). The tokenizer is the
+    adapter's, where one lies beside it.
+    """
+    with quiet():
+        model: Any = load_model(base, "float32", trust_remote_code=trust_remote_code)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust_remote_code)
+        model.to((config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)).save_pretrained(target)
+        has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+        tokenizer_from = adapter if has_tokenizer and adapter is not None else base
+        load_tokenizer(tokenizer_from, chat=False, trust_remote_code=trust_remote_code).save_pretrained(target)
