@@ -25,8 +25,9 @@ from lmray.errors import ArtifactError, DataError
 from lmray.evaluate.comparison import write_comparison
 from lmray.evaluate.confidence import deltas, reference_label
 from lmray.evaluate.measure import HeldOut, Measured, Progress, check_tasks, measure
-from lmray.evaluate.progress import ProgressFile, Standing
+from lmray.evaluate.progress import ProgressFile
 from lmray.job import EvaluateJob
+from lmray.metrics.display import Standing
 from lmray.models.load import load_model, load_tokenizer
 from lmray.models.precision import resolve_dtype
 from lmray.models.source import FoundModel, find_model
@@ -126,7 +127,7 @@ def _measure(job: EvaluateJob, ready: Prepared, ctx: RunContext) -> dict[str, Me
 
 
 def _told(progress: ProgressFile, label: str) -> Progress:
-    return lambda doing, done, total: progress.tell(Standing(label, doing, done, total))
+    return lambda doing, done, total: progress.tell(Standing(f"{label}: {doing}", done, total))
 
 
 def shortest(examples: Any, count: int) -> list[Any]:
