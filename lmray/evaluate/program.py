@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from lmray.data.examples import read_examples
 from lmray.data.rules import Rules
 from lmray.errors import ArtifactError, DataError
 from lmray.evaluate.comparison import write_comparison
-from lmray.evaluate.confidence import deltas, reference_label
+from lmray.evaluate.confidence import deltas_json, reference_label
 from lmray.evaluate.measure import HeldOut, Measured, Progress, check_tasks, measure
 from lmray.evaluate.progress import ProgressFile
 from lmray.job import EvaluateJob
@@ -82,11 +82,10 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
     measured = _measure(job, ready, ctx)
     for label, one in measured.items():
         one.save_answers(ctx.folder / f"answers-{label}.jsonl")
-    compared = deltas({label: one.evidence for label, one in measured.items()})
     details = {
         "targets": {label: one.metrics for label, one in measured.items()},
         "reference": reference_label([*measured]),
-        "deltas": {label: {name: asdict(one) for name, one in found.items()} for label, found in compared.items()},
+        "deltas": deltas_json({label: one.evidence for label, one in measured.items()}),
     }
     seconds = time.time() - started
     metrics = measured[job.targets[-1].label].metrics | {"run.seconds": round(seconds, 3)}

@@ -21,6 +21,7 @@ from lmray.artifacts.store import open_store
 from lmray.config import dump
 from lmray.context import Result, RunContext
 from lmray.errors import DivergenceError
+from lmray.evaluate.confidence import deltas_json
 from lmray.evaluate.measure import HeldOut, Measured, measure
 from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
@@ -187,6 +188,7 @@ def _finish(
     base = {name: plan.model[name] for name in ("source", "revision", "digest")}
     details: dict[str, Any] = {"adapter": str(adapter), "base": base, "run_key": plan.run_key}
     details["peak_memory_bytes_by_worker"] = list(peaks)
+    details["deltas"] = deltas_json({label: one.evidence for label, one in measured.items()})
     kept = None
     if job.output is not None:
         artifacts = Artifacts(open_store(job.storage))
@@ -200,7 +202,8 @@ def _finish(
 
 
 def _measure(job: TrainJob, prepared: Prepared, loop: Loop) -> Mapping[str, Measured]:
-    """`base` (where asked for) and `tuned`."""
+    """`base` (where asked for) and `tuned`. Beside the base each example's loss is measured, not only known their mean:
+    how sure their difference is takes both."""
     if not job.evaluate.tasks:
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
@@ -211,7 +214,8 @@ def _measure(job: TrainJob, prepared: Prepared, loop: Loop) -> Mapping[str, Meas
         measured["base"] = measure(
             model, prepared.tokenizer, held_out, job.evaluate, adapter=None, prefix="base", **settings
         )
+    known = None if job.evaluate.base else loop.final_loss
     measured["tuned"] = measure(
-        model, prepared.tokenizer, held_out, job.evaluate, adapter="default", loss=loop.final_loss, **settings
+        model, prepared.tokenizer, held_out, job.evaluate, adapter="default", loss=known, **settings
     )
     return measured

@@ -107,6 +107,13 @@ def test_run_tells_people_how_it_ended(cli, runner, train_file):
     assert "artifact  関数@12" in said.out and "eval.loss      1.25" in said.out and "eval.examples  6" in said.out
 
 
+def test_run_says_how_sure_a_gain_over_the_base_is(cli, runner, train_file):
+    deltas = {"tuned": {"eval.loss": {"delta": -0.5, "low": -0.75, "high": -0.25, "num_examples": 6}}}
+    runner(Result("succeeded", "/r", metrics={"eval.loss": 1.25, "base.loss": 1.75}, details={"deltas": deltas}))
+    said = cli("run", train_file).out
+    assert "eval.loss  1.25  (-0.5 [-0.75, -0.25] to base, 95 %)\n" in said and "base.loss  1.75\n" in said
+
+
 @pytest.mark.parametrize(("status", "code"), run_commands.EXIT_CODES.items())
 def test_the_exit_code_says_how_a_run_ended(cli, runner, train_file, status, code):
     runner(Result(status, "/store/runs/実験"))
