@@ -22,6 +22,7 @@ from lmray.config import dump
 from lmray.context import Result, RunContext
 from lmray.errors import DivergenceError
 from lmray.evaluate.confidence import deltas_json
+from lmray.evaluate.kept import Kept, forget, kept_path
 from lmray.evaluate.measure import HeldOut, Measured, measure
 from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
@@ -38,6 +39,10 @@ from lmray.train.record import DATA, DIVERGED, JOB, PLAN, RESULT
 from lmray.train.report import write_report
 from lmray.train.statistics import data_statistics
 from lmray.train.tracking import Tracking
+
+
+class MeasuringStoppedError(Exception):
+    """The run was asked to stop after its last step."""
 
 
 def finished(folder: Path) -> Result | None:
@@ -82,11 +87,12 @@ def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: 
     peaks = loop.peaks_by_worker()
     if ctx.rank != 0:
         return Result("succeeded", str(ctx.folder))
-    if ctx.should_stop():  # what was trained is committed; measuring may take longer than who stops it waits
-        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
     measuring = time.time()
-    measured = _measure(job, prepared, loop)
+    try:
+        measured = _measure(job, prepared, loop)
+    except MeasuringStoppedError:
+        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(ctx.folder / "events.jsonl").read())
     times["run.evaluate_seconds"] = held_out_s + time.time() - measuring
     return ctx.patience(
@@ -198,24 +204,51 @@ def _finish(
     result = Result("succeeded", str(folder), kept, metrics, time.time() - started, details)
     write_report(folder, result)
     write_json(folder / RESULT, result.to_json())
+    forget(folder)
     return result
 
 
 def _measure(job: TrainJob, prepared: Prepared, loop: Loop) -> Mapping[str, Measured]:
     """`base` (where asked for) and `tuned`. Beside the base each example's loss is measured, not only known their mean:
     how sure their difference is takes both."""
+    ctx, model = loop.ctx, loop.learner.model
+    _check_stop(ctx)
     if not job.evaluate.tasks:
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
-    model, settings = loop.learner.model, {"device": loop.ctx.device, "threads": loop.ctx.threads}
     model.eval()
-    measured = {}
-    if job.evaluate.base:
-        measured["base"] = measure(
-            model, prepared.tokenizer, held_out, job.evaluate, adapter=None, prefix="base", **settings
+
+    def measured(label: str, adapter: str | None, **own: Any) -> Measured:
+        return measure(
+            model,
+            prepared.tokenizer,
+            held_out,
+            job.evaluate,
+            adapter=adapter,
+            device=ctx.device,
+            threads=ctx.threads,
+            progress=lambda doing, done, total: _check_stop(ctx),
+            kept=_kept(loop, label),
+            **own,
         )
-    known = None if job.evaluate.base else loop.final_loss
-    measured["tuned"] = measure(
-        model, prepared.tokenizer, held_out, job.evaluate, adapter="default", loss=known, **settings
+
+    if not job.evaluate.base:
+        return {"tuned": measured("tuned", "default", loss=loop.final_loss)}
+    return {"base": measured("base", None, prefix="base"), "tuned": measured("tuned", "default")}
+
+
+def _check_stop(ctx: RunContext) -> None:
+    if ctx.should_stop():  # what was trained is committed; measuring may take longer than who stops it waits
+        raise MeasuringStoppedError
+
+
+def _kept(loop: Loop, label: str) -> Kept:
+    """What target `label` was asked in an earlier attempt; the tuned one's belongs to its step."""
+    path = kept_path(loop.ctx.folder, label)
+    weights = [loop.progress.step, loop.watch.best_step] if label == "tuned" else []
+    hint = f"once {path} can be written, the same command goes on"
+    return Kept(
+        path,
+        [loop.plan.run_key, dump(loop.job.evaluate), weights],
+        write=lambda act: loop.ctx.patience(f"writing {path}", act, hint=hint),
     )
-    return measured

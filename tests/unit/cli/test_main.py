@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from lmray.cli import run as run_commands
 from lmray.cli.output import table
 from lmray.context import Result
 from lmray.errors import CapacityError, RemoteError
+from lmray.metrics.counter import Counter
 
 COMMANDS = ("run", "submit", "jobs", "check", "show", "schema", "evaluate", "artifacts", "chat", "demo", "doctor")
 COMMANDS += ("report", "bench")
@@ -154,6 +156,17 @@ def test_jobs_run_py_is_lmray_run(train_file):
         [sys.executable, script, str(train_file), "trian=1"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "did you mean `train`?" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_data_is_tokenised_ends_a_run_and_leaves_nothing_half_written(
+    cli, train_file, tmp_path, monkeypatch, number
+):
+    monkeypatch.setattr(Counter, "at", lambda self, done: os.kill(os.getpid(), number))
+    said = cli("run", train_file, "--json")
+    assert said.code == 130 and json.loads(said.out)["status"] == "stopped"
+    kept = [path for path in (tmp_path / "cache" / "tokenised").iterdir() if path.suffix != ".lock"]
+    assert kept == [] and not (tmp_path / "store" / "runs").exists()
 
 
 def test_a_table_aligns_wide_characters():
