@@ -10,6 +10,8 @@ import typer
 from lmray.cli.output import Address, AsJson, Overrides, clean_stdout, emit, say, table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lmray.context import Result
     from lmray.on_ray.jobs import Run
 
@@ -88,12 +90,22 @@ def _lines(result: Result) -> list[str]:
     lines = [f"{result.status} in {human_seconds(result.seconds)}"]
     lines += [f"run       {result.run}"] if result.run else []
     lines += [f"artifact  {result.artifact}"] if result.artifact else []
-    if result.details.get("deltas"):
+    deltas = result.details.get("deltas", {})
+    if deltas and "targets" in result.details:
         from lmray.evaluate.comparison import comparison_rows
 
         return [*lines, table(*comparison_rows(result.details))]
     width = max((len(name) for name in result.metrics), default=0)
-    return lines + [f"{name:<{width}}  {_number(value)}" for name, value in result.metrics.items()]
+    changes = {name: _change(delta) for name, delta in deltas.get("tuned", {}).items()}
+    return lines + [
+        f"{name:<{width}}  {_number(value)}{changes.get(name, '')}" for name, value in result.metrics.items()
+    ]
+
+
+def _change(delta: Mapping[str, float]) -> str:
+    from lmray.evaluate.page import delta_text
+
+    return f"  ({delta_text(delta)} to base, 95 %)"
 
 
 def _number(value: Any) -> str:

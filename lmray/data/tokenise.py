@@ -95,20 +95,20 @@ def tokenised_parts(
 ) -> Iterator[Part]:
     """`examples` chunk by chunk; `tally` is counted up. Raises what `tokenise_all` raises."""
     conventions = Conventions.of(tokenizer, rules.stop_token_ids)
-    counter = Counter("tokenise", len(examples), unit="examples")
-    for first in range(0, len(examples), CHUNK):
-        chunk = examples[first : first + CHUNK]
-        kept: list[Tokenised] = []
-        sources: list[int] = []
-        for index, tokens in _tokenised(tokenizer, chunk, conventions, mask_history=rules.mask_history):
-            _check(tokens, chunk[index], tokenizer.bos_token_id, rules.vocab_size)
-            for one in _fitted(tokens, chunk[index], rules, tally):
-                if _has_loss(one, first + index, tally):
-                    kept.append(one)
-                    sources.append(first + index)
-        if kept:
-            yield Part.of(kept, sources)
-        counter.at(first + len(chunk))
+    with Counter("tokenise", len(examples), unit="examples") as counter:
+        for first in range(0, len(examples), CHUNK):
+            chunk = examples[first : first + CHUNK]
+            kept: list[Tokenised] = []
+            sources: list[int] = []
+            for index, tokens in _tokenised(tokenizer, chunk, conventions, mask_history=rules.mask_history):
+                _check(tokens, chunk[index], tokenizer.bos_token_id, rules.vocab_size)
+                for one in _fitted(tokens, chunk[index], rules, tally):
+                    if _has_loss(one, first + index, tally):
+                        kept.append(one)
+                        sources.append(first + index)
+            if kept:
+                yield Part.of(kept, sources)
+            counter.at(first + len(chunk))
     if examples and tally.num_supervised == 0:
         rows = ", ".join(examples[index].where for index in tally.empty_rows or range(min(NAMED, len(examples))))
         found = f"no supervised token in {len(examples)} example(s), {tally.num_dropped} too long"

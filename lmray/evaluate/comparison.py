@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmray.artifacts.files import write_atomic
 from lmray.context import Result
 from lmray.evaluate.answers import Answer
-from lmray.evaluate.page import page
+from lmray.evaluate.page import INTERVALS, answer_block, delta_text, shade
 from lmray.metrics.names import metric
+from lmray.metrics.page import Cell, heading, number, page, paragraph, table
 from lmray.units import human_seconds
 
 NUM_ANSWERS = 50
@@ -21,42 +21,34 @@ NUM_ANSWERS = 50
 def write_comparison(path: Path, *, name: str, result: Result, answers: Mapping[str, Sequence[Answer]]) -> None:
     """Writes the page of the evaluation `name`; `result.details` holds `targets`, `reference` and `deltas`."""
     quiet = f"{len(result.details['targets'])} target(s) in {human_seconds(result.seconds)}"
-    body = [
-        f"<h1>{escape(name)}</h1>",
-        f'<p class="quiet">{escape(quiet)}</p>',
-        *_table(result.details),
-        *_answers(answers),
-    ]
+    body = [heading(name, 1), paragraph(quiet, "quiet"), *_table(result.details), *_answers(answers)]
     write_atomic(path, page(name, body))
 
 
-def _table(details: Mapping[str, Any]) -> list[str]:
-    targets, reference = details["targets"], details["reference"]
+def _table(details: Mapping[str, Any]) -> Iterator[str]:
+    targets, reference, deltas = details["targets"], details["reference"], details["deltas"]
     labels = [reference, *(label for label in targets if label != reference)]
-    head = "".join(f"<th>{escape(label)}" for label in labels)
-    rows = [f"<h2>Metrics</h2><table><tr><th>held out{head}</tr>"]
-    for name in targets[reference]:
-        cells = "".join(
-            _cell(name, targets[label][name], details["deltas"].get(label, {}).get(name)) for label in labels
-        )
-        rows.append(f'<tr><td title="{escape(metric(name).help)}">{escape(name.partition(".")[2])}{cells}</tr>')
-    rows.append("</table>")
-    if details["deltas"]:
-        rows.append(
-            f'<p class="quiet">Small: difference to {escape(reference)}, with the 95 % interval of a paired bootstrap '
-            "over the examples. Coloured where zero is outside of it.</p>"
-        )
-    return rows
+    yield heading("Metrics")
+    yield table(
+        (
+            (
+                Cell(name.partition(".")[2], title=metric(name).help),
+                *(_cell(name, targets[label][name], deltas.get(label, {}).get(name)) for label in labels),
+            )
+            for name in targets[reference]
+        ),
+        ("held out", *map(number, labels)),
+    )
+    if deltas:
+        words = f"Small: difference to {reference}, with the {INTERVALS}. Coloured where zero is outside of it."
+        yield paragraph(words, "quiet")
 
 
-def _cell(name: str, value: float, delta: Mapping[str, float] | None) -> str:
-    cell = f'<td class="number">{value:.4g}'
+def _cell(name: str, value: float, delta: Mapping[str, float] | None) -> Cell:
+    text = f"{value:.4g}"
     if delta is None:
-        return cell
-    shade = "quiet"
-    if delta["low"] > 0.0 or delta["high"] < 0.0:
-        shade = "good" if (delta["delta"] > 0) == (metric(name).better == "max") else "bad"
-    return cell + f'<br><small class="{shade}">{delta_text(delta)}</small>'
+        return number(text)
+    return number(text, note=delta_text(delta), note_style=shade(name, low=delta["low"], high=delta["high"]))
 
 
 def comparison_rows(details: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -72,30 +64,16 @@ def comparison_rows(details: Mapping[str, Any]) -> tuple[list[str], list[list[st
     return head, rows
 
 
-def delta_text(delta: Mapping[str, float]) -> str:
-    """`+0.25 [+0.1, +0.4]`."""
-    return f"{delta['delta']:+.3g} [{delta['low']:+.3g}, {delta['high']:+.3g}]"
-
-
-def _answers(answers: Mapping[str, Sequence[Answer]]) -> list[str]:
+def _answers(answers: Mapping[str, Sequence[Answer]]) -> Iterator[str]:
     given = {label: one for label, one in answers.items() if one}
     if not given:
-        return []
+        return
     questions = [*zip(*given.values(), strict=True)]
     order = sorted(range(len(questions)), key=lambda index: (-_spread(questions[index]), index))[:NUM_ANSWERS]
-    rows = [f'<h2>Answers</h2><p class="quiet">{len(order)} of {len(questions)}, the largest differences first.</p>']
+    yield heading("Answers")
+    yield paragraph(f"{len(order)} of {len(questions)}, the largest differences first.", "quiet")
     for index in order:
-        asked = questions[index][0]
-        rows.append(
-            f"<table><tr><th>asked<td><pre>{escape(asked.prompt)}</pre></tr>"
-            f"<tr><th>expected<td><pre>{escape(asked.expected)}</pre></tr>"
-        )
-        for label, answer in zip(given, questions[index], strict=True):
-            scores = ", ".join(f"{name} {value:.3g}" for name, value in answer.scores.items())
-            said = f'<pre>{escape(answer.answer)}</pre><span class="quiet">{escape(scores)}</span>'
-            rows.append(f"<tr><th>{escape(label)}<td>{said}</tr>")
-        rows.append("</table><br>")
-    return rows
+        yield answer_block(questions[index][0], zip(given, questions[index], strict=True))
 
 
 def _spread(answers: Sequence[Answer]) -> float:

@@ -8,7 +8,8 @@ resample draws the same examples for all, and each task makes its metrics afresh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,11 @@ def deltas(
                 delta = observed[label][name] - observed[reference][name]
                 found[label][f"eval.{name}"] = Delta(float(delta), float(low), float(high), len(scored))
     return {label: dict(sorted(one.items())) for label, one in found.items()}
+
+
+def deltas_json(targets: Mapping[str, Evidence]) -> dict[str, dict[str, dict[str, Any]]]:
+    """`deltas` as a result's `details` hold them."""
+    return {label: {name: asdict(one) for name, one in found.items()} for label, found in deltas(targets).items()}
 
 
 def _resampled(

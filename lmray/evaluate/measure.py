@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmray.artifacts.files import write_atomic
+from lmray.artifacts.files import sha256_json, write_atomic
 from lmray.data.base import Example
 from lmray.data.batch import Packed
 from lmray.errors import DataError
 from lmray.evaluate.answers import Answer, generate_answers, sample_evenly
 from lmray.evaluate.choices import choice_log_likelihoods
+from lmray.evaluate.kept import Kept
 from lmray.evaluate.loss import example_losses
 from lmray.job import EvaluateArgs
 from lmray.models.load import pad_token_id
@@ -66,45 +67,56 @@ class Asked:
     device: str
     threads: int
     progress: Progress
+    kept: Kept
 
     def losses(self, rows: Sequence[Packed]) -> list[tuple[float, int]]:
         """`example_losses` of `rows`."""
         with _with_adapter(self.model, self.adapter):
-            return example_losses(
-                self.model,
-                rows,
-                batch_size=8,
-                pad_token_id=pad_token_id(self.tokenizer),
-                device=self.device,
-                progress=lambda done: self.progress("loss", done, len(rows)),
+            found = self.kept.once(
+                "losses",
+                lambda: example_losses(
+                    self.model,
+                    rows,
+                    batch_size=8,
+                    pad_token_id=pad_token_id(self.tokenizer),
+                    device=self.device,
+                    progress=lambda done: self.progress("loss", done, len(rows)),
+                ),
             )
+        return [(loss, count) for loss, count in found]
 
     def answers(self, examples: Sequence[Example], args: EvaluateArgs) -> list[str]:
         """Greedy answers to `examples`."""
-        return generate_answers(
-            self.model,
-            self.tokenizer,
-            examples,
-            args,
-            adapter=self.adapter,
-            shots=self.shots,
-            threads=self.threads,
-            progress=lambda done: self.progress("answers", done, len(examples)),
+        return self.kept.once(
+            "answers",
+            lambda: generate_answers(
+                self.model,
+                self.tokenizer,
+                examples,
+                args,
+                adapter=self.adapter,
+                shots=self.shots,
+                threads=self.threads,
+                progress=lambda done: self.progress("answers", done, len(examples)),
+            ),
         )
 
     def log_likelihoods(self, task: Task, examples: Sequence[Example], *, batch_size: int) -> list[dict[str, float]]:
         """Of each example's choices."""
         asked = [(example, task.choices(example)) for example in examples]
-        total = sum(len(choices) for _, choices in asked)
+        total, choices_digest = sum(len(choices) for _, choices in asked), sha256_json([one for _, one in asked])[:16]
         with _with_adapter(self.model, self.adapter):
-            found = choice_log_likelihoods(
-                self.model,
-                self.tokenizer,
-                asked,
-                shots=self.shots,
-                batch_size=batch_size,
-                device=self.device,
-                progress=lambda done: self.progress("choices", done, total),
+            found = self.kept.once(
+                f"choices {task.name} {choices_digest}",
+                lambda: choice_log_likelihoods(
+                    self.model,
+                    self.tokenizer,
+                    asked,
+                    shots=self.shots,
+                    batch_size=batch_size,
+                    device=self.device,
+                    progress=lambda done: self.progress("choices", done, total),
+                ),
             )
         return [dict(zip(choices, values, strict=True)) for (_, choices), values in zip(asked, found, strict=True)]
 
@@ -134,13 +146,14 @@ def measure(
     device: str = "cpu",
     threads: int = 1,
     progress: Progress = lambda doing, done, total: None,
+    kept: Kept | None = None,
 ) -> Measured:
     """Runs every task of `args`. `adapter` None measures the base model even where an adapter is attached.
 
     `loss` is the held-out loss where it is known already. It is taken without shots: it asks how likely the right
-    answers are, not what is copied from solved examples.
+    answers are, not what is copied from solved examples. What is in `kept` is not asked again.
     """
-    asked = Asked(model, tokenizer, adapter, shots, device, threads, progress)
+    asked = Asked(model, tokenizer, adapter, shots, device, threads, progress, kept or Kept())
     tasks = [task.for_examples(held_out.examples) for task in args.tasks]
     evidence: list[tuple[Task, tuple[Scored, ...]]] = []
     for task in tasks:

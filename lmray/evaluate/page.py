@@ -1,23 +1,37 @@
-"""Self-contained HTML pages: one file, no script or style from elsewhere."""
+"""What the pages of evaluations and of training runs share: differences with their intervals, and answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1c2530 }
-h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin-top: 2rem; color: #1f4e8c }
-table { border-collapse: collapse } td, th { padding: .25rem .8rem; border-bottom: 1px solid #dde3ea; text-align: left;
-vertical-align: top } td.number { text-align: right; font-variant-numeric: tabular-nums }
-pre { background: #f5f7fa; padding: .8rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
-font: 14px/1.45 ui-monospace, monospace }
-.good { color: #2a7a2a } .bad { color: #b03a2e } .quiet { color: #66707c }
-"""
+from lmray.evaluate.answers import Answer
+from lmray.metrics.names import metric
+from lmray.metrics.page import verbatim
+
+INTERVALS = "95 % interval of a paired bootstrap over the examples"
 
 
-def page(title: str, body: Sequence[str], *, style: str = "") -> str:
-    """A whole page; `body` is HTML already, `title` is text."""
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-    view = '<meta name="viewport" content="width=device-width">'
-    return f"{head}{view}<style>{STYLE}{style}</style>\n" + "\n".join(body) + "</html>\n"
+def delta_text(delta: Mapping[str, float]) -> str:
+    """`+0.25 [+0.1, +0.4]`; `delta` holds the fields of `lmray.evaluate.confidence.Delta`."""
+    return f"{delta['delta']:+.3g} [{delta['low']:+.3g}, {delta['high']:+.3g}]"
+
+
+def shade(name: str, *, low: float, high: float) -> str:
+    """The page's class for a change of metric `name` between `low` and `high`: `good` or `bad` where all of that is."""
+    better = metric(name).better
+    if not better or low <= 0.0 <= high:
+        return "quiet"
+    return "good" if (low > 0.0) == (better == "max") else "bad"
+
+
+def answer_block(asked: Answer, given: Iterable[tuple[str, Answer]]) -> str:
+    """A question, what was expected, and what each label said to it; green where every score is whole, red where none
+    is anything."""
+    lines = [("asked", "", asked.prompt), ("expected", "", asked.expected)]
+    for label, one in given:
+        scores = ", ".join(f"{name} {value:.3g}" for name, value in one.scores.items())
+        style = {(1.0,): "good", (0.0,): "bad"}.get((*{*one.scores.values()},), "")
+        lines.append((f"{label}: {scores}" if scores else label, style, one.answer))
+    body = "".join(f'<dt class="{style}">{escape(words)}</dt><dd>{verbatim(text)}</dd>' for words, style, text in lines)
+    return f'<dl class="answer">{body}</dl>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,23 @@ import yaml
 from peft import PeftModel
 
 from lmray.artifacts.artifact import Artifacts
-from lmray.artifacts.files import write_atomic, write_json
+from lmray.artifacts.files import folder_digests, write_atomic, write_json
 from lmray.artifacts.store import open_store
 from lmray.config import dump
 from lmray.context import Result, RunContext
 from lmray.data.base import Example
 from lmray.data.batch import pack
-from lmray.data.cache import tokenise_cached, tokenizer_digest
+from lmray.data.cache import examples_digest, tokenise_cached, tokenizer_digest
 from lmray.data.examples import read_examples
 from lmray.data.rules import Rules
 from lmray.errors import ArtifactError, DataError
 from lmray.evaluate.comparison import write_comparison
-from lmray.evaluate.confidence import deltas, reference_label
+from lmray.evaluate.confidence import deltas_json, reference_label
+from lmray.evaluate.kept import Kept, forget, kept_path
 from lmray.evaluate.measure import HeldOut, Measured, Progress, check_tasks, measure
-from lmray.evaluate.progress import ProgressFile, Standing
+from lmray.evaluate.progress import ProgressFile
 from lmray.job import EvaluateJob, Target
+from lmray.metrics.display import Standing
 from lmray.models.load import load_model, load_tokenizer
 from lmray.models.precision import resolve_dtype
 from lmray.models.source import FoundModel, find_model, model_of
@@ -71,8 +73,8 @@ def prepare(job: EvaluateJob) -> Prepared:
 
 
 def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
-    """Measures every target of `job`; writes `job.yaml`, `answers-LABEL.jsonl`, `comparison.html` and, last,
-    `result.json` into the run folder.
+    """Measures every target of `job`, of an interrupted attempt only what it had not asked yet; writes `job.yaml`,
+    `answers-LABEL.jsonl`, `comparison.html` and, last, `result.json` into the run folder.
 
     `Result.metrics` are the last target's. `Result.details` holds each target's metrics by label (`targets`), the label
     that others are compared with (`reference`), and by label and metric each difference to it with its interval
@@ -81,17 +83,18 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
     started = time.time()
     torch.set_num_threads(ctx.threads)
     ready = prepare(job)
+    if (ctx.folder / RESULT).is_file():
+        forget(ctx.folder)  # what is kept beside no result is an interrupted run's: go on from there
     for old in (ctx.folder / RESULT, *ctx.folder.glob("answers-*.jsonl")):
         old.unlink(missing_ok=True)
     write_atomic(ctx.folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
     measured = _measure(job, ready, ctx)
     for label, one in measured.items():
         one.save_answers(ctx.folder / f"answers-{label}.jsonl")
-    compared = deltas({label: one.evidence for label, one in measured.items()})
     details = {
         "targets": {label: one.metrics for label, one in measured.items()},
         "reference": reference_label([*measured]),
-        "deltas": {label: {name: asdict(one) for name, one in found.items()} for label, found in compared.items()},
+        "deltas": deltas_json({label: one.evidence for label, one in measured.items()}),
     }
     seconds = time.time() - started
     metrics = measured[job.targets[-1].label].metrics | {"run.seconds": round(seconds, 3)}
@@ -99,6 +102,7 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
     answers = {label: one.answers for label, one in measured.items()}
     write_comparison(ctx.folder / "comparison.html", name=job.name, result=result, answers=answers)
     write_json(ctx.folder / RESULT, result.to_json() | {"job": dump(job)})
+    forget(ctx.folder)
     return result
 
 
@@ -123,8 +127,10 @@ def _measure_on(
         if folder is not None and handle is not None:
             model = _with_adapter(model, folder, handle)
     progress = ProgressFile(ctx.folder)
+    shared = [dump(job.evaluate), dump(job.data), dump(job.model), found.digest, dtype]
+    shared += [examples_digest(ready.held_out.examples), examples_digest(ready.solved)]
     measured = {}
-    for target, handle in zip(targets, handles, strict=True):
+    for target, handle, folder in zip(targets, handles, folders, strict=True):
         if handle is not None:
             model.set_adapter(handle)
         measured[target.label] = measure(
@@ -137,12 +143,13 @@ def _measure_on(
             device=ctx.device,
             threads=ctx.threads,
             progress=_told(progress, target.label),
+            kept=Kept(kept_path(ctx.folder, target.label), [shared, dump(target), folder and folder_digests(folder)]),
         )
     return measured
 
 
 def _told(progress: ProgressFile, label: str) -> Progress:
-    return lambda doing, done, total: progress.tell(Standing(label, doing, done, total))
+    return lambda doing, done, total: progress.tell(Standing(f"{label}: {doing}", done, total))
 
 
 def shortest(examples: Any, count: int) -> list[Any]:

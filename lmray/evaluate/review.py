@@ -21,7 +21,7 @@ from lmray.artifacts.files import sha256_json, write_atomic, write_json
 from lmray.errors import ArtifactError, DataError
 from lmray.evaluate.answers import Answer, sample_evenly
 from lmray.evaluate.confidence import reference_label
-from lmray.evaluate.page import page
+from lmray.metrics.page import page
 
 KEY = "review-key.json"
 RESULT = "result.json"
@@ -29,8 +29,8 @@ CHOICES = ("left", "right", "tie", "bad")
 """`bad`: both are. Counts as a tie."""
 _STYLE = """
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: .6rem 0 } fieldset { border: 0; padding: 0;
-margin: 0 0 2.2rem } label { margin-right: 1.4rem } legend { font-weight: 600; color: #1f4e8c }
-.bar { position: sticky; bottom: 0; background: #fff; border-top: 1px solid #dde3ea; padding: .7rem 0 }
+margin: 0 0 2.2rem } label { margin-right: 1.4rem } legend { font-weight: 600; color: var(--accent) }
+.bar { position: sticky; bottom: 0; background: #fff; border-top: 1px solid var(--line); padding: .7rem 0 }
 button { font: inherit; padding: .3rem 1rem }
 """
 

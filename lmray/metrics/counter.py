@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import TextIO
 
-from lmray.units import human_seconds
+from lmray.metrics.display import Standing, make_display
 
 DELAY_S = 3.0
 """A loop that ends sooner shows nothing."""
-SHARE = 0.2
-"""A line is printed after so much more of the time gone, so that long loops print few."""
 
 
 class Counter:
-    """Plain lines; on a terminal, one line that is written over."""
+    """A display for the length of a block."""
 
     def __init__(
         self,
@@ -28,24 +25,18 @@ class Counter:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.what, self.total, self.unit, self.clock = what, total, unit, clock
-        self.stream: TextIO = stream or sys.stderr
-        self._began = clock()
-        self._due = self._began + DELAY_S
+        self._began, self._display = clock(), make_display(stream, clock=clock)
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._display.close()
 
     def at(self, done: int) -> None:
         """`done` of the total are done; called as often as one likes."""
-        now = self.clock()
-        shown, last = self._due > self._began + DELAY_S, done >= self.total
-        if now < self._due and not (shown and last):
-            return
-        elapsed = now - self._began
-        terminal = self.stream.isatty()
-        end = "\n" if last or not terminal else ""
-        print(("\r" if terminal else "") + self._line(done, elapsed), end=end, file=self.stream, flush=True)
-        self._due = now + (0.2 if terminal else max(DELAY_S, elapsed * SHARE))
-
-    def _line(self, done: int, elapsed: float) -> str:
-        speed = done / elapsed
-        left = human_seconds((self.total - done) / speed) if done else "?"
-        facts = f"{done:,}/{self.total:,} {self.unit}  {speed:,.0f} a second"
-        return f"{self.what} {facts}  {human_seconds(elapsed)} gone, {left} left"
+        elapsed = self.clock() - self._began
+        if elapsed >= DELAY_S:
+            left_s = (self.total - done) * elapsed / done if done else None
+            facts = f"{done / elapsed:,.0f} {self.unit} a second"
+            self._display.show(Standing(self.what, done, self.total, facts, left_s))

@@ -29,7 +29,7 @@ img { width: 100%; height: auto; display: block }
 .split { display: flex; height: 1.1rem; border-radius: 4px; overflow: hidden; background: var(--line) }
 .split span { min-width: 2px } .key { display: inline-block; width: .8em; height: .8em; border-radius: 2px }
 .answer { border: 1px solid var(--line); border-radius: 6px; padding: .7rem .9rem; margin: .7rem 0 }
-.answer dt { color: var(--quiet); font-size: .84rem } .answer dd { margin: 0 0 .5rem; overflow-wrap: anywhere }
+:where(.answer dt) { color: var(--quiet); font-size: .84rem } .answer dd { margin: 0 0 .5rem; overflow-wrap: anywhere }
 .answer dd pre { padding: .4rem .6rem }
 .good { color: #23702a } .bad { color: #b03a2e } .quiet, small { color: var(--quiet) }
 .alarm { border-left: 4px solid #b03a2e; background: #fbefed; padding: .7rem .9rem; overflow-wrap: anywhere }
@@ -45,18 +45,21 @@ class Cell:
     """Classes of the page's style, like `number good`."""
     title: str = ""
     """Shown when pointed at."""
+    note: str = ""
+    """Small, below the text."""
+    note_style: str = ""
 
 
-def number(text: str, style: str = "") -> Cell:
-    """A cell aligned as numbers are."""
-    return Cell(text, f"number {style}".strip())
+def number(text: str, style: str = "", **more: str) -> Cell:
+    """A cell aligned as numbers are; `more` are further fields."""
+    return Cell(text, f"number {style}".strip(), **more)
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole document; pieces of `body` are HTML."""
+def page(title: str, body: Iterable[str], *, style: str = "") -> str:
+    """A whole document; pieces of `body` are HTML, `style` is added to the style that all pages share."""
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8">{viewport}<title>{escape(title)}</title>'
-    return f"{head}<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    return f"{head}<style>{_STYLE}{style}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
 
 
 def table(rows: Iterable[Sequence[str | Cell]], head: Sequence[str | Cell] = ()) -> str:
@@ -70,7 +73,8 @@ def _cell(cell: str | Cell, tag: str) -> str:
     one = cell if isinstance(cell, Cell) else Cell(cell)
     style = f' class="{one.style}"' if one.style else ""
     title = f' title="{escape(one.title)}"' if one.title else ""
-    return f"<{tag}{style}{title}>{escape(one.text)}</{tag}>"
+    note = f'<br><small class="{one.note_style}">{escape(one.note)}</small>' if one.note else ""
+    return f"<{tag}{style}{title}>{escape(one.text)}{note}</{tag}>"
 
 
 def picture(png: bytes, alt: str) -> str:

@@ -19,10 +19,13 @@ from lmray.job import EvaluateJob
 from lmray.on_ray.cluster import connected
 from lmray.on_ray.train import placed
 
+STOP_TIMEOUT_S = 10.0
+"""What a task that was asked to end may take until this process ends without it."""
+
 
 def evaluate(job: EvaluateJob, *, progress: bool = True) -> Result:
-    """Evaluates `job` on the cluster; runs again from the start if it was interrupted. `progress`: show it on
-    stderr."""
+    """Evaluates `job` on the cluster; after an interrupt the same job goes on with what it had not asked yet.
+    `progress`: show it on stderr."""
     prepare(job)
     with connected():
         job = placed(job)
@@ -30,7 +33,17 @@ def evaluate(job: EvaluateJob, *, progress: bool = True) -> Result:
         task = ray.remote(**options, max_retries=job.resources.max_failures)(_evaluate)
         folder = run_folder(job)
         with only_writer(folder), follow(folder) if progress else nullcontext():
-            return ray.get(task.remote(job))
+            return _outcome(task.remote(job))
+
+
+def _outcome(running: ray.ObjectRef) -> Result:
+    """What the task gives. An interrupt ends the task too: the cluster may outlive this process's wish for it."""
+    try:
+        return ray.get(running)
+    except KeyboardInterrupt:
+        ray.cancel(running)
+        ray.wait([running], timeout=STOP_TIMEOUT_S)
+        raise
 
 
 def _evaluate(job: EvaluateJob) -> Result:

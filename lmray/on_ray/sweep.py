@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from lmray.config import dump
 from lmray.context import LocalContext, Result, RunContext
 from lmray.errors import LmrayError
 from lmray.job import Space, SweepJob, TrainJob
+from lmray.metrics.display import followed
 from lmray.on_ray.cluster import check_resources, cluster_resources, connected
 from lmray.on_ray.failures import reason
 from lmray.sweep.picture import plot_sweep
 from lmray.sweep.program import (
+    ENDINGS,
     Trial,
     check_sweep,
     mark_failed,
@@ -45,6 +48,7 @@ from lmray.sweep.program import (
     read_trials,
     rows,
     shown,
+    standing,
     trial_job,
     write_outcome,
 )
@@ -94,7 +98,9 @@ def sweep(job: SweepJob, *, progress: bool = True, train: Train = train_program)
         with only_writer(folder):
             write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
             _quieten()
-            _settle(folder, _tuner(job, folder, train, progress).fit())
+            with followed(lambda: standing(folder, job)) if progress else nullcontext():
+                trials = _tuner(job, folder, train, progress).fit()
+            _settle(folder, trials)
     return _conclude(job, folder, store, started, progress=progress)
 
 
@@ -230,7 +236,7 @@ class Watcher(ray.tune.Callback):
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:
         place = self.folder / "trials" / trial.trial_id
-        if not any((place / name).is_file() for name in ("result.json", "error.json")):
+        if not any((place / name).is_file() for name in ENDINGS):
             mark_stopped(place, int(trial.last_result.get("step", 0)))
         (one,) = (one for one in read_trials(self.folder, objective_of(self.job)[0]) if one.id == trial.trial_id)
         words = {"stopped": f"stopped early at step {one.step}", "failed": f"failed: {one.error}"}
@@ -241,8 +247,7 @@ class Watcher(ray.tune.Callback):
 
     def _say(self, trial: Any, text: str) -> None:
         if self.progress:
-            ended = sum(one.state != "unfinished" for one in read_trials(self.folder, objective_of(self.job)[0]))
-            print(f"[{ended}/{self.job.search.num_trials}] trial {trial.trial_id}: {text}", file=sys.stderr, flush=True)
+            print(f"trial {trial.trial_id}: {text}", file=sys.stderr, flush=True)
 
 
 def _finished(folder: Path) -> Result | None:

@@ -18,10 +18,13 @@ from lmray.artifacts.files import write_atomic, write_json
 from lmray.config import dump
 from lmray.errors import ConfigError
 from lmray.job import SweepJob, TrainJob
+from lmray.metrics.display import Standing
 from lmray.metrics.events import read_events
 
 PLACEMENT = ("name", "storage", "max_concurrent_trials", "job.name", "job.storage", "job.resources", "job.output")
 """Fields of a sweep that do not change what its trials compute."""
+ENDINGS = ("result.json", "error.json", "stopped.json")
+"""One of them lies in the folder of a trial that has ended."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,15 @@ def read_trials(folder: Path, metric: str) -> tuple[Trial, ...]:
     """Every trial below a sweep's run folder as it stands, by id."""
     found = sorted(path.parent for path in (folder / "trials").glob("*/trial.json"))
     return tuple(_read_trial(path, metric) for path in found)
+
+
+def standing(folder: Path, sweep: SweepJob) -> Standing:
+    """How many trials have ended, and the best objective of those that finished."""
+    metric, mode = objective_of(sweep)
+    ended = {path.parent for name in ENDINGS for path in (folder / "trials").glob(f"*/{name}")}
+    results = [result for trial in ended if (result := _json(trial / "result.json"))]
+    best = {"min": min, "max": max}[mode]((result["metrics"][metric] for result in results), default=None)
+    return Standing("trials", len(ended), sweep.search.num_trials, f"best {metric} {shown(best)}" if results else "")
 
 
 def _read_trial(folder: Path, metric: str) -> Trial:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import yaml
 
 from lmray.artifacts.files import write_atomic
 from lmray.evaluate.answers import Answer
+from lmray.evaluate.page import answer_block
 from lmray.metrics.names import METRICS, metric
-from lmray.metrics.page import Cell, heading, number, page, paragraph, picture, table, verbatim
+from lmray.metrics.page import Cell, heading, number, page, paragraph, picture, table
 from lmray.metrics.plots import Curve, plot_comparison, series
 from lmray.train.record import Record
 from lmray.train.report import MAX_ANSWERS, shown
@@ -135,12 +135,7 @@ def _answers(comparison: Comparison) -> Iterator[str]:
         return
     yield heading("Answers")
     for asked, given in answered[:MAX_ANSWERS]:
-        yield '<dl class="answer"><dt>asked</dt>'
-        yield f"<dd>{verbatim(asked.prompt)}</dd><dt>expected</dt><dd>{verbatim(asked.expected)}</dd>"
-        for label, one in zip(comparison.labels, given, strict=True):
-            shade = "good" if one.scores and all(score == 1.0 for score in one.scores.values()) else ""
-            yield f'<dt class="{shade}">{escape(label)}</dt><dd>{verbatim(one.answer)}</dd>'
-        yield "</dl>"
+        yield answer_block(asked, zip(comparison.labels, given, strict=True))
 
 
 def _value(name: str, value: float | None) -> str:

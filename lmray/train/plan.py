@@ -210,7 +210,7 @@ def _flops(
     step = step_flops(shape, tokens=rows_per_step * row_tokens, supervised=supervised, row_tokens=row_tokens)
     held_out = forward_flops(shape, tokens=data["eval_tokens"])
     passes = 1 + (steps - 1) // job.train.eval_steps if job.train.eval_steps else 1
-    passes += bool(job.evaluate.tasks and job.evaluate.base)
+    passes += 2 * bool(job.evaluate.tasks and job.evaluate.base)  # the base, and the tuned model by example
     return {"step": step, "eval": held_out, "total": steps * step + passes * held_out}
 
 

@@ -22,6 +22,8 @@ from lmray.artifacts.store import open_store
 from lmray.config import dump
 from lmray.context import Result, RunContext
 from lmray.errors import DivergenceError
+from lmray.evaluate.confidence import deltas_json
+from lmray.evaluate.kept import Kept, forget, kept_path
 from lmray.evaluate.measure import HeldOut, Measured, measure
 from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
@@ -39,6 +41,10 @@ from lmray.train.record import DATA, DIVERGED, JOB, PLAN, RESULT
 from lmray.train.report import write_report
 from lmray.train.statistics import data_statistics
 from lmray.train.tracking import Tracking
+
+
+class MeasuringStoppedError(Exception):
+    """The run was asked to stop after its last step."""
 
 
 def finished(folder: Path) -> Result | None:
@@ -83,11 +89,12 @@ def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: 
     peaks = loop.peaks_by_worker()
     if ctx.rank != 0:
         return Result("succeeded", str(ctx.folder))
-    if ctx.should_stop():  # what was trained is committed; measuring may take longer than who stops it waits
-        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
     measuring = time.time()
-    measured = _measure(job, plan, prepared, loop)
+    try:
+        measured = _measure(job, plan, prepared, loop)
+    except MeasuringStoppedError:
+        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(ctx.folder / "events.jsonl").read())
     times["run.evaluate_seconds"] = held_out_s + time.time() - measuring
     return ctx.patience(
@@ -196,6 +203,7 @@ def _finish(
     origin = {"kind": kind, "base": base, "parents": loop.prepared.model.parents, "run_key": plan.run_key}
     details: dict[str, Any] = {kind: str(folder / kind), **origin}
     details["peak_memory_bytes_by_worker"] = list(peaks)
+    details["deltas"] = deltas_json({label: one.evidence for label, one in measured.items()})
     kept = None
     if job.output is not None:
         artifacts = Artifacts(open_store(job.storage))
@@ -205,25 +213,57 @@ def _finish(
     result = Result("succeeded", str(folder), kept, metrics, time.time() - started, details)
     write_report(folder, result)
     write_json(folder / RESULT, result.to_json())
+    forget(folder)
     return result
 
 
 def _measure(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop) -> Mapping[str, Measured]:
     """`base` (where asked for) and `tuned`. An adapter is switched off to measure its base; where the model's own
-    weights were trained, the base is loaded again."""
+    weights were trained, the base is loaded again. Beside the base each example's loss is measured, not only known
+    their mean: how sure their difference is takes both."""
+    ctx, tuned = loop.ctx, loop.learner.model
+    _check_stop(ctx)
     if not job.evaluate.tasks:
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
-    model, settings = loop.learner.model, {"device": loop.ctx.device, "threads": loop.ctx.threads}
-    model.eval()
-    measured, whole = {}, job.adapter.kept == "model"
-    if job.evaluate.base:
-        base = _base_model(job, plan, prepared).to(loop.ctx.device) if whole else model
-        measured["base"] = measure(
-            base, prepared.tokenizer, held_out, job.evaluate, adapter=None, prefix="base", **settings
+    tuned.eval()
+    whole = job.adapter.kept == "model"
+
+    def measured(label: str, model: torch.nn.Module, adapter: str | None, **own: Any) -> Measured:
+        return measure(
+            model,
+            prepared.tokenizer,
+            held_out,
+            job.evaluate,
+            adapter=adapter,
+            device=ctx.device,
+            threads=ctx.threads,
+            progress=lambda doing, done, total: _check_stop(ctx),
+            kept=_kept(loop, label),
+            **own,
         )
+
     handle = None if whole else "default"
-    measured["tuned"] = measure(
-        model, prepared.tokenizer, held_out, job.evaluate, adapter=handle, loss=loop.final_loss, **settings
+    if not job.evaluate.base:
+        return {"tuned": measured("tuned", tuned, handle, loss=loop.final_loss)}
+    base = _base_model(job, plan, prepared).to(ctx.device) if whole else tuned
+    before = measured("base", base, None, prefix="base")
+    del base
+    return {"base": before, "tuned": measured("tuned", tuned, handle)}
+
+
+def _check_stop(ctx: RunContext) -> None:
+    if ctx.should_stop():  # what was trained is committed; measuring may take longer than who stops it waits
+        raise MeasuringStoppedError
+
+
+def _kept(loop: Loop, label: str) -> Kept:
+    """What target `label` was asked in an earlier attempt; the tuned one's belongs to its step."""
+    path = kept_path(loop.ctx.folder, label)
+    weights = [loop.progress.step, loop.watch.best_step] if label == "tuned" else []
+    hint = f"once {path} can be written, the same command goes on"
+    return Kept(
+        path,
+        [loop.plan.run_key, dump(loop.job.evaluate), weights],
+        write=lambda act: loop.ctx.patience(f"writing {path}", act, hint=hint),
     )
-    return measured

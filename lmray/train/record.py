@@ -59,6 +59,11 @@ class Record:
         latest = {key: value for event in self.events for key, value in event.items()}
         return {key: value for key, value in latest.items() if key not in ("step", "time")}
 
+    @property
+    def deltas(self) -> Mapping[str, Mapping[str, float]]:
+        """By metric: what tuning changed, with its interval; where the untouched model was measured too."""
+        return (self.result.details if self.result else {}).get("deltas", {}).get("tuned", {})
+
 
 def read_record(folder: Path) -> Record:
     """The run in `folder`. Raises ArtifactError where there is none, or one that another version of lmray wrote."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from lmray.artifacts.files import write_atomic
 from lmray.context import Result
 from lmray.evaluate.answers import Answer
+from lmray.evaluate.page import INTERVALS, answer_block, delta_text, shade
 from lmray.metrics.names import metric
 from lmray.metrics.page import Cell, cards, heading, number, page, paragraph, picture, split, table, verbatim
 from lmray.metrics.plots import SMALL, plot_lengths, plot_losses, plot_metric
@@ -37,7 +37,7 @@ def write_report(folder: Path, result: Result | None = None) -> Path:
         paragraph(_ending(run), "quiet"),
         *_alarm(run.diverged),
         *_head(run),
-        *before_and_after(run.metrics),
+        *before_and_after(run.metrics, run.deltas),
         heading("Curves"),
         picture(losses.read_bytes(), "Loss over steps"),
         '<div class="grid">',
@@ -88,20 +88,24 @@ def _head(run: Record) -> Iterator[str]:
     yield cards(facts)
 
 
-def before_and_after(metrics: Mapping[str, float]) -> Iterator[str]:
-    """Untouched model beside tuned."""
+def before_and_after(metrics: Mapping[str, float], deltas: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """Untouched model beside tuned; `deltas` are the differences with their intervals, by metric, where known."""
     pairs = [name for name in metrics if name.startswith("eval.") and f"base.{name[5:]}" in metrics]
     if not pairs:
         return
-    rows = []
-    for name in pairs:
-        facts, before, after = metric(name), metrics[f"base.{name[5:]}"], metrics[name]
-        better = after > before if facts.better == "max" else after < before
-        shade = "" if not facts.better or after == before else "good" if better else "bad"
-        change = number(f"{after - before:+.4g}", shade)
-        rows.append((Cell(name[5:], title=facts.help), number(f"{before:.4g}"), number(f"{after:.4g}"), change))
     yield heading("Before and after")
-    yield table(rows, ("held out", number("untouched"), number("tuned"), number("change")))
+    yield table(
+        (_change(name, metrics[f"base.{name[5:]}"], metrics[name], deltas.get(name)) for name in pairs),
+        ("held out", number("untouched"), number("tuned"), number("change")),
+    )
+    if deltas:
+        yield paragraph(f"In brackets: {INTERVALS}. Coloured where zero is outside of it.", "quiet")
+
+
+def _change(name: str, before: float, after: float, delta: Mapping[str, float] | None) -> tuple[Cell, ...]:
+    low, high = (delta["low"], delta["high"]) if delta else (after - before, after - before)
+    change = number(delta_text(delta) if delta else f"{after - before:+.4g}", shade(name, low=low, high=high))
+    return Cell(name[5:], title=metric(name).help), number(f"{before:.4g}"), number(f"{after:.4g}"), change
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
@@ -174,16 +178,5 @@ def answers_section(answers: Mapping[str, Sequence[Answer]], count: int = MAX_AN
         return
     yield heading("Answers")
     for index, asked in enumerate(answers[targets[0]][:count]):
-        yield '<dl class="answer"><dt>asked</dt><dd>'
-        yield f"{verbatim(asked.prompt)}</dd><dt>expected</dt><dd>{verbatim(asked.expected)}</dd>"
-        for label in targets:
-            if index < len(answers[label]):
-                yield from _answer(label, answers[label][index])
-        yield "</dl>"
-
-
-def _answer(label: str, given: Answer) -> Iterator[str]:
-    scores = ", ".join(f"{name} {value:g}" for name, value in given.scores.items())
-    shade = "" if not given.scores else "good" if all(score == 1.0 for score in given.scores.values()) else "bad"
-    words = f"{label}: {scores}" if scores else label
-    yield f'<dt class="{shade}">{escape(words)}</dt><dd>{verbatim(given.answer)}</dd>'
+        said = ((label, answers[label][index]) for label in targets if index < len(answers[label]))
+        yield answer_block(asked, said)

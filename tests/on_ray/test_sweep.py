@@ -88,7 +88,7 @@ def test_a_sweep_keeps_the_best_of_real_trainings(ray_cluster, make, folder, tmp
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(kept.files)
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().err
-    assert "[4/4]" in said and "stopped early at step" in said and best["id"] in said.splitlines()[-4]
+    assert "trials 4/4" in said and "stopped early at step" in said and best["id"] in said.splitlines()[-4]
     again = sweep(job)
     assert (again.status, again.metrics) == ("already-done", result.metrics)
     repeated = run_here(load(folder / "best.yaml"), tmp_path / "scratch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from lmray.cli import run as run_commands
 from lmray.cli.output import table
 from lmray.context import Result
 from lmray.errors import CapacityError, RemoteError
+from lmray.metrics.counter import Counter
 
 COMMANDS = ("run", "submit", "jobs", "check", "show", "schema", "evaluate", "artifacts", "chat", "demo", "doctor")
 COMMANDS += ("report", "bench")
@@ -107,6 +109,13 @@ def test_run_tells_people_how_it_ended(cli, runner, train_file):
     assert "artifact  関数@12" in said.out and "eval.loss      1.25" in said.out and "eval.examples  6" in said.out
 
 
+def test_run_says_how_sure_a_gain_over_the_base_is(cli, runner, train_file):
+    deltas = {"tuned": {"eval.loss": {"delta": -0.5, "low": -0.75, "high": -0.25, "num_examples": 6}}}
+    runner(Result("succeeded", "/r", metrics={"eval.loss": 1.25, "base.loss": 1.75}, details={"deltas": deltas}))
+    said = cli("run", train_file).out
+    assert "eval.loss  1.25  (-0.5 [-0.75, -0.25] to base, 95 %)\n" in said and "base.loss  1.75\n" in said
+
+
 @pytest.mark.parametrize(("status", "code"), run_commands.EXIT_CODES.items())
 def test_the_exit_code_says_how_a_run_ended(cli, runner, train_file, status, code):
     runner(Result(status, "/store/runs/実験"))
@@ -147,6 +156,17 @@ def test_jobs_run_py_is_lmray_run(train_file):
         [sys.executable, script, str(train_file), "trian=1"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "did you mean `train`?" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_data_is_tokenised_ends_a_run_and_leaves_nothing_half_written(
+    cli, train_file, tmp_path, monkeypatch, number
+):
+    monkeypatch.setattr(Counter, "at", lambda self, done: os.kill(os.getpid(), number))
+    said = cli("run", train_file, "--json")
+    assert said.code == 130 and json.loads(said.out)["status"] == "stopped"
+    kept = [path for path in (tmp_path / "cache" / "tokenised").iterdir() if path.suffix != ".lock"]
+    assert kept == [] and not (tmp_path / "store" / "runs").exists()
 
 
 def test_a_table_aligns_wide_characters():

@@ -11,6 +11,8 @@ from lmray.artifacts.store import open_store, run_folder
 from lmray.config import Document, decode
 from lmray.context import LocalContext
 from lmray.errors import ArtifactError, ConfigError, DataError
+from lmray.evaluate import measure as measuring
+from lmray.evaluate.kept import Kept
 from lmray.evaluate.program import evaluate, prepare
 from lmray.job import EvaluateJob
 from lmray.testing.jobs import write_jsonl
@@ -105,7 +107,38 @@ def test_the_page_is_self_contained_and_escapes(job, tmp_path):
 def test_where_it_stands_is_written_while_it_runs(job, tmp_path):
     run(job(), tmp_path)
     last = json.loads((run_folder(job()) / "progress.json").read_text(encoding="utf-8"))
-    assert last == {"target": "v1.0", "doing": "answers", "done": 3, "total": 3}
+    assert (last["what"], last["done"], last["total"]) == ("v1.0: answers", 3, 3)
+
+
+def test_an_interrupted_run_goes_on_with_what_it_had_not_asked(job, tmp_path, monkeypatch):
+    asked, generate, interrupted = [], measuring.generate_answers, [True]
+
+    def once_interrupted(*args, adapter, **options):
+        if adapter is not None and interrupted.pop():
+            raise KeyboardInterrupt
+        asked.append(adapter)
+        return generate(*args, adapter=adapter, **options)
+
+    monkeypatch.setattr(measuring, "generate_answers", once_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(job(), tmp_path)
+    kept = {path.name for path in run_folder(job()).glob("measured-*")}
+    assert kept == {"measured-base.json", "measured-v1.0.json"}
+    interrupted.append(False)
+    halved = run(job(), tmp_path)
+    assert asked == [None, "target_1"], "the base is not asked again"
+    assert not [*run_folder(job()).glob("measured-*")]
+    interrupted.append(False)
+    whole = run(job(), tmp_path)
+    assert asked[2:] == [None, "target_1"], "a run that was done is run again as a whole"
+    assert whole.details == halved.details
+
+
+def test_an_interrupted_runs_answers_are_not_anothers(job, tmp_path):
+    kept = Kept(tmp_path / "measured-a.json", ["one"])
+    assert kept.once("answers", lambda: ["赤"]) == ["赤"]
+    assert Kept(tmp_path / "measured-a.json", ["one"]).once("answers", lambda: ["other"]) == ["赤"]
+    assert Kept(tmp_path / "measured-a.json", ["two"]).once("answers", lambda: ["other"]) == ["other"]
 
 
 def test_a_task_that_the_data_does_not_fit_leaves_the_earlier_result(job, tmp_path):

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from lmray.evaluate.progress import FILE, Bar, Lines, ProgressFile, Standing, follow
+from lmray.evaluate.progress import FILE, ProgressFile, follow
+from lmray.metrics.display import Standing
 
 
 class Clock:
@@ -26,50 +27,20 @@ def test_the_file_is_written_now_and_then_and_at_the_end(tmp_path, clock):
     def done_in_file() -> int:
         return json.loads((tmp_path / FILE).read_text(encoding="utf-8"))["done"]
 
-    file.tell(Standing("基", "answers", 1, 9))
-    file.tell(Standing("基", "answers", 2, 9))
+    file.tell(Standing("基: answers", 1, 9))
+    file.tell(Standing("基: answers", 2, 9))
     assert done_in_file() == 1
     clock.now = 1.0
-    file.tell(Standing("基", "answers", 3, 9))
+    file.tell(Standing("基: answers", 3, 9))
     assert done_in_file() == 3
-    file.tell(Standing("基", "answers", 9, 9))
+    file.tell(Standing("基: answers", 9, 9))
     assert done_in_file() == 9
 
 
-def test_plain_lines(clock):
-    stream = io.StringIO()
-    lines = Lines(stream, clock=clock)
-    for done in (1, 2, 3):
-        lines.show(Standing("base", "answers", done, 60))
-    clock.now = 70.0
-    lines.show(Standing("base", "answers", 12, 60))
-    lines.show(Standing("base", "answers", 60, 60))
-    lines.show(Standing("tuned", "answers", 1, 60))
-    lines.close()
-    shown = stream.getvalue().splitlines()
-    assert [line.split("  ")[0] for line in shown] == [
-        "base: answers 1/60",
-        "base: answers 12/60",
-        "base: answers 60/60",
-        "tuned: answers 1/60",
-    ]
-    assert shown[1].endswith("gone")
-
-
-def test_a_bar_for_each_thing_done():
-    stream = io.StringIO()
-    bar = Bar(stream)
-    bar.show(Standing("base", "loss", 1, 2))
-    bar.show(Standing("base", "answers", 5, 60))
-    bar.show(Standing("base", "answers", 60, 60))
-    bar.close()
-    assert "base: answers" in stream.getvalue() and "60/60" in stream.getvalue() and "base: loss" in stream.getvalue()
-
-
 def test_follow_shows_the_last_standing_and_forgets_an_earlier_runs(tmp_path):
-    ProgressFile(tmp_path).tell(Standing("old", "answers", 7, 7))
+    ProgressFile(tmp_path).tell(Standing("old: answers", 7, 7))
     stream = io.StringIO()
     with follow(tmp_path, stream=stream):
         assert not (tmp_path / FILE).exists()
-        ProgressFile(tmp_path).tell(Standing("base", "answers", 12, 60))
+        ProgressFile(tmp_path).tell(Standing("base: answers", 12, 60))
     assert stream.getvalue().startswith("base: answers 12/60  ") and "old" not in stream.getvalue()

@@ -6,11 +6,17 @@ import io
 import json
 
 from lmray.metrics.events import EventLog
-from lmray.metrics.progress import Bar, EventTail, Lines, Standing, follow
+from lmray.metrics.progress import EventTail, Steps, follow
 
 
 def event(step, **metrics):
     return {"step": step, "time": 100.0 + 2.0 * step, "train.loss": 1.0 / step, **metrics}
+
+
+def left_s(steps):
+    standing = steps.standing()
+    assert standing is not None
+    return standing.left_s
 
 
 def test_a_tail_gives_each_event_once(tmp_path):
@@ -41,30 +47,20 @@ def test_a_tail_starts_over_when_a_resumed_run_rewrote_the_log(tmp_path):
 
 
 def test_remaining_time_follows_the_pace_of_this_attempt():
-    standing = Standing(total=11)
-    standing.add([event(1)])
-    assert standing.remaining_s() is None
-    standing.add([event(2), event(6)])
-    assert standing.remaining_s() == 10.0  # 5 steps took 10 s, 5 are left
+    steps = Steps(total=11)
+    steps.add([event(1)])
+    assert left_s(steps) is None
+    steps.add([event(2), event(6)])
+    assert left_s(steps) == 10.0  # 5 steps took 10 s, 5 are left
 
 
 def test_a_line_says_step_loss_rate_speed_and_times():
-    standing = Standing(total=20)
-    standing.add([event(1), event(10, **{"train.learning_rate": 2e-4, "train.tokens_per_s": 3456.7, "eval.loss": 1.5})])
-    line = standing.line(elapsed_s=65.0)
-    assert line == (
+    steps = Steps(total=20)
+    steps.add([event(1), event(10, **{"train.learning_rate": 2e-4, "train.tokens_per_s": 3456.7, "eval.loss": 1.5})])
+    standing = steps.standing()
+    assert standing and standing.line(elapsed_s=65.0) == (
         "step 10/20  loss 0.1000  held out 1.5000  lr 2.00e-04  3,457 tokens/s  1 min 05 s gone, 20.0 s left"
     )
-
-
-def test_plain_lines_come_first_and_last_and_seldom_between():
-    stream = io.StringIO()
-    lines, standing = Lines(stream), Standing(total=3)
-    for step in (1, 2, 3):
-        standing.add([event(step)])
-        lines.show(standing, last=step == 3)
-    lines.show(standing, last=True)
-    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/3", "3/3"]
 
 
 def test_follow_shows_where_a_run_ended(tmp_path):
@@ -82,17 +78,3 @@ def test_follow_says_nothing_of_a_run_that_reported_nothing(tmp_path):
     with follow(tmp_path, stream=stream):
         pass
     assert stream.getvalue() == ""
-
-
-def test_a_terminal_gets_a_bar():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    stream, standing = Terminal(), Standing(total=4)
-    bar = Bar(stream)
-    standing.add([event(2)])
-    bar.show(standing, last=False)
-    standing.add([event(4)])
-    bar.show(standing, last=True)
-    assert "4/4" in stream.getvalue()

@@ -22,6 +22,7 @@ from lmray.sweep.program import (
     ranked,
     read_trials,
     rows,
+    standing,
     trial_job,
     write_outcome,
 )
@@ -85,6 +86,18 @@ TRIALS = (
     trial("a", objective=1.0),
     trial("u", "unfinished", 0.1, 2),
 )
+
+
+def test_where_a_sweep_stands_is_how_many_trials_ended_and_the_best_of_the_finished(make, tmp_path):
+    sweep = make(search={"name": "random", "num_trials": 5})
+    assert standing(tmp_path, sweep).line(1.0) == "trials 0/5  1.0 s gone"
+    for name, loss in (("a", 2.5), ("b", 1.5)):
+        open_trial(tmp_path / "trials" / name, {})
+        (tmp_path / "trials" / name / "result.json").write_text(json.dumps({"metrics": {"eval.loss": loss}}))
+    for name, mark in (("c", lambda place: mark_stopped(place, 2)), ("d", lambda place: mark_failed(place, "no"))):
+        mark(tmp_path / "trials" / name)
+    open_trial(tmp_path / "trials" / "e", {})
+    assert standing(tmp_path, sweep).line(1.0) == "trials 4/5  best eval.loss 1.5  1.0 s gone"
 
 
 def test_finished_trials_come_first_then_those_that_came_far():

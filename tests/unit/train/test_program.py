@@ -6,6 +6,7 @@ from lmray.artifacts import checkpoints
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store, run_folder
 from lmray.errors import CapacityError, CheckpointError, ConfigError, DataError
+from lmray.evaluate import measure as measuring
 from lmray.metrics.events import read_events
 from lmray.models.load import load_model
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
@@ -145,6 +146,19 @@ def test_asked_to_stop_after_the_last_step_it_measures_another_time(job, tmp_pat
     assert not (run_folder(job()) / "result.json").exists()
     result = run_here(job(), tmp_path / "scratch")
     assert result.status == "succeeded" and "eval.loss" in result.metrics and len(curve(job())) == 6
+
+
+def test_asked_to_stop_while_it_measures_it_keeps_what_was_measured(job, tmp_path, monkeypatch):
+    losses, example_losses = [], measuring.example_losses
+    monkeypatch.setattr(measuring, "example_losses", lambda *a, **k: losses.append(1) or example_losses(*a, **k))
+    one = job(evaluate={"tasks": ["loss", "json_match"], "max_new_tokens": 4})
+    assert run_here(one, tmp_path / "scratch", stop_at=9).status == "stopped"  # 6 steps, the base's losses, its answers
+    assert (run_folder(one) / "measured-base.json").is_file() and len(losses) == 1
+    result = run_here(one, tmp_path / "scratch")
+    assert result.status == "succeeded" and len(losses) == 2, "the base's losses are not measured again"
+    assert not [*run_folder(one).glob("measured-*")]
+    same = run_here(one.model_copy(update={"name": "same"}), tmp_path / "scratch")
+    assert same.details["deltas"] == result.details["deltas"]
 
 
 def test_epochs_and_evaluation_steps(job, tmp_path):

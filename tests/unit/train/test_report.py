@@ -71,6 +71,10 @@ def test_a_report_holds_everything_and_asks_for_nothing(job, tmp_path):
     assert 'name="viewport"' in text and "青" in text
     assert all(name in text for name in result.metrics)
     assert {"run.prepare_seconds", "run.train_seconds", "run.evaluate_seconds"} <= result.metrics.keys()
+    deltas = result.details["deltas"]["tuned"]
+    assert deltas.keys() == {"eval.loss", "eval.perplexity", "eval.json_match"}
+    assert deltas["eval.loss"]["num_examples"] == 6 and "95 % interval" in text
+    assert deltas["eval.loss"]["delta"] == pytest.approx(result.metrics["eval.loss"] - result.metrics["base.loss"])
     (peak,) = result.details["peak_memory_bytes_by_worker"]
     assert peak == result.metrics["train.peak_memory_bytes"] > 100 * 2**20
     before = (folder / "report.html").read_bytes()
@@ -115,9 +119,20 @@ def test_no_run_is_an_error(tmp_path):
 
 def test_change_is_good_or_bad_by_the_metrics_direction():
     metrics = {"eval.loss": 1.0, "base.loss": 2.0, "eval.json_match": 0.1, "base.json_match": 0.4}
-    rows = [line for line in "\n".join(before_and_after(metrics)).splitlines() if "<td" in line]
+    rows = [line for line in "\n".join(before_and_after(metrics, {})).splitlines() if "<td" in line]
     assert "number good" in rows[0] and "number bad" in rows[1]
     assert metric("eval.loss").help in rows[0]
+
+
+def test_a_change_that_may_be_chance_is_neither_good_nor_bad():
+    metrics = {"eval.loss": 1.0, "base.loss": 2.0, "eval.json_match": 0.4, "base.json_match": 0.1}
+    deltas = {
+        "eval.loss": {"delta": -1.0, "low": -1.5, "high": -0.5, "num_examples": 9},
+        "eval.json_match": {"delta": 0.3, "low": -0.1, "high": 0.7, "num_examples": 9},
+    }
+    loss, match = [line for line in "\n".join(before_and_after(metrics, deltas)).splitlines() if "<td" in line]
+    assert "number good" in loss and "-1 [-1.5, -0.5]" in loss
+    assert "number quiet" in match and "+0.3 [-0.1, +0.7]" in match
 
 
 def test_data_is_counted_by_source(job, tiny_model, tmp_path):
