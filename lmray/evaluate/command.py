@@ -108,7 +108,7 @@ def _base_of(targets: Sequence[str]) -> dict[str, Any]:
             continue
         if not _is_adapter(folder):
             base = Artifacts(open_store()).find(target).base
-            return {"source": base["source"], "revision": base.get("revision")}
+            return {name: base.get(name) for name in ("source", "revision", "rope_scaling")}
         source = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not source:
             raise ArtifactError(str(folder), "does not say which base model it belongs to", hint="add `--model MODEL`")

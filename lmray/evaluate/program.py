@@ -27,8 +27,9 @@ from lmray.evaluate.confidence import deltas, reference_label
 from lmray.evaluate.measure import HeldOut, Measured, Progress, check_tasks, measure
 from lmray.evaluate.progress import ProgressFile, Standing
 from lmray.job import EvaluateJob
-from lmray.models.load import load_model, load_tokenizer
+from lmray.models.load import load_config, load_model, load_tokenizer
 from lmray.models.precision import resolve_dtype
+from lmray.models.rope import check_positions, check_same_scaling
 from lmray.models.source import FoundModel, find_model
 
 RESULT = "result.json"
@@ -47,8 +48,11 @@ class Prepared:
 
 def prepare(job: EvaluateJob) -> Prepared:
     """Finds the model and reads the data. Raises DataError where nothing is held out, ArtifactError for an adapter that
-    is unknown or belongs to another base model."""
+    is unknown or belongs to another base model, ConfigError for rows longer than the model has positions."""
     found = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
+    scaling, trusted = job.model.rope_scaling, job.model.trust_remote_code
+    config = load_config(found.folder, trust_remote_code=trusted, rope_scaling=scaling)
+    check_positions(config, job.data.max_length, scaling)
     for target in job.targets:
         _adapter_folder(job, target.adapter, found)
     examples = read_examples(job.data)
@@ -101,7 +105,12 @@ def _measure(job: EvaluateJob, ready: Prepared, ctx: RunContext) -> dict[str, Me
     folders = [_adapter_folder(job, target.adapter, ready.model) for target in job.targets]
     handles = [None if folder is None else f"target_{place}" for place, folder in enumerate(folders)]
     dtype, _ = resolve_dtype(job.model.dtype, ctx.device)
-    model: Any = load_model(ready.model.folder, dtype, trust_remote_code=job.model.trust_remote_code)
+    model: Any = load_model(
+        ready.model.folder,
+        dtype,
+        trust_remote_code=job.model.trust_remote_code,
+        rope_scaling=job.model.rope_scaling,
+    )
     model.to(ctx.device)
     for folder, handle in zip(folders, handles, strict=True):
         if folder is not None and handle is not None:
@@ -149,6 +158,7 @@ def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> 
         raise ArtifactError(
             f"artifact `{artifact.ref}`", f"was trained on another base than `{base.source}`", allowed=allowed
         )
+    check_same_scaling(artifact.ref, artifact.base, job.model.rope_scaling)
     return artifacts.checkout(artifact)
 
 

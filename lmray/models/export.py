@@ -16,6 +16,7 @@ from lmray.artifacts.files import replace_folder
 from lmray.errors import ArtifactError
 from lmray.models.load import load_model, load_tokenizer
 from lmray.models.quiet import quiet
+from lmray.models.rope import RopeScaling
 from lmray.models.source import find_model
 
 FORMATS = ("hf", "peft")
@@ -50,7 +51,7 @@ def export(adapter: Path, base: Mapping[str, Any], target: Path, format: str = "
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".export-") as scratch:
         merged = Path(scratch) / "model"
         with quiet():
-            model = merge(found.folder, adapter)
+            model = merge(found.folder, adapter, RopeScaling.of(base))
             stored = AutoConfig.from_pretrained(found.folder).dtype or torch.float32
             model.to(stored if dtype == "auto" else getattr(torch, dtype)).save_pretrained(merged)
             tokenizer_from = adapter if (adapter / "tokenizer_config.json").is_file() else found.folder
@@ -59,7 +60,8 @@ def export(adapter: Path, base: Mapping[str, Any], target: Path, format: str = "
         shutil.rmtree(merged)
 
 
-def merge(base: Path, adapter: Path) -> Any:
-    """The model in `base` with the adapter in folder `adapter` merged into its weights, in float32."""
-    attached = PeftModel.from_pretrained(load_model(base, "float32"), str(adapter))
+def merge(base: Path, adapter: Path, rope_scaling: RopeScaling | None = None) -> Any:
+    """The model in `base`, its positions scaled as the adapter was trained with, and the adapter in folder `adapter`
+    merged into its weights, in float32."""
+    attached = PeftModel.from_pretrained(load_model(base, "float32", rope_scaling=rope_scaling), str(adapter))
     return attached.merge_and_unload(safe_merge=True)

@@ -38,6 +38,9 @@ from lmray.train.report import write_report
 from lmray.train.statistics import data_statistics
 from lmray.train.tracking import Tracking
 
+BASE = ("source", "revision", "digest", "rope_scaling")
+"""What an artifact says of the model it belongs to."""
+
 
 def finished(folder: Path) -> Result | None:
     """The result of the run in `folder` if it is done, as `already-done`."""
@@ -102,7 +105,12 @@ def _tracked(job: TrainJob, plan: Plan, ctx: RunContext) -> TrackedRun:
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
     """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
-    model = load_model(prepared.model.folder, plan.dtype, trust_remote_code=job.model.trust_remote_code)
+    model = load_model(
+        prepared.model.folder,
+        plan.dtype,
+        trust_remote_code=job.model.trust_remote_code,
+        rope_scaling=job.model.rope_scaling,
+    )
     model.requires_grad_(False)
     adapted = job.adapter.attach(model, seed=job.train.seed)
     torch.manual_seed(job.train.seed)
@@ -184,7 +192,7 @@ def _finish(
     metrics["run.seconds"] = round(time.time() - started, 3)
     if job.resources.price_per_worker_hour is not None:
         metrics["run.cost"] = round(run_cost(job.resources, metrics["run.seconds"]), 6)
-    base = {name: plan.model[name] for name in ("source", "revision", "digest")}
+    base = {name: plan.model[name] for name in BASE if name in plan.model}
     details: dict[str, Any] = {"adapter": str(adapter), "base": base, "run_key": plan.run_key}
     details["peak_memory_bytes_by_worker"] = list(peaks)
     kept = None
