@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -109,14 +109,16 @@ def _local(target: str, max_tokens: int, temperature: float) -> Iterator[Speaker
     from lmray.engines.native import Native
     from lmray.models.load import load_model, load_tokenizer, stop_token_ids
     from lmray.models.precision import resolve_dtype
+    from lmray.models.rope import RopeScaling
     from lmray.models.source import find_model
     from lmray.serve.answer import Answer, make_request
     from lmray.serve.openai import ChatMessage, ChatRequest
 
     source, ref = _split(target)
     found = find_model(source)
-    adapter = _adapter_folder(ref, found) if ref else None
-    tokenizer, loaded = load_tokenizer(found.folder), load_model(found.folder, resolve_dtype("auto", "cpu")[0])
+    adapter, base = _adapter(ref, found) if ref else (None, {})
+    dtype, _ = resolve_dtype("auto", "cpu")
+    loaded, tokenizer = load_model(found.folder, dtype, rope_scaling=RopeScaling.of(base)), load_tokenizer(found.folder)
     config = Native(max_batch_size=1, max_adapters=1, max_length=min(MAX_LENGTH, loaded.config.max_position_embeddings))
     stops = stop_token_ids(loaded, tokenizer)
     engine = config.start(loaded, stop_token_ids=stops, threads=len(os.sched_getaffinity(0)))
@@ -149,8 +151,9 @@ def _split(target: str) -> tuple[str, str]:
     return prefix + source, ref
 
 
-def _adapter_folder(ref: str, base: FoundModel) -> Path:
-    """The files of artifact `ref`. Raises ArtifactError where it was trained on another model."""
+def _adapter(ref: str, base: FoundModel) -> tuple[Path, Mapping[str, Any]]:
+    """The files of artifact `ref`, and its entry of its base. Raises ArtifactError where it was trained on another
+    model."""
     from lmray.artifacts.artifact import Artifacts
     from lmray.artifacts.store import open_store
 
@@ -163,7 +166,7 @@ def _adapter_folder(ref: str, base: FoundModel) -> Path:
         was = f"was trained on `{artifact.base.get('source')}`"
         hint = f"lmray chat {artifact.base.get('source')}:{ref}"
         raise ArtifactError(f"artifact `{artifact.ref}`", was, allowed=f"adapters of `{base.source}`", hint=hint)
-    return kept.checkout(artifact)
+    return kept.checkout(artifact), artifact.base
 
 
 def _stepped(loop: asyncio.AbstractEventLoop, pieces: AsyncIterator[str]) -> Iterator[str]:

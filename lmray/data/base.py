@@ -34,6 +34,8 @@ class Example:
     """What the chat template takes as `tools`: `{"type": "function", "function": {...}}`."""
     text: str | None = None
     """Plain text for continual pre-training: every token is supervised, no template is applied."""
+    assistant_only_loss: bool = True
+    """False: loss is taken on every token of the conversation."""
     rejected: tuple[dict[str, Any], ...] | None = None
     """For preference methods: the conversation that is worse than `messages`, whole, prompt included."""
     label: bool | None = None

@@ -79,7 +79,7 @@ def examples_digest(examples: Sequence[Example]) -> str:
     """Of what is tokenised of `examples`, in order."""
     digest = hashlib.sha256()
     for example in examples:
-        content = [example.messages, example.tools, example.text]
+        content = [example.messages, example.tools, example.text, example.assistant_only_loss]
         digest.update(json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
 

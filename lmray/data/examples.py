@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_HALF_UP, Decimal
 from itertools import chain, islice
 from typing import Any
@@ -90,7 +90,8 @@ def read_source(source: DataSource) -> SourceExamples:
     examples, num_passed_over = [], 0
     for row in chain(head, opened.rows):
         if reading.mapping.takes(row):
-            examples.append(_example(row, reading.mapping, is_detected=opened.mapping is None))
+            example = _example(row, reading.mapping, is_detected=opened.mapping is None)
+            examples.append(example if source.assistant_only_loss else replace(example, assistant_only_loss=False))
         else:
             num_passed_over += 1
     if not examples:
@@ -148,6 +149,7 @@ def _content(example: Example) -> list[Any]:
         "text": example.text,
         "rejected": example.rejected,
         "label": example.label,
+        "assistant_only_loss": None if example.assistant_only_loss else False,
     }
     given = {name: value for name, value in more.items() if value is not None}
     return [*example.messages, example.accepted, *([given] if given else [])]

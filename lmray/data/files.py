@@ -16,7 +16,7 @@ from lmray.data.base import Row
 from lmray.errors import DataError
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-TEXTS = (".txt", ".text")
+TEXTS = (".txt", ".text", ".md")
 SUFFIXES = (*TABLES, *TEXTS)
 PIECE = 65_536
 """Characters of a text after which the next blank line ends the row; where there is none, a line does after four

@@ -82,7 +82,7 @@ def documents(example: Example, turns: Sequence[Turn], conventions: Conventions)
         yield _text(example, conventions)
         return
     pieces: list[Piece] = []
-    done, last = "", ""
+    done, last, all_learned = "", "", not example.assistant_only_loss
     for turn in turns:
         if not turn.answered.startswith(turn.asked):
             hint = "the chat template does not go on from its own generation prompt; mend it"
@@ -91,8 +91,8 @@ def documents(example: Example, turns: Sequence[Turn], conventions: Conventions)
             yield tuple(pieces)
             pieces, done, last = [], "", ""
         answer, last_here = _through_stop(conventions.stops, turn)
-        pieces.append(Piece(turn.asked[len(done) :], False, context=last))
-        pieces.append(Piece(answer, turn.supervised, context=conventions.anchor))
+        pieces.append(Piece(turn.asked[len(done) :], all_learned, context=last))
+        pieces.append(Piece(answer, all_learned or turn.supervised, context=conventions.anchor))
         done, last = turn.asked + answer, last_here
     yield tuple(pieces)
 

@@ -13,7 +13,8 @@ from lmray.models.load import embedding_rows, stop_token_ids_in
 class Rules:
     """From a job and its model; part of the key under which tokenised data is kept."""
 
-    max_length: int
+    max_length: int | None
+    """None: whole examples, however long, for rows that they are cut into later."""
     over_long: str = "drop"
     mask_history: bool = False
     stop_token_ids: tuple[int, ...] = ()

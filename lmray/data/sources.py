@@ -15,6 +15,8 @@ from lmray.data.dataset_info import is_entry, read_entry
 from lmray.data.downloads import download, is_url
 from lmray.data.files import SUFFIXES, TABLES, TEXTS, read_rows
 from lmray.data.hub import PREFIX, open_dataset
+from lmray.data.modules import PREFIX as MODULE_PREFIX
+from lmray.data.modules import module_texts
 from lmray.errors import ArtifactError, DataError
 
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
@@ -37,6 +39,8 @@ def open_source(source: str, mapping: Mapping | None) -> OpenSource:
         return OpenSource(map(entry.adapt, open_source(entry.source, None).rows), entry.mapping)
     if source.startswith(PREFIX):
         return OpenSource(open_dataset(source), mapping)
+    if source.startswith(MODULE_PREFIX):
+        return OpenSource(module_texts(source), mapping)
     shown = download(source) if is_url(source) else dict.fromkeys(find_files(source, mapping))
     files = tuple(shown)
 
@@ -66,7 +70,7 @@ def find_files(source: str, mapping: Mapping | None) -> tuple[Path, ...]:
         where, allowed = f"data source `{source}`", " ".join(SUFFIXES)
         if path.is_dir():
             raise DataError(where, "holds no data files", allowed=allowed, hint="give a folder with such files in it")
-        hint = _neighbour(path) or "give a file, a folder, a glob, a URL, pypi:PACKAGE or hf:OWNER/NAME"
+        hint = _neighbour(path) or "give a file, a folder, a glob, a URL, pypi:PACKAGE, hf:OWNER/NAME or python:MODULE"
         raise DataError(where, "no such file", allowed=allowed, hint=hint)
     return tuple(found)
 

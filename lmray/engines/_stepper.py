@@ -21,6 +21,7 @@ from lmray.engines._sampling import draw
 from lmray.engines._slots import Row, Slots
 from lmray.engines.base import Capabilities, Request, TokenEvent
 from lmray.errors import ConfigError, LmrayError
+from lmray.models.rope import num_positions
 
 Outcome = TokenEvent | LmrayError
 """What a step has for a request: a token, or why it ended without one."""
@@ -194,7 +195,7 @@ def check_model(model: PreTrainedModel, max_length: int) -> None:
                 raise ConfigError("engine.max_length", found, allowed=f"up to {layer.sliding_window}", hint=hint)
         elif type(layer) is not DynamicLayer:
             raise ConfigError("engine.name", f"`native` cannot run {name}: a layer keeps {type(layer).__name__} states")
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = num_positions(model.config)
     if limit is not None and limit < max_length:
         found = f"{max_length} tokens are more than {name} has positions for"
         raise ConfigError("engine.max_length", found, allowed=f"up to {limit}", hint=f"set it to {limit} or less")

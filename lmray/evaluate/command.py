@@ -123,7 +123,7 @@ def _base_of(targets: Sequence[str]) -> dict[str, Any]:
             artifact = Artifacts(open_store()).find(target)
             if artifact.kind == "model" and BASE not in targets:
                 return {"source": ARTIFACT + target}
-            return {"source": artifact.base["source"], "revision": artifact.base.get("revision")}
+            return {name: artifact.base.get(name) for name in ("source", "revision", "rope_scaling")}
         source = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not source:
             raise ArtifactError(str(folder), "does not say which base model it belongs to", hint="add `--model MODEL`")

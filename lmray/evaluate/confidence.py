@@ -65,6 +65,8 @@ def deltas(
 
 def deltas_json(targets: Mapping[str, Evidence]) -> dict[str, dict[str, dict[str, Any]]]:
     """`deltas` as a result's `details` hold them."""
+    if not targets:
+        return {}
     return {label: {name: asdict(one) for name, one in found.items()} for label, found in deltas(targets).items()}
 
 

@@ -30,8 +30,9 @@ from lmray.evaluate.measure import HeldOut, Measured, Progress, check_tasks, mea
 from lmray.evaluate.progress import ProgressFile
 from lmray.job import EvaluateJob, Target
 from lmray.metrics.display import Standing
-from lmray.models.load import load_model, load_tokenizer
+from lmray.models.load import load_config, load_model, load_tokenizer
 from lmray.models.precision import resolve_dtype
+from lmray.models.rope import RopeScaling, check_positions, check_same_scaling
 from lmray.models.source import FoundModel, find_model, model_of
 
 RESULT = "result.json"
@@ -52,9 +53,14 @@ class Prepared:
 
 def prepare(job: EvaluateJob) -> Prepared:
     """Finds the models and reads the data. Raises DataError where nothing is held out, ArtifactError for an adapter
-    that is unknown or belongs to another base model, and for a model that has another tokenizer."""
+    that is unknown or belongs to another base model, and for a model that has another tokenizer, ConfigError for rows
+    longer than a model has positions."""
     found = model_of(job)
     models = {target.label: _model_of(job, target, found) for target in job.targets}
+    for one in {model.folder: model for model in (found, *models.values())}.values():
+        scaling = _scaling(job, one, found)
+        config = load_config(one.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=scaling)
+        check_positions(config, job.data.max_length, scaling)
     for target in job.targets:
         _adapter_folder(job, target.adapter, models[target.label])
     examples = read_examples(job.data)
@@ -106,6 +112,11 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
     return result
 
 
+def _scaling(job: EvaluateJob, model: FoundModel, base: FoundModel) -> RopeScaling | None:
+    """The job's, for its base model; a whole model has that of its training in its config."""
+    return job.model.rope_scaling if model.folder == base.folder else None
+
+
 def _measure(job: EvaluateJob, ready: Prepared, ctx: RunContext) -> dict[str, Measured]:
     """Every target, by label; one model is loaded at a time, for all targets that are measured on it."""
     measured: dict[str, Measured] = {}
@@ -121,7 +132,12 @@ def _measure_on(
     folders = [_adapter_folder(job, target.adapter, found) for target in targets]
     handles = [None if folder is None else f"target_{place}" for place, folder in enumerate(folders)]
     dtype, _ = resolve_dtype(job.model.dtype, ctx.device)
-    model: Any = load_model(found.folder, dtype, trust_remote_code=job.model.trust_remote_code)
+    model: Any = load_model(
+        found.folder,
+        dtype,
+        trust_remote_code=job.model.trust_remote_code,
+        rope_scaling=_scaling(job, found, ready.model),
+    )
     model.to(ctx.device)
     for folder, handle in zip(folders, handles, strict=True):
         if folder is not None and handle is not None:
@@ -190,6 +206,7 @@ def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> 
         raise ArtifactError(
             f"artifact `{artifact.ref}`", f"was trained on another base than `{base.source}`", allowed=allowed
         )
+    check_same_scaling(artifact.ref, artifact.base, job.model.rope_scaling)
     return artifacts.checkout(artifact)
 
 

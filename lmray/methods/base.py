@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmray.config import MemberConfig
+from lmray.data.spec import Joined
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,12 @@ class Objective:
 
 class Method(MemberConfig):
     """Base of `lmray/methods/*.py`."""
+
+    @property
+    def joins(self) -> Joined | None:
+        """How examples are joined to rows of one length. None: each keeps to itself, and `data.packing` says whether
+        several share a row."""
+        return None
 
     @abstractmethod
     def objectives(self) -> tuple[Objective, ...]:

@@ -9,6 +9,7 @@ from lmray.artifacts.artifact import Artifact, Artifacts
 from lmray.artifacts.files import replace_folder
 from lmray.errors import ArtifactError
 from lmray.models.merge import write_merged
+from lmray.models.rope import RopeScaling
 from lmray.models.source import find_base
 
 FORMATS = ("hf", "peft")
@@ -39,5 +40,6 @@ def export(kept: Artifacts, artifact: Artifact, target: Path, format: str = "hf"
     folder = kept.checkout(artifact)
     base, adapter = (folder, None) if artifact.kind == "model" else (find_base(kept, artifact).folder, folder)
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".export-") as scratch:
-        write_merged(base, adapter, Path(scratch, "model"), dtype=dtype)
+        scaling = None if artifact.kind == "model" else RopeScaling.of(artifact.base)
+        write_merged(base, adapter, Path(scratch, "model"), dtype=dtype, rope_scaling=scaling)
         replace_folder(Path(scratch, "model"), target)

@@ -19,17 +19,24 @@ from transformers import (
 
 from lmray.errors import ArtifactError
 from lmray.models.quiet import quiet
+from lmray.models.rope import RopeScaling
 
 
-def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model in `folder` with weights of `dtype` (`float32`, `bfloat16`), on the CPU.
+def load_model(
+    folder: Path, dtype: str, *, trust_remote_code: bool = False, rope_scaling: RopeScaling | None = None
+) -> PreTrainedModel:
+    """The causal language model in `folder` with weights of `dtype` (`float32`, `bfloat16`), on the CPU, its positions
+    scaled where asked for.
 
-    Raises ArtifactError for weights or a config that cannot be read, or that need code which is not trusted.
+    Raises ArtifactError for weights or a config that cannot be read, or that need code which is not trusted, and
+    ConfigError for positions that cannot be scaled.
     """
+    config = load_config(folder, trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
     with quiet():
         try:
             return AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 local_files_only=True,
@@ -39,13 +46,17 @@ def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> 
             raise _corrupted(folder, error) from None
 
 
-def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's config. Raises ArtifactError where it cannot be read, or needs code that is not trusted."""
+def load_config(folder: Path, *, trust_remote_code: bool = False, rope_scaling: RopeScaling | None = None) -> Any:
+    """The model's config, its positions scaled where asked for. Raises ArtifactError where it cannot be read, or needs
+    code that is not trusted, and ConfigError for positions that cannot be scaled."""
     with quiet():
         try:
-            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
             raise _corrupted(folder, error) from None
+        if rope_scaling is not None:
+            rope_scaling.apply(config)
+    return config
 
 
 def load_tokenizer(folder: Path, *, chat: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -11,18 +11,26 @@ from transformers import AutoConfig
 
 from lmray.models.load import load_model, load_tokenizer
 from lmray.models.quiet import quiet
+from lmray.models.rope import RopeScaling
 
 
 def write_merged(
-    base: Path, adapter: Path | None, target: Path, *, dtype: str = "auto", trust_remote_code: bool = False
+    base: Path,
+    adapter: Path | None,
+    target: Path,
+    *,
+    dtype: str = "auto",
+    rope_scaling: RopeScaling | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Writes the model in folder `base` with the adapter in folder `adapter` (None: as it is) to folder `target`.
+    """Writes the model in folder `base`, its positions scaled as the adapter was trained with, with the adapter in
+    folder `adapter` (None: as it is) to folder `target`.
 
     Merged in float32 and rounded once to `dtype` (`float32`, `bfloat16`; `auto`: the base's own). The tokenizer is the
     adapter's, where one lies beside it.
     """
     with quiet():
-        model: Any = load_model(base, "float32", trust_remote_code=trust_remote_code)
+        model: Any = load_model(base, "float32", trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust_remote_code)

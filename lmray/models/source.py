@@ -27,6 +27,7 @@ from lmray.errors import ArtifactError, did_you_mean
 from lmray.models.catalogue import CATALOGUE, CatalogueModel
 from lmray.models.gguf import convert_gguf
 from lmray.models.merge import write_merged
+from lmray.models.rope import RopeScaling
 from lmray.models.spec import ModelSpec
 
 WEIGHTS = (".gguf", ".safetensors")
@@ -127,7 +128,13 @@ def _from_store(kept: Artifacts, source: str, *, trust_remote_code: bool) -> Fou
         if not folder.is_dir():
             with TemporaryDirectory(dir=folder.parent, prefix=".merging-") as scratch:
                 merged = Path(scratch, "model")
-                write_merged(base.folder, kept.checkout(artifact), merged, trust_remote_code=trust_remote_code)
+                write_merged(
+                    base.folder,
+                    kept.checkout(artifact),
+                    merged,
+                    rope_scaling=RopeScaling.of(artifact.base),
+                    trust_remote_code=trust_remote_code,
+                )
                 os.replace(merged, folder)
     return FoundModel(pinned, None, folder, digest, (artifact.ref,))
 

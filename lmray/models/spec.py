@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lmray.config import Config
+from lmray.models.rope import RopeScaling
 
 
 class ModelSpec(Config):
@@ -18,5 +19,7 @@ class ModelSpec(Config):
     kernels: Literal["auto", "plain", "fused"] = "auto"
     """How training steps are computed: as `transformers` and `peft` do it, or by fused functions. `auto`: fused where
     they fit the device, the architecture and the adapter."""
+    rope_scaling: RopeScaling | None = None
+    """Positions beyond those the model was trained with. Empty: its own."""
     trust_remote_code: bool = False
     """Run the Python code that lies beside the weights, on every worker, as the user who runs the job."""

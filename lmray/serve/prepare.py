@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.store import open_store
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
-from lmray.models.load import load_tokenizer
+from lmray.models.load import load_config, load_tokenizer
 from lmray.models.quiet import quiet
+from lmray.models.rope import RopeScaling, check_same_scaling
 from lmray.models.source import ARTIFACT, FoundModel, find_model, model_of
 from lmray.serve.keys import check_exposure, read_key_hashes
 
@@ -39,6 +40,8 @@ class ServePlan:
     adapters: dict[str, str]
     """Name in requests -> version id of the artifact of that name."""
     key_hashes: tuple[str, ...]
+    rope_scaling: RopeScaling | None = None
+    """Of the base model's positions."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ def prepare(job: ServeJob) -> ServePlan:
         store=str(store.root),
         adapters=adapters,
         key_hashes=key_hashes,
+        rope_scaling=job.model.rope_scaling,
     )
-    job.engine.check(load_empty_model(found.folder), check_out(plan).adapters)
+    job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), check_out(plan).adapters)
     return plan
 
 
@@ -91,11 +95,12 @@ def check_out(plan: ServePlan) -> CheckedOut:
     return CheckedOut(found.folder, folders)
 
 
-def load_empty_model(folder: Path) -> PreTrainedModel:
-    """The model in `folder` without its weights. Raises ArtifactError for a config that is none."""
+def load_empty_model(folder: Path, rope_scaling: RopeScaling | None = None) -> PreTrainedModel:
+    """The model in `folder` without its weights, its positions scaled where asked for. Raises ArtifactError for a
+    config that is none, ConfigError for positions that cannot be scaled."""
     try:
         with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = load_config(folder, rope_scaling=rope_scaling)
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -122,6 +127,7 @@ def _adapters(job: ServeJob, artifacts: Artifacts, base: FoundModel, model_name:
     for wanted in job.adapters:
         artifact = artifacts.find(ArtifactRef(wanted.artifact, wanted.stage))
         _check_base(artifact, base)
+        check_same_scaling(artifact.ref, artifact.base, job.model.rope_scaling)
         if artifact.name in found or artifact.name == model_name:
             raise ConfigError(
                 "adapters", f"the name `{artifact.name}` is taken", hint="serve one version of an artifact"

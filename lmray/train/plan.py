@@ -38,7 +38,7 @@ class Plan:
     fields: Mapping[str, Any]
     """The job's semantic fields, flat, by dotted path: what `run_key` is made of."""
     model: Mapping[str, Any]
-    """`source`, `revision`, `digest`, `parameters`, `trainable_parameters`."""
+    """`source`, `revision`, `digest`, `parameters`, `trainable_parameters`; `rope_scaling` where there is one."""
     data: Mapping[str, Any]
     """`digest`, `formats`, counts of examples, rows and tokens, lengths, stop token and BOS."""
     device: str
@@ -76,12 +76,14 @@ class Plan:
             f"precision  {self.dtype}: {self.reasons['dtype']}",
             f"kernels    {self.kernels}: {self.reasons['kernels']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
+            *self._positions(),
             f"trained    {human_count(model['trainable_parameters'])} of {human_count(model['parameters'])} parameters "
             f"({share:.2%}), digest of the base {model['digest'][:12]}",
             *(f"data       {line}" for line in data["formats"]),
             f"data       {data['train_examples']} to train on, {data['eval_examples']} held out, "
             f"{data['dropped']} over {data['max_length']} tokens dropped, {data['truncated']} truncated",
             *([f"data       {empty}"] if data["empty"] else []),
+            *self._joined(),
             f"tokens     {human_count(data['train_tokens'])} an epoch, {data['supervised_share']:.0%} supervised",
             f"lengths    {data['tokens_median']} (median), {data['tokens_p90']} (p90), {data['tokens_p95']} (p95), "
             f"{data['tokens_p99']} (p99), {data['tokens_max']} (longest) tokens an example",
@@ -89,6 +91,18 @@ class Plan:
             f"memory     {human_bytes(memory['total'])} a worker: {parts}",
             *(f"warning    {line}" for line in self.warnings),
         ]
+
+    def _positions(self) -> list[str]:
+        scaling = self.model.get("rope_scaling")
+        given = ", ".join(f"{name} {value}" for name, value in (scaling or {}).items() if value is not None)
+        return [f"positions  scaled: {given}"] if scaling else []
+
+    def _joined(self) -> list[str]:
+        how = {"through": "seeing the ones before it", "apart": "seeing only itself"}
+        if not self.data["joined"]:
+            return []
+        row = f"{self.data['rows']} of {self.data['max_length']} tokens, the last may be shorter"
+        return [f"rows       {row}: the examples joined, each {how[self.data['joined']]}"]
 
     def head(self) -> list[str]:
         """The few lines a run begins with."""
@@ -137,8 +151,14 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     steps = job.train.max_steps or math.ceil(samples / rows_per_step)
     if job.train.max_steps:
         samples = steps * rows_per_step
-    model = {"source": ready.model.source, "revision": ready.model.revision, "digest": ready.model.digest}
-    data = data_facts(ready, max_length=job.data.max_length)
+    model: dict[str, Any] = {
+        "source": ready.model.source,
+        "revision": ready.model.revision,
+        "digest": ready.model.digest,
+    }
+    if job.model.rope_scaling is not None:
+        model["rope_scaling"] = job.model.rope_scaling.parameters()
+    data = data_facts(ready, max_length=job.data.max_length) | {"joined": job.method.joins}
     rows = worst_rows(ready.rows, job.train.per_device_train_batch_size, fused=kernels == "fused")
     settings = {"dtype": dtype, "device": device}
     fields = _flat({key: value for key, value in dump(job).items() if key not in PLACEMENT})

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lmray.artifacts.files import sha256_json
-from lmray.data.batch import Rows, pack, unpacked
+from lmray.data.batch import Packed, pack, unpacked
 from lmray.data.cache import tokenise_cached, tokenizer_digest
 from lmray.data.examples import Examples, read_examples
 from lmray.data.rules import Rules
+from lmray.data.stream import Stream
 from lmray.data.tokenise import TokenisedData
 from lmray.evaluate.measure import check_tasks
 from lmray.job import TrainJob
-from lmray.models.load import load_tokenizer
+from lmray.models.load import load_config, load_tokenizer
+from lmray.models.rope import check_positions
 from lmray.models.source import FoundModel, model_of
 
 if TYPE_CHECKING:
@@ -29,9 +32,9 @@ class Prepared:
     examples: Examples
     train: TokenisedData
     eval: TokenisedData
-    rows: Rows
+    rows: Sequence[Packed]
     """Rows of the training data, in file order; the sampler shuffles them."""
-    eval_rows: Rows
+    eval_rows: Sequence[Packed]
 
     @property
     def digest(self) -> str:
@@ -40,14 +43,28 @@ class Prepared:
 
 
 def prepare(job: TrainJob) -> Prepared:
-    """Finds the model and reads the data. Raises ArtifactError or DataError for what is missing or malformed."""
-    model = model_of(job)
+    """Finds the model and reads the data. Raises ArtifactError or DataError for what is missing or malformed, and
+    ConfigError for rows longer than the model has positions."""
+    spec, model = job.model, model_of(job)
+    config = load_config(model.folder, trust_remote_code=spec.trust_remote_code, rope_scaling=spec.rope_scaling)
+    check_positions(config, job.data.max_length, spec.rope_scaling)
     examples = read_examples(job.data)
     check_tasks(job.evaluate.tasks, examples.eval)
     chats = any(example.text is None for example in (*examples.train, *examples.eval))
-    tokenizer = load_tokenizer(model.folder, chat=chats, trust_remote_code=job.model.trust_remote_code)
-    rules = Rules.of(job.data, model.folder, trust_remote_code=job.model.trust_remote_code)
-    train, held_out = (tokenise_cached(tokenizer, part, rules) for part in (examples.train, examples.eval))
-    rows = pack(train.examples, max_length=job.data.max_length) if job.data.packing else unpacked(train.examples)
+    tokenizer = load_tokenizer(model.folder, chat=chats, trust_remote_code=spec.trust_remote_code)
+    rules = Rules.of(job.data, model.folder, trust_remote_code=spec.trust_remote_code)
+    whole = replace(rules, max_length=None) if job.method.joins else rules
+    train, held_out = (
+        tokenise_cached(tokenizer, examples.train, whole),
+        tokenise_cached(tokenizer, examples.eval, rules),
+    )
+    rows = _rows(job, train)
     eval_rows = pack(held_out.examples, max_length=job.data.max_length)
     return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows)
+
+
+def _rows(job: TrainJob, train: TokenisedData) -> Sequence[Packed]:
+    length, joins = job.data.max_length, job.method.joins
+    if joins is not None:
+        return Stream(train.examples, max_length=length, apart=joins == "apart")
+    return pack(train.examples, max_length=length) if job.data.packing else unpacked(train.examples)

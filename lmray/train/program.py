@@ -42,6 +42,9 @@ from lmray.train.report import write_report
 from lmray.train.statistics import data_statistics
 from lmray.train.tracking import Tracking
 
+BASE = ("source", "revision", "digest", "rope_scaling")
+"""What an artifact says of the model it belongs to."""
+
 
 class MeasuringStoppedError(Exception):
     """The run was asked to stop after its last step."""
@@ -131,7 +134,12 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
 
 
 def _base_model(job: TrainJob, plan: Plan, prepared: Prepared) -> torch.nn.Module:
-    return load_model(prepared.model.folder, plan.dtype, trust_remote_code=job.model.trust_remote_code)
+    return load_model(
+        prepared.model.folder,
+        plan.dtype,
+        trust_remote_code=job.model.trust_remote_code,
+        rope_scaling=job.model.rope_scaling,
+    )
 
 
 def _ran(loop: Loop) -> bool:
@@ -199,7 +207,7 @@ def _finish(
     metrics["run.seconds"] = round(time.time() - started, 3)
     if job.resources.price_per_worker_hour is not None:
         metrics["run.cost"] = round(run_cost(job.resources, metrics["run.seconds"]), 6)
-    base = {name: plan.model[name] for name in ("source", "revision", "digest")}
+    base = {name: plan.model[name] for name in BASE if name in plan.model}
     origin = {"kind": kind, "base": base, "parents": loop.prepared.model.parents, "run_key": plan.run_key}
     details: dict[str, Any] = {kind: str(folder / kind), **origin}
     details["peak_memory_bytes_by_worker"] = list(peaks)

@@ -49,7 +49,7 @@ def test_a_config_refers_to_catalogue_names_packages_and_files_of_the_repository
         if where.endswith("model.source"):
             assert value in CATALOGUE, f"{where}: `{value}`, allowed: {', '.join(CATALOGUE)}"
         elif where.endswith("source"):
-            assert value.startswith("pypi:") or (ROOT / value).exists(), f"{where}: `{value}` is not here"
+            assert value.startswith(("pypi:", "python:")) or (ROOT / value).exists(), f"{where}: `{value}` is not here"
 
 
 def strings(tree: Any, where: str = "") -> Iterator[tuple[str, str]]:

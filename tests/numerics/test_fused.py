@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -22,6 +23,7 @@ from lmray.data.tokenise import Tokenised
 from lmray.errors import ConfigError
 from lmray.methods.sft import Sft, sft_loss
 from lmray.models.fused import Fused, unfit
+from lmray.models.rope import RopeScaling
 from lmray.ops.lora_linear import lora_linear, make_group
 from lmray.ops.packed_attention import Heads, make_blocks, packed_attention
 from lmray.ops.rms_norm import rms_norm
@@ -129,11 +131,28 @@ SHAPE = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
+ROPE = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "factor": 4.0},
+}
+
+
+def scaled(rope_type: str) -> LlamaForCausalLM:
+    """Eight original positions, so that examples go beyond them; yarn also scales cosine and sine."""
+    config = LlamaConfig(**SHAPE, max_position_embeddings=8)
+    RopeScaling(**ROPE[rope_type]).apply(config)
+    model = LlamaForCausalLM(config)
+    assert model.model.rotary_emb.attention_scaling == (pytest.approx(1.1386, abs=1e-4) if rope_type == "yarn" else 1.0)
+    return model
+
+
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "llama with biases": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    **{f"llama, {name} positions": partial(scaled, name) for name in ROPE},
 }
 
 

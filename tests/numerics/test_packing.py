@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmray.data.batch import collate, pack, unpacked
 from lmray.data.table import Tokenised
+from lmray.models.rope import RopeScaling
 
 LENGTHS = (17, 9, 23, 5, 12)
 
@@ -30,9 +31,14 @@ def logits_by_example(model, rows) -> dict[tuple[int, ...], torch.Tensor]:
     return found
 
 
-@pytest.fixture(params=["eager", "sdpa"])
+@pytest.fixture(params=["eager", "sdpa", "sdpa linear", "sdpa yarn", "sdpa llama3"])
 def model(request, tiny_model):
-    return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=request.param).eval()
+    attention, _, rope_type = request.param.partition(" ")
+    config = AutoConfig.from_pretrained(tiny_model)
+    if rope_type:  # examples of one row reach beyond the eight original positions
+        config.max_position_embeddings = 8
+        RopeScaling.model_validate({"rope_type": rope_type, "factor": 4.0}).apply(config)
+    return AutoModelForCausalLM.from_pretrained(tiny_model, config=config, attn_implementation=attention).eval()
 
 
 @pytest.mark.parametrize("max_length", [66, 32], ids=["one row", "two rows and padding"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import socket
 from pathlib import Path
@@ -134,10 +135,13 @@ def test_a_model_that_the_engine_cannot_run_is_refused_before_it_is_loaded(job):
         prepare(job.changed({"engine.max_length": 2000}))
 
 
-def test_a_folder_that_holds_no_causal_model_is_refused(job, model, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "found"), [("nothing-we-know", "cannot be loaded"), ("vit", "is no causal language model")]
+)
+def test_a_folder_that_holds_no_causal_model_is_refused(job, model, tmp_path, kind, found):
     folder = Path(shutil.copytree(model, tmp_path / "odd"))
-    (folder / "config.json").write_text('{"model_type": "nothing-we-know"}')
-    with pytest.raises(ArtifactError, match="is no causal language model"):
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ArtifactError, match=found):
         prepare(job.changed({"model.source": str(folder), "adapters": []}))
 
 
