@@ -47,10 +47,12 @@ def deltas(
 ) -> dict[str, dict[str, Delta]]:
     """`{label: {eval.NAME: Delta}}` of every target but the reference. All targets hold the same tasks on the same
     examples; equal seeds give equal intervals."""
+    if len(targets) < 2:
+        return {}
     reference = reference_label([*targets])
     others = [label for label in targets if label != reference]
     found: dict[str, dict[str, Delta]] = {label: {} for label in others}
-    for place, (task, scored) in enumerate(targets[reference] if others else ()):
+    for place, (task, scored) in enumerate(targets[reference]):
         evidence = {label: (target[place][1]) for label, target in targets.items()}
         drawn = _resampled(task, evidence, np.random.default_rng(seed), num_resamples)
         observed = {label: task.aggregate(one) for label, one in evidence.items()}

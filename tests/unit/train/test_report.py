@@ -73,7 +73,7 @@ def test_a_report_holds_everything_and_asks_for_nothing(job, tmp_path):
     assert {"run.prepare_seconds", "run.train_seconds", "run.evaluate_seconds"} <= result.metrics.keys()
     deltas = result.details["deltas"]["tuned"]
     assert deltas.keys() == {"eval.loss", "eval.perplexity", "eval.json_match"}
-    assert deltas["eval.loss"]["num_examples"] == 6 and "95 % interval" in text
+    assert deltas["eval.loss"]["num_examples"] == 8 and "95 % interval" in text
     assert deltas["eval.loss"]["delta"] == pytest.approx(result.metrics["eval.loss"] - result.metrics["base.loss"])
     (peak,) = result.details["peak_memory_bytes_by_worker"]
     assert peak == result.metrics["train.peak_memory_bytes"] > 100 * 2**20
