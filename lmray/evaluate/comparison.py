@@ -35,10 +35,8 @@ def _table(details: Mapping[str, Any]) -> list[str]:
     labels = [reference, *(label for label in targets if label != reference)]
     head = "".join(f"<th>{escape(label)}" for label in labels)
     rows = [f"<h2>Metrics</h2><table><tr><th>held out{head}</tr>"]
-    for name in targets[reference]:
-        cells = "".join(
-            _cell(name, targets[label][name], details["deltas"].get(label, {}).get(name)) for label in labels
-        )
+    for name in shown_names(targets[reference]):
+        cells = "".join(_cell(name, targets[label], details["deltas"].get(label, {}).get(name)) for label in labels)
         rows.append(f'<tr><td title="{escape(metric(name).help)}">{escape(name.partition(".")[2])}{cells}</tr>')
     rows.append("</table>")
     if details["deltas"]:
@@ -46,11 +44,13 @@ def _table(details: Mapping[str, Any]) -> list[str]:
             f'<p class="quiet">Small: difference to {escape(reference)}, with the 95 % interval of a paired bootstrap '
             "over the examples. Coloured where zero is outside of it.</p>"
         )
+    if any(name.endswith("_stderr") for name in targets[reference]):
+        rows.append('<p class="quiet">±: standard error, as the benchmark takes it.</p>')
     return rows
 
 
-def _cell(name: str, value: float, delta: Mapping[str, float] | None) -> str:
-    cell = f'<td class="number">{value:.4g}'
+def _cell(name: str, metrics: Mapping[str, float], delta: Mapping[str, float] | None) -> str:
+    cell = f'<td class="number">{value_text(name, metrics)}'
     if delta is None:
         return cell
     shade = "quiet"
@@ -63,13 +63,25 @@ def comparison_rows(details: Mapping[str, Any]) -> tuple[list[str], list[list[st
     """Head and rows of the same table as plain text: a metric a row, each other target with its difference to the
     reference and the 95 % interval of that."""
     targets, reference = details["targets"], details["reference"]
-    head, rows = ["", reference], [[name, f"{value:.4g}"] for name, value in targets[reference].items()]
+    head = ["", reference]
+    rows = [[name, value_text(name, targets[reference])] for name in shown_names(targets[reference])]
     for label, found in details["deltas"].items():
         head += [label, "difference, 95 %"]
         for row in rows:
             delta = found.get(row[0])
-            row += [f"{targets[label][row[0]]:.4g}", delta_text(delta) if delta else ""]
+            row += [value_text(row[0], targets[label]), delta_text(delta) if delta else ""]
     return head, rows
+
+
+def shown_names(metrics: Mapping[str, float]) -> list[str]:
+    """Names that get a row: standard errors stand beside their metrics."""
+    return [name for name in metrics if not name.endswith("_stderr")]
+
+
+def value_text(name: str, metrics: Mapping[str, float]) -> str:
+    """`0.75`, or `0.75 ± 0.02` where its standard error is known."""
+    error = metrics.get(f"{name}_stderr")
+    return f"{metrics[name]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
 
 
 def delta_text(delta: Mapping[str, float]) -> str:

@@ -36,7 +36,7 @@ class Standing:
 
     target: str
     doing: str
-    """`loss`, `answers` or `choices`."""
+    """`loss`, `answers`, `choices` or `benchmarks`."""
     done: int
     total: int
 
