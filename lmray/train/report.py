@@ -11,6 +11,7 @@ from typing import Any
 from lmray.artifacts.files import write_atomic
 from lmray.context import Result
 from lmray.evaluate.answers import Answer
+from lmray.evaluate.comparison import shown_names, value_text
 from lmray.metrics.names import metric
 from lmray.metrics.page import Cell, cards, heading, number, page, paragraph, picture, split, table, verbatim
 from lmray.metrics.plots import SMALL, plot_lengths, plot_losses, plot_metric
@@ -90,7 +91,7 @@ def _head(run: Record) -> Iterator[str]:
 
 def before_and_after(metrics: Mapping[str, float]) -> Iterator[str]:
     """Untouched model beside tuned."""
-    pairs = [name for name in metrics if name.startswith("eval.") and f"base.{name[5:]}" in metrics]
+    pairs = [name for name in shown_names(metrics) if name.startswith("eval.") and f"base.{name[5:]}" in metrics]
     if not pairs:
         return
     rows = []
@@ -99,7 +100,8 @@ def before_and_after(metrics: Mapping[str, float]) -> Iterator[str]:
         better = after > before if facts.better == "max" else after < before
         shade = "" if not facts.better or after == before else "good" if better else "bad"
         change = number(f"{after - before:+.4g}", shade)
-        rows.append((Cell(name[5:], title=facts.help), number(f"{before:.4g}"), number(f"{after:.4g}"), change))
+        texts = (number(value_text(one, metrics)) for one in (f"base.{name[5:]}", name))
+        rows.append((Cell(name[5:], title=facts.help), *texts, change))
     yield heading("Before and after")
     yield table(rows, ("held out", number("untouched"), number("tuned"), number("change")))
 

@@ -18,13 +18,13 @@ from lmray.artifacts.store import run_folder
 from lmray.config import Document, decode
 from lmray.context import LocalContext
 from lmray.errors import ConfigError, DataError
-from lmray.evaluate.comparison import comparison_rows
+from lmray.evaluate.comparison import comparison_rows, value_text
 from lmray.evaluate.measure import check_tasks
 from lmray.evaluate.program import evaluate
 from lmray.job import EvaluateJob
 from lmray.models.load import load_model, load_tokenizer
 from lmray.tasks.lm_eval import LmEval, metrics_of
-from lmray.testing.jobs import write_jsonl
+from lmray.testing.jobs import run_here, tiny_job, write_jsonl
 from lmray.testing.tiny import tiny_adapter_folder
 
 CHOICES = ["red", "green", "青い"]
@@ -203,3 +203,19 @@ def test_a_job_without_data_needs_tasks_that_bring_their_own(place, tiny_model):
     assert decode(EvaluateJob, Document("test", {**tree, "evaluate": {"tasks": [task]}})).data is None
     with pytest.raises(ConfigError, match="measures on data but has no `data`"):
         decode(EvaluateJob, Document("test", {**tree, "evaluate": {"tasks": [task, "loss"]}}))
+
+
+def test_a_training_run_measures_benchmarks_before_and_after_without_held_out_data(
+    place, tiny_model, tiny_data, tmp_path
+):
+    task = {"name": "lm_eval", "tasks": ["choosing"], "include_path": str(place.own)}
+    changes = {"data__eval": None, "evaluate": {"tasks": [task]}, "train__max_steps": 2}
+    job = tiny_job(tiny_model, tiny_data, tmp_path / "store", **changes)
+    result = run_here(job, tmp_path / "scratch")
+    with place.model.disable_adapter():
+        base = by_hand(place.model, place.tokenizer, place.said)
+    assert result.metrics["base.lm_eval.choosing.acc"] == base["lm_eval.choosing.acc"]
+    assert {"eval.lm_eval.choosing.acc", "eval.lm_eval.choosing.acc_stderr"} <= result.metrics.keys()
+    report = (run_folder(job) / "report.html").read_text(encoding="utf-8")
+    before = value_text("base.lm_eval.choosing.acc", result.metrics)
+    assert "lm_eval.choosing.acc" in report and "±" in before and before in report
