@@ -80,6 +80,11 @@ class EvaluateArgs(Config):
             raise ValueError(f"lists `{twice[0]}` more than once; its metrics have one name")
         return value
 
+    @property
+    def needs_data(self) -> bool:
+        """A task measures on held-out examples."""
+        return any(task.needs != "model" for task in self.tasks)
+
 
 class Resources(Config):
     workers: Annotated[int, Field(ge=1)] = 1
@@ -137,7 +142,7 @@ class TrainJob(Job):
 
     @model_validator(mode="after")
     def _held_out(self):
-        if self.data.eval is None and (self.evaluate.tasks or self.train.eval_steps):
+        if self.data.eval is None and (self.evaluate.needs_data or self.train.eval_steps):
             raise ValueError("evaluates but holds no data out; hint: add `eval: {split: 0.1}` under `data`")
         return self
 
@@ -158,7 +163,8 @@ class Target(Config):
 class EvaluateJob(Job):
     kind: Literal["evaluate"] = "evaluate"
     model: ModelSpec
-    data: DataSpec
+    data: DataSpec | None = None
+    """What to measure on. May be left out where every task brings its own."""
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]
     evaluate: EvaluateArgs
     resources: Resources = Resources()
@@ -170,6 +176,12 @@ class EvaluateJob(Job):
         if twice := sorted({label for label in labels if labels.count(label) > 1}):
             raise ValueError(f"two targets are labelled `{twice[0]}`")
         return value
+
+    @model_validator(mode="after")
+    def _held_out(self):
+        if self.data is None and (self.evaluate.needs_data or any(target.num_fewshot for target in self.targets)):
+            raise ValueError("measures on data but has no `data`; hint: add `data: {train: ..., eval: ...}`")
+        return self
 
 
 class Space(Config):

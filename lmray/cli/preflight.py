@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from lmray.models.machine import Machine
     from lmray.train.data_facts import Piece
 
+BENCHMARK_TOKENS = 1024
+"""Taken for a question where the job has no data: benchmarks bring their own."""
+
 
 @dataclass
 class Found:
@@ -109,12 +112,13 @@ def check_evaluate(job: EvaluateJob, *, cluster: bool, examples: int) -> Found:
     args = job.evaluate
     held_out = len(ready.held_out.examples)
     answered = min(held_out, args.max_examples or held_out)
-    rows = {"rows": args.batch_size, "tokens": job.data.max_length + args.max_new_tokens}
+    length = job.data.max_length if job.data else BENCHMARK_TOKENS
+    rows = {"rows": args.batch_size, "tokens": length + args.max_new_tokens}
     memory, lines = _generation(job, ready.model.folder, cluster=cluster, **rows)
     tasks = ", ".join(task.name for task in args.tasks)
     head = [
         f"evaluate   {len(job.targets)} target(s): {', '.join(target.label for target in job.targets)}",
-        f"data       {held_out} held out, {answered} answered for {tasks}",
+        f"data       {held_out} held out, {answered} answered for {tasks}" if job.data else f"data       of {tasks}",
     ]
     value = {
         "targets": [target.label for target in job.targets],

@@ -29,8 +29,9 @@ class Words:
     targets: Sequence[str]
     """`base`, artifacts, folders of adapters or models."""
     tasks: str
-    """`json_match,loss`; fields after a colon: `bleu:tokenize=char`."""
+    """`json_match,loss`; fields after a colon: `bleu:tokenize=char`, `lm_eval:tasks=[arc_easy,hellaswag]`."""
     data: Sequence[str]
+    """Empty where every task brings its own."""
     model: str | None = None
     """Empty: the base model of the first artifact or adapter; a whole model itself, where `base` is no target."""
     mapping: str | None = None
@@ -62,9 +63,9 @@ def make_job(words: Words) -> EvaluateJob:
         "kind": "evaluate",
         "name": words.name or "-".join(["evaluate", *labels])[:64],
         "model": model,
-        "data": {"train": sources, "eval": held_out},
+        **({"data": {"train": sources, "eval": held_out}} if sources else {}),
         "targets": [{"label": label, **_measured_with(target)} for label, target in zip(labels, targets, strict=True)],
-        "evaluate": {"tasks": [_task(text) for text in words.tasks.split(",") if text.strip()]}
+        "evaluate": {"tasks": [_task(text) for text in re.split(r",(?![^\[]*\])", words.tasks) if text.strip()]}
         | {key: value for key, value in limits.items() if value is not None},
     }
     if not tree["evaluate"]["tasks"]:

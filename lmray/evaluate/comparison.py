@@ -9,7 +9,7 @@ from typing import Any
 from lmray.artifacts.files import write_atomic
 from lmray.context import Result
 from lmray.evaluate.answers import Answer
-from lmray.evaluate.page import INTERVALS, answer_block, delta_text, shade
+from lmray.evaluate.page import INTERVALS, answer_block, delta_text, shade, shown_names, value_text
 from lmray.metrics.names import metric
 from lmray.metrics.page import Cell, heading, number, page, paragraph, table
 from lmray.units import human_seconds
@@ -33,19 +33,21 @@ def _table(details: Mapping[str, Any]) -> Iterator[str]:
         (
             (
                 Cell(name.partition(".")[2], title=metric(name).help),
-                *(_cell(name, targets[label][name], deltas.get(label, {}).get(name)) for label in labels),
+                *(_cell(name, targets[label], deltas.get(label, {}).get(name)) for label in labels),
             )
-            for name in targets[reference]
+            for name in shown_names(targets[reference])
         ),
         ("held out", *map(number, labels)),
     )
     if deltas:
         words = f"Small: difference to {reference}, with the {INTERVALS}. Coloured where zero is outside of it."
         yield paragraph(words, "quiet")
+    if any(name.endswith("_stderr") for name in targets[reference]):
+        yield paragraph("±: standard error, as the benchmark takes it.", "quiet")
 
 
-def _cell(name: str, value: float, delta: Mapping[str, float] | None) -> Cell:
-    text = f"{value:.4g}"
+def _cell(name: str, metrics: Mapping[str, float], delta: Mapping[str, float] | None) -> Cell:
+    text = value_text(name, metrics)
     if delta is None:
         return number(text)
     return number(text, note=delta_text(delta), note_style=shade(name, low=delta["low"], high=delta["high"]))
@@ -55,12 +57,13 @@ def comparison_rows(details: Mapping[str, Any]) -> tuple[list[str], list[list[st
     """Head and rows of the same table as plain text: a metric a row, each other target with its difference to the
     reference and the 95 % interval of that."""
     targets, reference = details["targets"], details["reference"]
-    head, rows = ["", reference], [[name, f"{value:.4g}"] for name, value in targets[reference].items()]
+    head = ["", reference]
+    rows = [[name, value_text(name, targets[reference])] for name in shown_names(targets[reference])]
     for label, found in details["deltas"].items():
         head += [label, "difference, 95 %"]
         for row in rows:
             delta = found.get(row[0])
-            row += [f"{targets[label][row[0]]:.4g}", delta_text(delta) if delta else ""]
+            row += [value_text(row[0], targets[label]), delta_text(delta) if delta else ""]
     return head, rows
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]
-"""Told what is being done (`loss`, `answers`, `choices`), how many of them are done, and of how many."""
+"""Told what is being done (`loss`, `answers`, `choices`, `benchmarks`), how many of them are done, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +120,22 @@ class Asked:
             )
         return [dict(zip(choices, values, strict=True)) for (_, choices), values in zip(asked, found, strict=True)]
 
+    def benchmarks(self, task: Task, *, batch_size: int) -> dict[str, float]:
+        """What `task` makes of the model itself."""
+        self.progress("benchmarks", 0, 1)
+        with _with_adapter(self.model, self.adapter):
+            found = task.run(self.model, self.tokenizer, batch_size=batch_size)
+        self.progress("benchmarks", 1, 1)
+        return found
+
 
 def check_tasks(tasks: Sequence[Task], examples: Sequence[Example]) -> None:
-    """Raises DataError where held-out `examples` lack what a task scores by, before a model is loaded."""
+    """Raises DataError where held-out `examples` lack what a task scores by, or what `Task.check` raises, before a
+    model is loaded."""
     texts = [example.where for example in examples if example.text is not None]
     for task in tasks:
-        if task.needs != "loss" and texts:
+        task.check()
+        if task.needs in ("answers", "choices") and texts:
             hint = "plain text has a loss and a perplexity: `tasks: [loss]`"
             raise DataError(texts[0], f"holds no answer for the task `{task.name}`", hint=hint)
         task.for_examples(examples)
@@ -164,6 +174,10 @@ def measure(
     metrics = {
         f"{prefix}.{name}": value for task, found in evidence + scored for name, value in task.aggregate(found).items()
     }
+    for task in tasks:
+        if task.needs == "model":
+            found = asked.benchmarks(task, batch_size=args.batch_size)
+            metrics |= {f"{prefix}.{name}": value for name, value in found.items()}
     return Measured(metrics, answers, tuple(evidence + scored))
 
 
@@ -171,7 +185,7 @@ def _answered(
     asked: Asked, tasks: Sequence[Task], examples: Sequence[Example], args: EvaluateArgs
 ) -> tuple[tuple[Answer, ...], list[tuple[Task, tuple[Scored, ...]]]]:
     """What the model answers and chooses, and what each task makes of it."""
-    tasks = [task for task in tasks if task.needs != "loss"]
+    tasks = [task for task in tasks if task.needs in ("answers", "choices")]
     if not tasks or not examples:
         return (), []
     texts: list[str] = []

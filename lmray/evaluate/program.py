@@ -20,7 +20,7 @@ from lmray.context import Result, RunContext
 from lmray.data.base import Example
 from lmray.data.batch import pack
 from lmray.data.cache import examples_digest, tokenise_cached, tokenizer_digest
-from lmray.data.examples import read_examples
+from lmray.data.examples import Examples, read_examples
 from lmray.data.rules import Rules
 from lmray.errors import ArtifactError, DataError
 from lmray.evaluate.comparison import write_comparison
@@ -60,22 +60,27 @@ def prepare(job: EvaluateJob) -> Prepared:
     for one in {model.folder: model for model in (found, *models.values())}.values():
         scaling = _scaling(job, one, found)
         config = load_config(one.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=scaling)
-        check_positions(config, job.data.max_length, scaling)
+        if job.data:
+            check_positions(config, job.data.max_length, scaling)
     for target in job.targets:
         _adapter_folder(job, target.adapter, models[target.label])
-    examples = read_examples(job.data)
-    if not examples.eval:
+    examples = read_examples(job.data) if job.data else Examples((), (), ())
+    if job.data and not examples.eval:
         raise DataError("data.eval", "holds nothing to measure on", hint="add `eval: {split: 0.1}`")
     check_tasks(job.evaluate.tasks, examples.eval)
     chats = any(example.text is None for example in examples.eval)
     tokenizer = load_tokenizer(found.folder, chat=chats, trust_remote_code=job.model.trust_remote_code)
     for one in models.values():
         _check_tokenizer(one, tokenizer, found, trust_remote_code=job.model.trust_remote_code)
-    tokens = tokenise_cached(
-        tokenizer, examples.eval, Rules.of(job.data, found.folder, trust_remote_code=job.model.trust_remote_code)
-    )
-    held_out = HeldOut(examples.eval, pack(tokens.examples, max_length=job.data.max_length))
-    return Prepared(found, models, tokenizer, held_out, examples.train)
+    return Prepared(found, models, tokenizer, _held_out(job, examples.eval, tokenizer, found), examples.train)
+
+
+def _held_out(job: EvaluateJob, examples: Sequence[Example], tokenizer: Any, found: FoundModel) -> HeldOut:
+    if job.data is None:
+        return HeldOut((), ())
+    rules = Rules.of(job.data, found.folder, trust_remote_code=job.model.trust_remote_code)
+    tokens = tokenise_cached(tokenizer, examples, rules)
+    return HeldOut(examples, pack(tokens.examples, max_length=job.data.max_length))
 
 
 def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
@@ -143,7 +148,7 @@ def _measure_on(
         if folder is not None and handle is not None:
             model = _with_adapter(model, folder, handle)
     progress = ProgressFile(ctx.folder)
-    shared = [dump(job.evaluate), dump(job.data), dump(job.model), found.digest, dtype]
+    shared = [{name: dump(job)[name] for name in ("evaluate", "data", "model")}, found.digest, dtype]
     shared += [examples_digest(ready.held_out.examples), examples_digest(ready.solved)]
     measured = {}
     for target, handle, folder in zip(targets, handles, folders, strict=True):

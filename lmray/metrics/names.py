@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ METRICS = {
     "eval.multiple_choice": Metric("fraction", "Questions whose right choice is the likeliest.", "max"),
     "eval.multiple_choice_norm": Metric("fraction", "Questions whose right choice is the likeliest per byte.", "max"),
     "eval.human_win_rate": Metric("fraction", "Blind votes for this model against the other, ties half.", "max"),
-    "eval.examples": Metric("examples", "Examples that were generated for and scored."),
     "model.parameters": Metric("parameters", "Parameters of the model, adapter included."),
     "model.trainable_parameters": Metric("parameters", "Parameters that are trained."),
     "model.bytes": Metric("bytes", "Size of the kept artifact.", "min"),
@@ -57,7 +57,24 @@ METRICS = {
     "run.evaluate_seconds": Metric("s", "Time measuring: held-out losses and answers.", "min"),
 }
 
+FAMILIES = {
+    "eval.lm_eval.*_stderr": Metric("", "Standard error of that metric of a benchmark."),
+    "eval.lm_eval.*[._]perplexity*": Metric("", "Perplexity on a benchmark of the lm-evaluation-harness.", "min"),
+    "eval.lm_eval.*.bits_per_byte*": Metric("bits/byte", "Of a benchmark of the lm-evaluation-harness.", "min"),
+    "eval.lm_eval.*.brier_score*": Metric("", "Brier score on a benchmark of the lm-evaluation-harness.", "min"),
+    "eval.lm_eval.*.ter*": Metric("", "Translation edit rate on a benchmark of the lm-evaluation-harness.", "min"),
+    "eval.lm_eval.*.*": Metric("", "Metric of a benchmark of the lm-evaluation-harness.", "max"),
+}
+"""Names that are not ours to list, as patterns of which the first that fits holds: `eval.lm_eval.BENCHMARK.METRIC`."""
+
 
 def metric(name: str) -> Metric:
-    """The entry of `name`; `base.X` resolves to `eval.X`. Raises KeyError for a name not in the list."""
-    return METRICS["eval." + name.removeprefix("base.") if name.startswith("base.") else name]
+    """The entry of `name`; `base.X` resolves to `eval.X`. Raises KeyError for a name that is neither in the list nor of
+    a family."""
+    listed = "eval." + name.removeprefix("base.") if name.startswith("base.") else name
+    if listed in METRICS:
+        return METRICS[listed]
+    fitting = (found for pattern, found in FAMILIES.items() if fnmatchcase(listed, pattern))
+    if (found := next(fitting, None)) is None:
+        raise KeyError(name)
+    return found

@@ -49,6 +49,8 @@ def _paths(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, bool]]
     found += [(f"data.eval.sources.{i}.source", source["source"], True) for i, source in enumerate(held_out)]
     for i, target in enumerate(tree.get("targets") or ()):
         found += [(f"targets.{i}.{field}", target[field], False) for field in ("model", "adapter")]
+    for i, task in enumerate((tree.get("evaluate") or {}).get("tasks") or ()):
+        found.append((f"evaluate.tasks.{i}.include_path", task.get("include_path"), True))
     found += [("http.api_keys_file", (tree.get("http") or {}).get("api_keys_file"), True)]
     for key, text, must_exist in found:
         if text:

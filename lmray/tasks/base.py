@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from lmray.config import MemberConfig
 from lmray.data.base import Example
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,13 @@ class Task(MemberConfig):
     """Base of `lmray/tasks/*.py`. A task asks for one thing of a model (`needs`), scores each example, and makes
     metrics of the scores."""
 
-    needs: ClassVar[Literal["answers", "choices", "loss"]] = "loss"
+    needs: ClassVar[Literal["answers", "choices", "loss", "model"]] = "loss"
     """`answers`: generated text, for `score`. `choices`: the log-likelihood of each of an example's choices, for
-    `score_choices`. `loss`: the held-out loss alone."""
+    `score_choices`. `loss`: the held-out loss alone. `model`: the model itself, for `run`; no data of the job."""
+
+    def check(self) -> None:
+        """Raises ConfigError or DataError where what it needs besides the job's data (a package, benchmarks) is not
+        there."""
 
     def for_examples(self, examples: Sequence[Example]) -> Self:
         """This task with what it takes from the data (labels) filled in. Raises DataError where the data does not have
@@ -50,6 +58,10 @@ class Task(MemberConfig):
         """Scores of one example by name, each 0 to 1. `log_likelihoods`: of each of its choices given the prompt, in
         nats."""
         raise NotImplementedError(f"{self.name} has no choices")
+
+    def run(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> dict[str, float]:
+        """Metrics of a loaded model by name, which become `eval.NAME`; `NAME_stderr` is the standard error of NAME."""
+        raise NotImplementedError(f"{self.name} runs nothing of its own")
 
     def aggregate(self, scored: Sequence[Scored]) -> dict[str, float]:
         """Metrics of at least one example by name, which become `eval.NAME`. Here the mean of each score, one that an

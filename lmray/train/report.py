@@ -10,7 +10,7 @@ from typing import Any
 from lmray.artifacts.files import write_atomic
 from lmray.context import Result
 from lmray.evaluate.answers import Answer
-from lmray.evaluate.page import INTERVALS, answer_block, delta_text, shade
+from lmray.evaluate.page import INTERVALS, answer_block, delta_text, shade, shown_names, value_text
 from lmray.metrics.names import metric
 from lmray.metrics.page import Cell, cards, heading, number, page, paragraph, picture, split, table, verbatim
 from lmray.metrics.plots import SMALL, plot_lengths, plot_losses, plot_metric
@@ -90,22 +90,25 @@ def _head(run: Record) -> Iterator[str]:
 
 def before_and_after(metrics: Mapping[str, float], deltas: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     """Untouched model beside tuned; `deltas` are the differences with their intervals, by metric, where known."""
-    pairs = [name for name in metrics if name.startswith("eval.") and f"base.{name[5:]}" in metrics]
+    pairs = [name for name in shown_names(metrics) if name.startswith("eval.") and f"base.{name[5:]}" in metrics]
     if not pairs:
         return
     yield heading("Before and after")
     yield table(
-        (_change(name, metrics[f"base.{name[5:]}"], metrics[name], deltas.get(name)) for name in pairs),
+        (_change(name, metrics, deltas.get(name)) for name in pairs),
         ("held out", number("untouched"), number("tuned"), number("change")),
     )
     if deltas:
         yield paragraph(f"In brackets: {INTERVALS}. Coloured where zero is outside of it.", "quiet")
 
 
-def _change(name: str, before: float, after: float, delta: Mapping[str, float] | None) -> tuple[Cell, ...]:
-    low, high = (delta["low"], delta["high"]) if delta else (after - before, after - before)
-    change = number(delta_text(delta) if delta else f"{after - before:+.4g}", shade(name, low=low, high=high))
-    return Cell(name[5:], title=metric(name).help), number(f"{before:.4g}"), number(f"{after:.4g}"), change
+def _change(name: str, metrics: Mapping[str, float], delta: Mapping[str, float] | None) -> tuple[Cell, ...]:
+    untouched = f"base.{name[5:]}"
+    gain = metrics[name] - metrics[untouched]
+    low, high = (delta["low"], delta["high"]) if delta else (gain, gain)
+    change = number(delta_text(delta) if delta else f"{gain:+.4g}", shade(name, low=low, high=high))
+    texts = (number(value_text(one, metrics)) for one in (untouched, name))
+    return Cell(name[5:], title=metric(name).help), *texts, change
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:

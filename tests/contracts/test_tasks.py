@@ -63,7 +63,10 @@ def test_the_likeliest_choice_counts(choosing):
 
 @pytest.mark.parametrize("name", TASKS.names())
 def test_a_task_refuses_what_it_does_not_need(name):
-    task = TASKS.load(name)()
+    task = TASKS.load(name).model_construct()
+    if task.needs != "model":
+        with pytest.raises(NotImplementedError, match=name):
+            task.run(None, None, batch_size=1)
     if task.needs != "answers":
         with pytest.raises(NotImplementedError, match=name):
             task.score(EXAMPLE, "")

@@ -63,7 +63,8 @@ def fake(job, ctx):
         write_json(checkpoint / "manifest.json", {"step": step})
         ctx.report(step, {"eval.loss": loss + 1 / step}, checkpoint)
     write_json(ctx.folder / "adapter" / "adapter_config.json", {"r": job.adapter.r})
-    details = {"adapter": str(ctx.folder / "adapter"), "base": {"source": job.model.source}, "run_key": "k"}
+    origin = {"kind": "adapter", "base": {"source": job.model.source}, "parents": (), "run_key": "k"}
+    details = {"adapter": str(ctx.folder / "adapter"), **origin}
     result = Result("succeeded", str(ctx.folder), metrics={"eval.loss": loss + 1 / STEPS}, details=details)
     write_json(ctx.folder / "result.json", result.to_json())
     return result

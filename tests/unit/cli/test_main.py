@@ -88,14 +88,14 @@ def runner(monkeypatch):
 
 
 def test_run_prints_the_result_and_nothing_else_with_json(cli, runner, train_file):
-    calls = runner(Result("succeeded", "/store/runs/実験", "関数@12", {"eval.loss": 1.25, "eval.examples": 6}, 3.0))
+    calls = runner(Result("succeeded", "/store/runs/実験", "関数@12", {"eval.loss": 1.25, "eval.f1": 0.5}, 3.0))
     said = cli("run", train_file, "train.max_steps=7", "--json")
     assert said.code == 0 and calls[0].train.max_steps == 7
     assert json.loads(said.out) == {
         "status": "succeeded",
         "run": "/store/runs/実験",
         "artifact": "関数@12",
-        "metrics": {"eval.loss": 1.25, "eval.examples": 6},
+        "metrics": {"eval.loss": 1.25, "eval.f1": 0.5},
         "seconds": 3.0,
     }
     assert "実験" in said.out, "names stay readable"
@@ -103,7 +103,7 @@ def test_run_prints_the_result_and_nothing_else_with_json(cli, runner, train_fil
 
 
 def test_run_tells_people_how_it_ended(cli, runner, train_file):
-    runner(Result("succeeded", "/store/runs/実験", "関数@12", {"eval.loss": 1.25, "eval.examples": 6}, 65.0))
+    runner(Result("succeeded", "/store/runs/実験", "関数@12", {"eval.loss": 1.25, "eval.f1": 0.5}, 65.0))
     said = cli("run", train_file)
     assert "succeeded in 1 min 05 s" in said.out
     assert "artifact  関数@12" in said.out and "eval.loss      1.25" in said.out and "eval.examples  6" in said.out

@@ -50,6 +50,15 @@ def test_tasks_with_fields():
     assert loss.name == "loss" and (bleu.tokenize, bleu.lowercase) == ("char", True)
 
 
+def test_benchmarks_need_no_data_and_are_listed_in_brackets():
+    job = made(words("base", model="m", data=(), tasks="lm_eval:tasks=[arc_easy,hellaswag]:limit=10"))
+    assert job.data is None
+    (benchmarks,) = job.evaluate.tasks
+    assert (benchmarks.tasks, benchmarks.limit) == (("arc_easy", "hellaswag"), 10)
+    both = made(words("base", model="m", tasks="loss,lm_eval:tasks=arc_easy"))
+    assert [task.name for task in both.evaluate.tasks] == ["loss", "lm_eval"] and both.data is not None
+
+
 def test_the_base_model_is_the_artifacts(adapter, tiny_model):
     kept = Artifacts(open_store()).keep(
         "関数", adapter, base={"source": str(tiny_model), "revision": "r1", "digest": "d"}
@@ -107,7 +116,8 @@ def test_an_adapter_that_names_no_base_model(adapter):
         (words("base", model="m", tasks="f2"), "unknown evaluation task `f2`"),
         (words("base", model="m", tasks="bleu:tokenize"), "`tokenize` is no `field=value`"),
         (words("base", model="m", mapping="prompt=q,completion"), "`completion` is no `field=value`"),
-        (words("base", model="m", data=()), "data.train"),
+        (words("base", model="m", data=()), "measures on data but has no `data`"),
+        (words("base", model="m", data=(), tasks="lm_eval:tasks=[]"), "evaluate.tasks"),
         (words("base", model="m", split=1.5), "data.eval.split"),
         (words("base", "base", model="m", tasks="f1,f1"), "lists `f1` more than once"),
     ],
