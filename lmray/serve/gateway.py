@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lmray.engines.base import Request as EngineRequest
 from lmray.engines.base import TokenEvent
 from lmray.errors import LmrayError, did_you_mean
-from lmray.serve.answer import Answer, Backend, make_request
+from lmray.serve.answer import Backend, make_answer, make_request
 from lmray.serve.disconnect import ClientGoneError, until_gone
 from lmray.serve.failures import AnswerError, failure_of
 from lmray.serve.keys import is_known
@@ -117,13 +117,15 @@ class _Gateway:
         request: EngineRequest,
         events: AsyncGenerator[TokenEvent, None],
     ) -> dict[str, Any]:
-        answer, text, reason = Answer(self._tokenizer, chat.stop_strings), [], None
+        answer, text, calls, reason = make_answer(chat, self._tokenizer), [], [], None
         async with aclosing(events):
             while reason is None:
                 piece = answer.push(await anext(events))
                 text.append(piece.text)
+                calls += piece.calls
                 reason = piece.finish_reason
-        return completion(head, "".join(text), reason, token_usage(len(request.prompt_ids), answer.num_tokens))
+        usage = token_usage(len(request.prompt_ids), answer.num_tokens)
+        return completion(head, "".join(text), reason, usage, calls=calls)
 
     async def _pieces(
         self,
@@ -134,7 +136,7 @@ class _Gateway:
         events: AsyncGenerator[TokenEvent, None],
     ) -> AsyncIterator[str]:
         """Server-sent events of one answer; an error on the way is sent as an event, since the status is out."""
-        answer, reason = Answer(self._tokenizer, chat.stop_strings), None
+        answer, reason, num_calls = make_answer(chat, self._tokenizer), None, 0
         yield _sse(chunk(head, {"role": "assistant", "content": ""}))
         async with aclosing(events):
             try:
@@ -143,6 +145,9 @@ class _Gateway:
                     reason = piece.finish_reason
                     if piece.text:
                         yield _sse(chunk(head, {"content": piece.text}))
+                    for place, call in enumerate(piece.calls, start=num_calls):
+                        yield _sse(chunk(head, {"tool_calls": [{"index": place, **call}]}))
+                    num_calls += len(piece.calls)
                     if reason is None:
                         event = await anext(events)
             except LmrayError as error:

@@ -5,10 +5,11 @@ A field that would change the answer and is not supported is refused, never igno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lmray.errors import DataError, did_you_mean
 
@@ -23,8 +24,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "top_logprobs": (0,),
 }
 """Fields that are accepted with the value that changes nothing."""
@@ -39,14 +38,73 @@ class TextPart(_Wire):
     text: str
 
 
-class ChatMessage(_Wire):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+class Function(_Wire):
+    """A function that a model may call."""
 
-    def plain(self) -> dict[str, str]:
+    name: Annotated[str, Field(min_length=1)]
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    strict: Literal[False] | None = None
+    """Arguments held to the schema need guided decoding."""
+
+
+class Tool(_Wire):
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        return self.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
+
+
+class Called(_Wire):
+    """A function that was called, its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_object(cls, text: str) -> str:
+        if not isinstance(json.loads(text), dict):  # what is no JSON raises a ValueError too
+            raise ValueError("are no JSON object")
+        return text
+
+
+class ToolCall(_Wire):
+    id: str
+    type: Literal["function"] = "function"
+    function: Called
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it: the arguments as an object."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class ChatMessage(_Wire):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are the assistant's, not of role `{self.role}`")
+        if self.tool_call_id and self.role != "tool":
+            raise ValueError(f"tool_call_id belongs to role `tool`, not `{self.role}`")
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """The message as chat templates take it: content as one string."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
+        answered = {"tool_call_id": self.tool_call_id} if self.tool_call_id else {}
+        return {"role": self.role, "content": text} | calls | answered
 
 
 class StreamOptions(_Wire):
@@ -67,12 +125,20 @@ class ChatRequest(_Wire):
         Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
     ) = []
     seed: int | None = None
+    tools: list[Tool] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    """Whether the model is told of `tools`. It cannot be made to call one without guided decoding."""
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """What the chat template is given; None where the model is to call nothing."""
+        return [tool.plain() for tool in self.tools] if self.tools and self.tool_choice == "auto" else None
 
 
 class RequestError(DataError):
@@ -123,14 +189,23 @@ def _request_error(error: ValidationError) -> RequestError:
     return RequestError(".".join(path), worst["msg"])
 
 
-def completion(head: Mapping[str, Any], text: str, finish_reason: str, usage: Mapping[str, int]) -> dict[str, Any]:
+def completion(
+    head: Mapping[str, Any],
+    text: str,
+    finish_reason: str,
+    usage: Mapping[str, int],
+    *,
+    calls: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """The whole answer of a request without `stream`. `head` holds `id`, `created`, `model`."""
-    message = {"role": "assistant", "content": text, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+        message |= {"content": text.strip() or None, "tool_calls": [*calls]}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
     return {**head, "object": "chat.completion", "choices": [choice], "usage": dict(usage)}
 
 
-def chunk(head: Mapping[str, Any], delta: Mapping[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+def chunk(head: Mapping[str, Any], delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
     """One piece of a streamed answer."""
     choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": finish_reason}
     return {**head, "object": "chat.completion.chunk", "choices": [choice]}

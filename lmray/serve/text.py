@@ -62,7 +62,7 @@ class StopStrings:
             self.stopped, self._held = True, ""
             _, place = min(found)
             return text[:place]
-        num_held = self._unfinished(text)
+        num_held = num_unfinished(text, self._stops)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
@@ -71,10 +71,11 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def _unfinished(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string starts with."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stops):
-                return length
-        return 0
+
+def num_unfinished(text: str, wanted: Sequence[str]) -> int:
+    """Length of the longest end of `text` that one of `wanted` starts with, without being it."""
+    longest = max((len(one) - 1 for one in wanted), default=0)
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(one.startswith(text[-length:]) for one in wanted):
+            return length
+    return 0

@@ -17,6 +17,16 @@ from lmray.serve.keys import read_key_hashes
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import FakeBackend
 
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def called(arguments: str) -> dict:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+CALLED, MISCALLED = called('{"city": "大阪"}'), called("[1]")
+
 
 def sse(text: str) -> list:
     """The events of a stream, decoded."""
@@ -137,7 +147,14 @@ def test_an_unknown_model_is_told_which_there_are(chat):
         ({"temprature": 1}, "temprature", "hint: did you mean `temperature`?"),
         ({"n": 2}, "n", "2 is not supported\n  allowed: 1, or leave it out"),
         ({"logprobs": True}, "logprobs", "True is not supported"),
-        ({"tools": [{"type": "function"}]}, "tools", "is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "Field required"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+        ({"tools": [TOOL]}, "tools", "chat template has no place for them"),
+        ({"messages": [CALLED]}, "messages", "no place for `tool_calls`"),
+        ({"messages": [{**CALLED, "role": "user"}]}, "messages.0", "are the assistant's"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages.0", "belongs to role `tool`"),
+        ({"messages": [{"role": "user"}]}, "messages.0", "content is missing"),
+        ({"messages": [MISCALLED]}, "messages.0.tool_calls.0.function.arguments", "no JSON object"),
         ({"response_format": {"type": "json_object"}}, "response_format", "is not supported"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "0.5 is not supported"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
@@ -150,7 +167,7 @@ def test_an_unknown_model_is_told_which_there_are(chat):
         ({"stop": ""}, "stop", "at least 1 character"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": None}, "messages", "Field required"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system', 'user' or 'assistant'"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "'assistant' or 'tool'"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages.0.name", "not permitted"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.", "'text'"),
         ({"messages": [{"role": "user", "content": "x" * MAX_LENGTH}]}, "messages", "the messages are 275 tokens"),

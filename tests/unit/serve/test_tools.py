@@ -1,0 +1,96 @@
+"""Tools in requests and tool calls in answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from lmray.serve.tools import ToolCalls, writes_tool_calls
+from lmray.testing.tiny import CHATML
+from tests.unit.serve.fakes import FakeBackend
+from tests.unit.serve.test_gateway import CALLED, TOOL, sse
+
+TEMPLATE = (
+    "{% if tools %}{{ tools[0].function.name }}: <tool_call>{}</tool_call>\n{% endif %}"
+    "{% for message in messages %}{% for call in message.tool_calls or [] %}"
+    "{{ call.function.arguments.city }}!{% endfor %}{% endfor %}" + CHATML
+)
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "大阪"}}\n</tool_call>'
+
+
+@pytest.fixture(autouse=True)
+def _template(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+
+
+def prompt(backend: FakeBackend, tokenizer) -> str:
+    return tokenizer.decode(backend.requests[0].prompt_ids)
+
+
+def test_the_template_is_given_the_tools_and_what_came_of_earlier_calls(chat, tokenizer):
+    backend = FakeBackend()
+    turns = [{"role": "user", "content": "hi"}, CALLED, {"role": "tool", "content": "晴れ", "tool_call_id": "c1"}]
+    assert chat(backend, tools=[TOOL], messages=turns).status_code == 200
+    found = prompt(backend, tokenizer)
+    assert found.startswith("weather: ") and "大阪!" in found and "<|im_start|>tool\n晴れ<|im_end|>" in found
+
+
+def test_a_model_that_may_call_nothing_is_told_of_no_tools(chat, tokenizer, ids):
+    backend = FakeBackend(ids(CALL))
+    body = chat(backend, tools=[TOOL], tool_choice="none").json()
+    assert "weather" not in prompt(backend, tokenizer)
+    assert body["choices"][0]["message"]["content"] == CALL and body["choices"][0]["finish_reason"] == "stop"
+
+
+def test_calls_are_taken_out_of_a_whole_answer(chat, ids):
+    body = chat(FakeBackend(ids(f"Let me see.\n{CALL}\n{CALL}\n")), tools=[TOOL]).json()
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Let me see."
+    first, second = choice["message"]["tool_calls"]
+    assert first["function"]["name"] == "weather" and json.loads(first["function"]["arguments"]) == {"city": "大阪"}
+    assert first["id"] != second["id"]
+    ChatCompletion.model_validate(body)
+    alone = chat(FakeBackend(ids(CALL)), tools=[TOOL]).json()["choices"][0]["message"]
+    assert alone["content"] is None and len(alone["tool_calls"]) == 1
+
+
+def test_calls_are_streamed_whole_and_their_text_is_not(chat, ids):
+    events = sse(chat(FakeBackend(ids(f"So: {CALL}\n{CALL}")), tools=[TOOL], stream=True).text)
+    deltas = [event["choices"][0]["delta"] for event in events[:-1]]
+    assert "".join(delta.get("content", "") for delta in deltas) == "So: "
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [call["index"] for call in calls] == [0, 1]
+    assert all(json.loads(call["function"]["arguments"]) == {"city": "大阪"} for call in calls)
+    assert events[-2]["choices"][0]["finish_reason"] == "tool_calls"
+    for event in events[:-1]:
+        ChatCompletionChunk.model_validate(event)
+
+
+@pytest.mark.parametrize(
+    "text", ["a <tool_call>{broken</tool_call> b", "<tool_call>[]</tool_call>", "x <tool_cal", "<tool_call>{", "1 < 2"]
+)
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_what_is_no_call_stays_text(text, size):
+    calls, said = ToolCalls(), ""
+    for start in range(0, len(text), size):
+        piece, found = calls.push(text[start : start + size])
+        assert found == ()
+        said += piece
+    assert said + calls.finish() == text
+
+
+def test_an_array_is_several_calls():
+    found = ToolCalls().push('<tool_call>[{"name": "a", "arguments": {}}, {"name": "b", "arguments": {}}]</tool_call>')
+    assert [call["function"]["name"] for call in found[1]] == ["a", "b"]
+
+
+def test_an_answer_cut_within_a_call_is_cut(chat, ids):
+    choice = chat(FakeBackend(ids(CALL[:20]), finish_reason="length"), tools=[TOOL]).json()["choices"][0]
+    assert choice["finish_reason"] == "length" and choice["message"]["content"] == CALL[:20]
+
+
+def test_calls_in_xml_are_not_read():
+    assert writes_tool_calls(TEMPLATE) and not writes_tool_calls(CHATML) and not writes_tool_calls(None)
+    assert not writes_tool_calls("<tool_call>\n<function=x>\n</function>\n</tool_call>")
