@@ -29,7 +29,7 @@ from lmray.evaluate.progress import ProgressFile, Standing
 from lmray.job import EvaluateJob
 from lmray.models.load import load_config, load_model, load_tokenizer
 from lmray.models.precision import resolve_dtype
-from lmray.models.rope import check_positions, check_same_scaling
+from lmray.models.rope import RopeScaling, check_positions, check_same_scaling
 from lmray.models.source import FoundModel, find_model
 
 RESULT = "result.json"
@@ -150,6 +150,7 @@ def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> 
         return None
     folder = Path(adapter).expanduser()
     if (folder / "adapter_config.json").is_file():
+        check_same_scaling(f"adapter in {folder}", RopeScaling.beside(folder), job.model.rope_scaling)
         return folder
     artifacts = Artifacts(open_store(job.storage))
     artifact = artifacts.find(adapter)
@@ -158,7 +159,7 @@ def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> 
         raise ArtifactError(
             f"artifact `{artifact.ref}`", f"was trained on another base than `{base.source}`", allowed=allowed
         )
-    check_same_scaling(artifact.ref, artifact.base, job.model.rope_scaling)
+    check_same_scaling(f"artifact `{artifact.ref}`", RopeScaling.of(artifact.base), job.model.rope_scaling)
     return artifacts.checkout(artifact)
 
 

@@ -180,6 +180,8 @@ def _finish(
     adapter = folder / "adapter"
     job.adapter.save(model, adapter)
     loop.prepared.tokenizer.save_pretrained(adapter)
+    if job.model.rope_scaling is not None:
+        job.model.rope_scaling.save(adapter)
     sizes = {
         "model.parameters": plan.model["parameters"],
         "model.trainable_parameters": plan.model["trainable_parameters"],
