@@ -50,8 +50,8 @@ def prepare(job: EvaluateJob) -> Prepared:
     """Finds the model and reads the data. Raises DataError where nothing is held out, ArtifactError for an adapter that
     is unknown or belongs to another base model, ConfigError for rows longer than the model has positions."""
     found = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
-    scaling, trusted = job.model.rope_scaling, job.model.trust_remote_code
-    config = load_config(found.folder, trust_remote_code=trusted, rope_scaling=scaling)
+    scaling = job.model.rope_scaling
+    config = load_config(found.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=scaling)
     check_positions(config, job.data.max_length, scaling)
     for target in job.targets:
         _adapter_folder(job, target.adapter, found)

@@ -45,15 +45,16 @@ class Prepared:
 def prepare(job: TrainJob) -> Prepared:
     """Finds the model and reads the data. Raises ArtifactError or DataError for what is missing or malformed, and
     ConfigError for rows longer than the model has positions."""
-    spec = job.model
-    model = find_model(spec.source, spec.revision, trust_remote_code=spec.trust_remote_code)
-    config = load_config(model.folder, trust_remote_code=spec.trust_remote_code, rope_scaling=spec.rope_scaling)
-    check_positions(config, job.data.max_length, spec.rope_scaling)
+    model = find_model(job.model.source, job.model.revision, trust_remote_code=job.model.trust_remote_code)
+    config = load_config(
+        model.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=job.model.rope_scaling
+    )
+    check_positions(config, job.data.max_length, job.model.rope_scaling)
     examples = read_examples(job.data)
     check_tasks(job.evaluate.tasks, examples.eval)
     chats = any(example.text is None for example in (*examples.train, *examples.eval))
-    tokenizer = load_tokenizer(model.folder, chat=chats, trust_remote_code=spec.trust_remote_code)
-    rules = Rules.of(job.data, model.folder, trust_remote_code=spec.trust_remote_code)
+    tokenizer = load_tokenizer(model.folder, chat=chats, trust_remote_code=job.model.trust_remote_code)
+    rules = Rules.of(job.data, model.folder, trust_remote_code=job.model.trust_remote_code)
     whole = replace(rules, max_length=None) if job.method.joins else rules
     train, held_out = (
         tokenise_cached(tokenizer, examples.train, whole),
