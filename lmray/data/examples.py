@@ -25,6 +25,8 @@ class Examples:
     eval: tuple[Example, ...]
     formats: tuple[str, ...]
     """For the plan, one line a source: what it was read as, how many rows it has, and what becomes of them."""
+    mixture: tuple[tuple[str, int], ...] = ()
+    """Each source, and how many of `train` it gave; they are in this order."""
 
     @property
     def digest(self) -> str:
@@ -65,11 +67,12 @@ def read_examples(spec: DataSpec, *, preferences: bool = False) -> Examples:
     if spec.eval is not None and spec.eval.split is not None:
         chosen = _held_out_groups(everything, spec.eval)
     train: list[Example] = []
-    formats = []
+    formats, mixture = [], []
     for one, source in zip(read, spec.train, strict=True):
         left = tuple(example for example in one.examples if not _is_in(example, chosen, spec.eval))
         seen = weighted(left, source)
         formats.append(_line(one, source, num_held_out=len(one.examples) - len(left), num_seen=len(seen)))
+        mixture.append((source.source, len(seen)))
         train += seen
     if not train:
         raise DataError("data.train", "no example is left to train on", hint="lower `eval.split` or add data")
@@ -77,7 +80,7 @@ def read_examples(spec: DataSpec, *, preferences: bool = False) -> Examples:
     for one, source in zip(own, eval_sources, strict=True):
         formats.append(_line(one, source, num_held_out=len(one.examples), num_seen=0))
         held_out += one.examples
-    return Examples(tuple(train), held_out, tuple(formats))
+    return Examples(tuple(train), held_out, tuple(formats), tuple(mixture))
 
 
 def read_source(source: DataSource) -> SourceExamples:

@@ -100,6 +100,11 @@ class Table(Sequence[Tokenised]):
         """Tokens of each example, int64."""
         return np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(part.offsets_M) for part in self.parts)])
 
+    @cached_property
+    def sources(self) -> np.ndarray:
+        """The place, among what was tokenised, of what each example was made of, int64."""
+        return np.concatenate([np.zeros(0, dtype=np.int64), *(part.sources_M for part in self.parts)])
+
     @overload
     def __getitem__(self, index: int) -> Tokenised: ...
     @overload

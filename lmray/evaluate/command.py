@@ -13,9 +13,10 @@ import yaml
 
 from lmray.artifacts.artifact import KINDS, Artifacts
 from lmray.artifacts.store import open_store
-from lmray.config import Document, decode
+from lmray.config import Document, decode, dump
 from lmray.errors import ArtifactError, ConfigError
 from lmray.job import EvaluateJob
+from lmray.models.rope import RopeScaling
 from lmray.models.source import ARTIFACT
 
 BASE = "base"
@@ -128,7 +129,8 @@ def _base_of(targets: Sequence[str]) -> dict[str, Any]:
         source = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not source:
             raise ArtifactError(str(folder), "does not say which base model it belongs to", hint="add `--model MODEL`")
-        return {"source": source}
+        scaling = RopeScaling.beside(folder)
+        return {"source": source, "rope_scaling": scaling and dump(scaling)}
     raise ConfigError("--model", "none given, and no target names one", hint="add `--model MODEL`")
 
 

@@ -203,6 +203,7 @@ def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> 
         return None
     folder = Path(adapter).expanduser()
     if (folder / "adapter_config.json").is_file():
+        check_same_scaling(f"adapter in {folder}", RopeScaling.beside(folder), job.model.rope_scaling)
         return folder
     artifacts = Artifacts(open_store(job.storage))
     artifact = artifacts.find(adapter)
@@ -211,7 +212,7 @@ def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> 
         raise ArtifactError(
             f"artifact `{artifact.ref}`", f"was trained on another base than `{base.source}`", allowed=allowed
         )
-    check_same_scaling(artifact.ref, artifact.base, job.model.rope_scaling)
+    check_same_scaling(f"artifact `{artifact.ref}`", RopeScaling.of(artifact.base), job.model.rope_scaling)
     return artifacts.checkout(artifact)
 
 

@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from lmray.artifacts.files import write_json
 from lmray.config import Config
 from lmray.errors import ArtifactError, ConfigError
 
 FOLLOWS_LENGTH = ("dynamic", "longrope")
 """Types whose frequencies depend on the longest sequence of a forward pass."""
+FILE = "rope_scaling.json"
+"""In an adapter's folder; missing where its positions are the model's own."""
 TAKES: dict[str, dict[str, Any]] = {
     "linear": {},
     "yarn": {"original_max_position_embeddings": None, "attention_factor": None, "beta_fast": 32.0, "beta_slow": 1.0},
@@ -103,6 +107,23 @@ class RopeScaling(Config):
         text.rope_parameters = kept | given
         text.max_position_embeddings = int(length * self.factor)
 
+    def save(self, folder: Path) -> None:
+        """Beside an adapter, whose weights alone do not say what positions they were trained on."""
+        write_json(folder / FILE, self.model_dump(mode="json", exclude_none=True))
+
+    @classmethod
+    def beside(cls, folder: Path) -> RopeScaling | None:
+        """What `save` wrote into `folder`. Raises ArtifactError where it cannot be read."""
+        path = folder / FILE
+        try:
+            return cls.model_validate_json(path.read_bytes()) if path.is_file() else None
+        except (OSError, ValueError):
+            raise ArtifactError(str(path), "says no scaling of positions", hint="copy the adapter again") from None
+
+    def __str__(self) -> str:
+        """As a job writes it, with the defaults of its type."""
+        return ", ".join(f"{name}: {value}" for name, value in self.parameters().items() if value is not None)
+
     @classmethod
     def of(cls, base: Mapping[str, Any]) -> RopeScaling | None:
         """What `base`, an artifact's entry of its base model, says of it."""
@@ -110,24 +131,18 @@ class RopeScaling(Config):
         return None if found is None else cls.model_validate(found)
 
 
-def check_same_scaling(artifact: str, base: Mapping[str, Any], scaling: RopeScaling | None) -> None:
-    """Raises ArtifactError where `artifact` was trained on positions scaled otherwise than by `scaling`; `base` is its
-    entry of its base model."""
-    was = RopeScaling.of(base)
+def check_same_scaling(adapter: str, was: RopeScaling | None, scaling: RopeScaling | None) -> None:
+    """Raises ArtifactError where `adapter`, as it is called in messages, was trained on positions that were scaled
+    otherwise than by `scaling`."""
     if (was and was.parameters()) == (scaling and scaling.parameters()):
         return
-    hint = f"set `model.rope_scaling: {_shown(was)}`" if was else "leave `model.rope_scaling` out"
+    hint = f"set `model.rope_scaling: {{{was}}}`" if was else "leave `model.rope_scaling` out"
     raise ArtifactError(
-        f"artifact `{artifact}`",
-        f"was trained on positions scaled by {_shown(was)}",
-        allowed=f"by {_shown(scaling)}, as the job says",
+        adapter,
+        f"was trained on positions scaled by {was or 'nothing'}",
+        allowed=f"by {scaling or 'nothing'}, as the job says",
         hint=hint,
     )
-
-
-def _shown(scaling: RopeScaling | None) -> str:
-    given = scaling.model_dump(exclude_none=True) if scaling else {}
-    return f"{{{', '.join(f'{name}: {value}' for name, value in given.items())}}}" if given else "nothing"
 
 
 def _rope(text: Any) -> Mapping[str, Any]:

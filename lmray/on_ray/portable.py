@@ -12,6 +12,9 @@ from lmray.job import Job
 
 HINT = "the job runs elsewhere: give the absolute path of a place that every node sees, or a source like `pypi:PACKAGE`"
 
+FETCHED = ("pypi:", "hf:", "python:")
+"""What sources begin with that are no paths."""
+
 
 def portable(job: Job, *, folder: Path) -> Any:
     """`job` with every relative path made absolute against `folder`. Raises ConfigError for one that leads nowhere."""
@@ -31,7 +34,7 @@ def _absolute(text: str, folder: Path) -> str | None:
     """`text` as an absolute path if it is one, or names something below `folder`; else None."""
     if text.startswith("~"):
         return str(Path(text).expanduser())
-    if Path(text).is_absolute() or "://" in text or text.startswith("pypi:"):
+    if Path(text).is_absolute() or "://" in text or text.startswith(FETCHED):
         return text
     try:
         there = (folder / text).exists() or next(folder.glob(text), None) is not None

@@ -48,7 +48,8 @@ class EngineReplica:
     async def __init__(self, plan: ServePlan, config: EngineConfig, dtype: str, num_cpus: int, num_gpus: int):
         found, device = check_out(plan), "cuda" if num_gpus else "cpu"
         dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
-        model: Any = load_model(found.model, dtype, rope_scaling=plan.rope_scaling).to(device)
+        model: Any = load_model(found.model, dtype, rope_scaling=plan.rope_scaling)
+        model.to(device)
         stops = stop_token_ids(model, load_tokenizer(found.model))
         self._engine = config.start(model, stop_token_ids=stops, threads=num_cpus)
         for name, folder in found.adapters.items():

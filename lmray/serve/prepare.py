@@ -127,7 +127,7 @@ def _adapters(job: ServeJob, artifacts: Artifacts, base: FoundModel, model_name:
     for wanted in job.adapters:
         artifact = artifacts.find(ArtifactRef(wanted.artifact, wanted.stage))
         _check_base(artifact, base)
-        check_same_scaling(artifact.ref, artifact.base, job.model.rope_scaling)
+        check_same_scaling(f"artifact `{artifact.ref}`", RopeScaling.of(artifact.base), job.model.rope_scaling)
         if artifact.name in found or artifact.name == model_name:
             raise ConfigError(
                 "adapters", f"the name `{artifact.name}` is taken", hint="serve one version of an artifact"

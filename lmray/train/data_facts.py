@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+
+from lmray.data.table import Table
 from lmray.data.tokenise import IGNORED, Tokenised
 from lmray.train.prepare import Prepared
 
@@ -35,6 +38,7 @@ def data_facts(ready: Prepared, *, max_length: int) -> dict[str, Any]:
         "empty_rows": [*ready.train.empty_rows, *ready.eval.empty_rows],
         "max_length": max_length,
         "train_tokens": tokens,
+        "mixture": _mixture(ready),
         "eval_tokens": sum(map(len, ready.eval.examples)),
         "supervised_tokens": supervised,
         "supervised_share": round(supervised / tokens, 4),
@@ -43,6 +47,19 @@ def data_facts(ready: Prepared, *, max_length: int) -> dict[str, Any]:
         "stop": _stop_facts(ready.tokenizer, examples),
         "bos": _bos_facts(ready.tokenizer, examples),
     }
+
+
+def _mixture(ready: Prepared) -> dict[str, int]:
+    """Tokens an epoch by source, where there are several."""
+    table, given = ready.train.examples, ready.examples.mixture
+    if len(given) < 2 or not isinstance(table, Table):
+        return {}
+    ends = np.cumsum([count for _, count in given])
+    tokens = np.bincount(np.searchsorted(ends, table.sources, side="right"), table.lengths, minlength=len(ends))
+    found: dict[str, int] = {}
+    for (source, _), count in zip(given, tokens, strict=True):
+        found[source] = found.get(source, 0) + int(count)
+    return found
 
 
 def _stop_facts(tokenizer: Any, examples: Sequence[Tokenised]) -> dict[str, Any]:

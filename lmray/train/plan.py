@@ -16,6 +16,7 @@ from lmray.config import dump
 from lmray.errors import ConfigError
 from lmray.job import TrainJob
 from lmray.models.precision import resolve_dtype
+from lmray.models.rope import RopeScaling
 from lmray.models.shape import ModelShape, read_shape
 from lmray.train.data_facts import data_facts, data_warnings
 from lmray.train.duration import forward_flops, step_flops
@@ -83,6 +84,7 @@ class Plan:
             f"data       {data['train_examples']} to train on, {data['eval_examples']} held out, "
             f"{data['dropped']} over {data['max_length']} tokens dropped, {data['truncated']} truncated",
             *([f"data       {empty}"] if data["empty"] else []),
+            *self._mixture(),
             *self._joined(),
             f"tokens     {human_count(data['train_tokens'])} an epoch, {data['supervised_share']:.0%} supervised",
             f"lengths    {data['tokens_median']} (median), {data['tokens_p90']} (p90), {data['tokens_p95']} (p95), "
@@ -93,9 +95,13 @@ class Plan:
         ]
 
     def _positions(self) -> list[str]:
-        scaling = self.model.get("rope_scaling")
-        given = ", ".join(f"{name} {value}" for name, value in (scaling or {}).items() if value is not None)
-        return [f"positions  scaled: {given}"] if scaling else []
+        scaling = RopeScaling.of(self.model)
+        return [f"positions  {scaling}"] if scaling else []
+
+    def _mixture(self) -> list[str]:
+        tokens, total = self.data["mixture"], self.data["train_tokens"]
+        shares = ", ".join(f"{source} {count / total:.1%}" for source, count in tokens.items())
+        return [f"mixture    {shares} of the tokens"] if tokens else []
 
     def _joined(self) -> list[str]:
         how = {"through": "seeing the ones before it", "apart": "seeing only itself"}
@@ -157,7 +163,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         "digest": ready.model.digest,
     }
     if job.model.rope_scaling is not None:
-        model["rope_scaling"] = job.model.rope_scaling.parameters()
+        model["rope_scaling"] = dump(job.model.rope_scaling)
     data = data_facts(ready, max_length=job.data.max_length) | {"joined": job.method.joins}
     rows = worst_rows(ready.rows, job.train.per_device_train_batch_size, fused=kernels == "fused")
     settings = {"dtype": dtype, "device": device}

@@ -51,8 +51,8 @@ def prepare(job: TrainJob) -> Prepared:
     examples = read_examples(job.data)
     check_tasks(job.evaluate.tasks, examples.eval)
     chats = any(example.text is None for example in (*examples.train, *examples.eval))
-    tokenizer = load_tokenizer(model.folder, chat=chats, trust_remote_code=spec.trust_remote_code)
-    rules = Rules.of(job.data, model.folder, trust_remote_code=spec.trust_remote_code)
+    tokenizer = load_tokenizer(model.folder, chat=chats, trust_remote_code=job.model.trust_remote_code)
+    rules = Rules.of(job.data, model.folder, trust_remote_code=job.model.trust_remote_code)
     whole = replace(rules, max_length=None) if job.method.joins else rules
     train, held_out = (
         tokenise_cached(tokenizer, examples.train, whole),

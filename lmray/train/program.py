@@ -195,6 +195,8 @@ def _finish(
     kind = job.adapter.kept
     job.adapter.save(model, folder / kind)
     loop.prepared.tokenizer.save_pretrained(folder / kind)
+    if job.model.rope_scaling is not None and kind == "adapter":  # a whole model says it in its config
+        job.model.rope_scaling.save(folder / kind)
     sizes = {
         "model.parameters": plan.model["parameters"],
         "model.trainable_parameters": plan.model["trainable_parameters"],

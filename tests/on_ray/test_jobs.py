@@ -249,13 +249,10 @@ def test_a_job_killed_before_it_printed_anything_was_stopped():
 
 
 def test_relative_paths_become_absolute(job, tiny_data, tmp_path):
-    moved = portable(
-        job(data__train=[{"source": tiny_data.name}, {"source": "*.jsonl"}, {"source": "pypi:bfcl-eval"}]).changed(
-            {"storage": "s"}
-        ),
-        folder=tiny_data.parent,
-    )
-    assert [one.source for one in moved.data.train] == [str(tiny_data), str(tmp_path / "*.jsonl"), "pypi:bfcl-eval"]
+    fetched = ["pypi:bfcl-eval", "hf:owner/name:train", "python:pydoc_data.topics"]
+    sources = [{"source": text} for text in (tiny_data.name, "*.jsonl", *fetched)]
+    moved = portable(job(data__train=sources).changed({"storage": "s"}), folder=tiny_data.parent)
+    assert [one.source for one in moved.data.train] == [str(tiny_data), str(tmp_path / "*.jsonl"), *fetched]
     assert Path(moved.storage).is_absolute()
 
 

@@ -112,6 +112,26 @@ def test_conversations_are_mixed_in_at_their_weight_and_learned_by_their_answers
     assert learned.count("<|im_end|>") == 8 + 20, "one a document, one an answer"
 
 
+@pytest.mark.parametrize("weight", [0.1, 0.5, 2.0])
+def test_the_plan_says_what_share_of_the_tokens_each_source_gives(job, corpus, tmp_path, weight):
+    chat = write_jsonl(tmp_path / "chat.jsonl", tiny_rows(40))
+    one = job(mixed(chat, weight=weight), mixed(corpus), data__eval=None)
+    plan, ready = make_plan(one), prepare(one)
+    texts = sum(len(tokens) for tokens in ready.train.examples if ".jsonl" not in tokens.where)
+    chats = sum(len(tokens) for tokens in ready.train.examples if ".jsonl" in tokens.where)
+    assert plan.data["mixture"] == {str(corpus): texts, str(chat): chats}
+    every = sum(len(tokens) for tokens in prepare(job(mixed(chat), data__eval=None)).train.examples) - texts / 2
+    assert chats / every == pytest.approx(weight, rel=0.1)
+    (line,) = [line for line in plan.lines() if line.startswith("mixture")]
+    assert f"{chat} {chats / (chats + texts):.1%} of the tokens" in line
+    assert plan.data["rows"] == math.ceil((texts + chats - 1) / 63) - left_out(ready)
+
+
+def left_out(ready) -> int:
+    """Rows that lie within a prompt."""
+    return math.ceil((sum(map(len, ready.train.examples)) - 1) / 63) - len(ready.rows)
+
+
 def test_conversations_are_learned_whole_where_the_source_says_so(job, tmp_path):
     chat = write_jsonl(tmp_path / "chat.jsonl", tiny_rows(6))
     ready = prepare(job(mixed(chat, assistant_only_loss=False), data__eval=None))

@@ -237,7 +237,7 @@ def kept(short, tmp_path_factory):
 
 def test_a_run_prints_it_and_another_scaling_is_another_run(kept):
     plan = make_plan(kept.job)
-    line = "positions  scaled: rope_type yarn, factor 4.0, beta_fast 32.0, beta_slow 1.0"
+    line = "positions  rope_type: yarn, factor: 4.0, beta_fast: 32.0, beta_slow: 1.0"
     assert line in plan.lines()
     assert make_plan(kept.job.changed({"model.rope_scaling.factor": 8.0})).run_key != plan.run_key
     assert not any("positions" in line for line in make_plan(kept.job.changed(PLAIN)).lines())
@@ -248,14 +248,15 @@ PLAIN = {"model.rope_scaling": None, "data.max_length": 64}
 
 def test_the_artifact_remembers_it_and_is_used_with_no_other(kept):
     base = kept.artifacts.find("long").base
-    assert RopeScaling.of(base) is not None
-    check_same_scaling("long", base, kept.job.model.rope_scaling)
-    check_same_scaling("long", {}, None)
-    with pytest.raises(ArtifactError, match=r"scaled by \{rope_type: yarn, factor: 4\.0") as caught:
-        check_same_scaling("long", base, None)
+    was = RopeScaling.of(base)
+    assert was is not None and was == RopeScaling.beside(kept.artifacts.checkout(kept.artifacts.find("long")))
+    check_same_scaling("long", was, kept.job.model.rope_scaling)
+    check_same_scaling("short", RopeScaling.of({}), None)
+    with pytest.raises(ArtifactError, match=r"scaled by rope_type: yarn, factor: 4\.0") as caught:
+        check_same_scaling("long", was, None)
     assert "set `model.rope_scaling: {rope_type: yarn" in str(caught.value.hint)
     with pytest.raises(ArtifactError, match="scaled by nothing") as caught:
-        check_same_scaling("short", {}, kept.job.model.rope_scaling)
+        check_same_scaling("short", None, kept.job.model.rope_scaling)
     assert "leave `model.rope_scaling` out" in str(caught.value.hint)
 
 
@@ -296,17 +297,27 @@ def test_an_evaluation_loads_the_base_as_it_was_trained_on(kept, tmp_path):
     here = LocalContext(tmp_path / "run", scratch=tmp_path / "scratch")
     again = evaluate(evaluation(kept, model={}), here).metrics["eval.loss"]
     assert again == pytest.approx(kept.result.metrics["eval.loss"], abs=1e-5)
-    with pytest.raises(ArtifactError, match="was trained on positions scaled by"):
-        evaluate(evaluation(kept, model={"rope_scaling": None}, max_length=64), here)
+    for adapter in ("long", str(kept.artifacts.checkout(kept.artifacts.find("long")))):
+        job = evaluation(kept, model={"rope_scaling": None}, max_length=64)
+        with pytest.raises(ArtifactError, match="was trained on positions scaled by"):
+            evaluate(job.changed({"targets.0.adapter": adapter}), here)
     with pytest.raises(ConfigError, match="128 tokens are more than the model has positions for"):
         evaluate(evaluation(kept, model={"rope_scaling": None}), here)
 
 
 def test_the_command_line_takes_it_from_the_artifact(kept, monkeypatch):
     monkeypatch.setenv("LMRAY_STORE", kept.job.storage)
-    job = make_job(Words(["long"], "loss", ["rows.jsonl"]))
-    assert job.model.rope_scaling is not None
-    assert job.model.rope_scaling.parameters() == kept.job.model.rope_scaling.parameters()
+    folder = kept.artifacts.checkout(kept.artifacts.find("long"))
+    for target in ("long", str(folder)):
+        job = make_job(Words([target], "loss", ["rows.jsonl"]))
+        assert job.model.rope_scaling == kept.job.model.rope_scaling
+
+
+def test_a_spoilt_note_beside_an_adapter_is_told(tmp_path):
+    assert RopeScaling.beside(tmp_path) is None
+    (tmp_path / "rope_scaling.json").write_text('{"rope_type": "yarn"}')
+    with pytest.raises(ArtifactError, match="says no scaling of positions"):
+        RopeScaling.beside(tmp_path)
 
 
 def test_an_endpoint_takes_longer_prompts_and_only_adapters_of_its_positions(kept):
