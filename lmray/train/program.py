@@ -208,20 +208,21 @@ def _finish(
 
 
 def _measure(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop) -> Mapping[str, Measured]:
-    """`base` (where asked for) and `tuned`. An adapter is switched off to measure its base; where the model's own
-    weights were trained, the base is loaded again."""
+    """`base` (where asked for) and `tuned`. An adapter is switched off to measure its base; where that does not give
+    it back, the base is loaded again."""
     if not job.evaluate.tasks:
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
     model, settings = loop.learner.model, {"device": loop.ctx.device, "threads": loop.ctx.threads}
     model.eval()
-    measured, whole = {}, job.adapter.kept == "model"
+    measured = {}
     if job.evaluate.base:
-        base = _base_model(job, plan, prepared).to(loop.ctx.device) if whole else model
+        changed = job.adapter.changes_base
+        base = _base_model(job, plan, prepared).to(loop.ctx.device) if changed else model
         measured["base"] = measure(
             base, prepared.tokenizer, held_out, job.evaluate, adapter=None, prefix="base", **settings
         )
-    handle = None if whole else "default"
+    handle = None if job.adapter.kept == "model" else "default"
     measured["tuned"] = measure(
         model, prepared.tokenizer, held_out, job.evaluate, adapter=handle, loss=loop.final_loss, **settings
     )
