@@ -36,6 +36,11 @@ class Adapter(MemberConfig):
         """Sets the trained weights to those in `folder`. Raises CheckpointError where names or shapes differ."""
         raise NotImplementedError
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether switching it off does not give the base back."""
+        return self.kept == "model"
+
     def trained(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         """By name, every parameter that learns at some step of the run: with `resume_state` all that a checkpoint
         needs of the model."""

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig
 
+from lmray.errors import ArtifactError
 from lmray.models.load import load_model, load_tokenizer
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
@@ -27,14 +28,21 @@ def write_merged(
     folder `adapter` (None: as it is) to folder `target`.
 
     Merged in float32 and rounded once to `dtype` (`float32`, `bfloat16`; `auto`: the base's own). The tokenizer is the
-    adapter's, where one lies beside it.
+    adapter's, where one lies beside it. Raises ArtifactError for an adapter that is no change of the weights.
     """
     with quiet():
         model: Any = load_model(base, "float32", trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+            model = _merged(PeftModel.from_pretrained(model, str(adapter)), adapter)
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust_remote_code)
         model.to((config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)).save_pretrained(target)
         has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
         tokenizer_from = adapter if has_tokenizer and adapter is not None else base
         load_tokenizer(tokenizer_from, chat=False, trust_remote_code=trust_remote_code).save_pretrained(target)
+
+
+def _merged(attached: PeftModel, adapter: Path) -> Any:
+    if attached.active_peft_config.is_prompt_learning:
+        found = "cannot be merged: its virtual tokens are no weights of the model"
+        raise ArtifactError(str(adapter), found, hint="`--format peft` exports it as it is")
+    return attached.merge_and_unload(safe_merge=True)

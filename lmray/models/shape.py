@@ -53,6 +53,8 @@ class ModelShape:
     key_value_width: int
     vocabulary: int
     adapted: tuple[AdaptedLinear, ...] = ()
+    trained_norms: int = 0
+    """Widths of all norms whose own weight is trained, summed."""
     unfit: str | None = None
     """Why its training steps cannot run fused; see `lmray.models.fused`."""
 
@@ -113,6 +115,7 @@ def read_shape(
         key_value_width=(getattr(facts, "num_key_value_heads", None) or heads) * size,
         vocabulary=facts.vocab_size,
         adapted=_adapted(model, ends),
+        trained_norms=sum(one.numel() for name, one in model.named_parameters() if _is_trained_norm(name, one)),
         unfit=unfit(model),
     )
 
@@ -120,6 +123,10 @@ def read_shape(
 def _ends(model: Any) -> list[Any]:
     """Token embedding and head."""
     return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+
+
+def _is_trained_norm(name: str, parameter: torch.nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.dim() == 1 and name.endswith("norm.weight")
 
 
 def _adapted(model: torch.nn.Module, ends: Container[int]) -> tuple[AdaptedLinear, ...]:

@@ -228,16 +228,15 @@ def _finish(
 
 
 def _measure(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop) -> Mapping[str, Measured]:
-    """`base` (where asked for) and `tuned`. An adapter is switched off to measure its base; where the model's own
-    weights were trained, the base is loaded again. Beside the base each example's loss is measured, not only known
-    their mean: how sure their difference is takes both."""
+    """`base` (where asked for) and `tuned`. An adapter is switched off to measure its base; where that does not give
+    it back, the base is loaded again. Beside the base each example's loss is measured, not only known their mean: how
+    sure their difference is takes both."""
     ctx, tuned = loop.ctx, loop.learner.model
     _check_stop(ctx)
     if not job.evaluate.tasks:
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
     tuned.eval()
-    whole = job.adapter.kept == "model"
 
     def measured(label: str, model: torch.nn.Module, adapter: str | None, **own: Any) -> Measured:
         return measure(
@@ -253,10 +252,10 @@ def _measure(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop) -> Mappi
             **own,
         )
 
-    handle = None if whole else "default"
+    handle = None if job.adapter.kept == "model" else "default"
     if not job.evaluate.base:
         return {"tuned": measured("tuned", tuned, handle, loss=loop.final_loss)}
-    base = _base_model(job, plan, prepared).to(ctx.device) if whole else tuned
+    base = _base_model(job, plan, prepared).to(ctx.device) if job.adapter.changes_base else tuned
     before = measured("base", base, None, prefix="base")
     del base
     return {"base": before, "tuned": measured("tuned", tuned, handle)}
