@@ -14,7 +14,6 @@ from lmray.data.base import Row
 from lmray.data.files import without_gaps
 from lmray.errors import DataError, did_you_mean
 
-PREFIX = "hf:"
 _ID = re.compile(r"hf:(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+)(?=:))?(:(?P<split>[\w.-]+(\[[\w:%.-]*\])?))?")
 LOCAL = "check the id and the network, or use what is on this machine: a file, a folder, a glob of files you downloaded"
 

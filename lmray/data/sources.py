@@ -6,6 +6,7 @@ import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from lmray.data.base import Mapping, Row
 from lmray.data.dataset_info import is_entry, read_entry
 from lmray.data.downloads import download, is_url
 from lmray.data.files import SUFFIXES, TABLES, TEXTS, read_rows
-from lmray.data.hub import PREFIX, open_dataset
 from lmray.data.modules import PREFIX as MODULE_PREFIX
 from lmray.data.modules import module_texts
 from lmray.errors import ArtifactError, DataError
 
+HUB = "hf:"
+"""What an id of a data set on the Hub begins with."""
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
 """Files in data folders that are not data."""
 
@@ -37,8 +39,9 @@ def open_source(source: str, mapping: Mapping | None) -> OpenSource:
     if is_entry(source):
         entry = read_entry(source, mapping)
         return OpenSource(map(entry.adapt, open_source(entry.source, None).rows), entry.mapping)
-    if source.startswith(PREFIX):
-        return OpenSource(open_dataset(source), mapping)
+    if source.startswith(HUB):
+        hub = import_module("lmray.data.hub")  # on use: `datasets` takes long to import, and most jobs read files
+        return OpenSource(hub.open_dataset(source), mapping)
     if source.startswith(MODULE_PREFIX):
         return OpenSource(module_texts(source), mapping)
     shown = download(source) if is_url(source) else dict.fromkeys(find_files(source, mapping))

@@ -13,8 +13,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from lmray.errors import CapacityError
-
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where Linux says how much memory a container may use."""
 
@@ -49,27 +47,6 @@ def _limit(path: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
-
-
-def check_room(machines: Sequence[Machine], *, workers: int, cpus: int | None, gpus: int) -> None:
-    """Raises CapacityError where `workers` with so many cores and GPUs each can never run side by side."""
-    cores, all_gpus = sum(one.cpus for one in machines), sum(one.gpus for one in machines)
-    there = f"{cores:g} cores and {all_gpus:g} GPUs on {len(machines)} machine(s)"
-    if gpus and not all_gpus:
-        hint = "set `resources.gpus_per_worker=0` to train on CPUs, or RAY_ADDRESS to the cluster with the GPUs"
-        raise CapacityError(
-            "resources.gpus_per_worker", f"{gpus} GPU(s) a worker, but there is none", allowed=there, hint=hint
-        )
-    room = sum(_fits(one, cpus or 1, gpus) for one in machines)
-    if room < workers:
-        wanted = f"{workers} worker(s) with {cpus or 1} core(s) and {gpus} GPU(s) each"
-        hint = f"lower `resources.workers` to {room}" if room else "lower `resources.cpus_per_worker`"
-        raise CapacityError("resources", f"{wanted} do not fit; there is room for {room}", allowed=there, hint=hint)
-
-
-def _fits(machine: Machine, cpus: int, gpus: int) -> int:
-    by_cores = int(machine.cpus // cpus)
-    return min(by_cores, int(machine.gpus // gpus)) if gpus else by_cores
 
 
 def release_heap() -> None:

@@ -23,8 +23,9 @@ from ray._private.authentication import authentication_token_setup
 from ray.exceptions import AuthenticationError
 
 import lmray
-from lmray.errors import CapacityError, ConfigError, RemoteError
+from lmray.errors import ConfigError, RemoteError
 from lmray.job import Resources
+from lmray.models.room import check_room, room_for
 
 PROBE_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -61,12 +62,7 @@ class ClusterResources:
 
     def room_for(self, *, cpus: float, gpus: float) -> int:
         """How many workers of that size fit, each whole on one node."""
-        return sum(_fits(node, cpus, gpus) for node in self.nodes)
-
-
-def _fits(node: Node, cpus: float, gpus: float) -> int:
-    shares = [offered // wanted for offered, wanted in ((node.cpus, cpus), (node.gpus, gpus)) if wanted > 0]
-    return int(min(shares, default=0))
+        return room_for(self.nodes, cpus=cpus, gpus=gpus)
 
 
 @contextmanager
@@ -107,21 +103,12 @@ def _node(facts: dict) -> Node:
 
 def check_resources(resources: Resources) -> None:
     """Raises CapacityError where the connected cluster can never place the workers that `resources` asks for."""
-    offered = cluster_resources()
-    cpus, gpus, workers = resources.cpus_per_worker or 1, resources.gpus_per_worker, resources.workers
-    there = f"{offered.cpus:g} CPUs and {offered.gpus:g} GPUs on {len(offered.nodes)} node(s)"
-    if gpus and not offered.gpus:
-        hint = "set `resources.gpus_per_worker=0` to train on CPUs"
-        raise CapacityError(
-            "resources.gpus_per_worker", f"{gpus} GPU(s) a worker, but there is none", allowed=there, hint=hint
-        )
-    room = offered.room_for(cpus=cpus, gpus=gpus)
-    if room < workers:
-        wanted = f"{workers} worker(s) with {cpus} CPU(s) and {gpus} GPU(s) each"
-        hint = (
-            f"lower `resources.workers` to {room}" if room else "lower `resources.cpus_per_worker` or `gpus_per_worker`"
-        )
-        raise CapacityError("resources", f"{wanted} do not fit; there is room for {room}", allowed=there, hint=hint)
+    check_room(
+        cluster_resources().nodes,
+        workers=resources.workers,
+        cpus=resources.cpus_per_worker,
+        gpus=resources.gpus_per_worker,
+    )
 
 
 @contextmanager

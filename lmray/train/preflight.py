@@ -9,7 +9,8 @@ from typing import Any
 from lmray.data.examples import read_examples
 from lmray.errors import CapacityError, ConfigError, LmrayError, Problem
 from lmray.job import Resources, TrainJob
-from lmray.models.machine import Machine, check_room
+from lmray.models.machine import Machine
+from lmray.models.room import check_room
 from lmray.models.source import model_of
 from lmray.train.duration import EFFICIENCY, FORMULA, seconds
 from lmray.train.memory import USABLE, largest_micro_batch

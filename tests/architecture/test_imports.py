@@ -55,6 +55,13 @@ def test_the_help_of_the_command_line_brings_in_neither_torch_nor_ray():
     assert sorted(set(done.stdout.split()) & HEAVY) == []
 
 
+def test_training_brings_in_no_library_that_only_some_jobs_need():
+    assert (
+        modules_after("import lmray.train.program") & {"datasets", "bitsandbytes", "deepspeed", "lm_eval", "wandb"}
+        == set()
+    )
+
+
 def lazy_imports(tree: ast.Module) -> list[tuple[int, str]]:
     """`(line, module)` of every import inside a function."""
     found = []
