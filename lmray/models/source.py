@@ -65,8 +65,8 @@ class HasModel(Protocol):
 
 def model_of(job: HasModel) -> FoundModel:
     """The model that `job` names. Raises what `find_model` raises."""
-    spec = job.model
-    return find_model(spec.source, spec.revision, storage=job.storage, trust_remote_code=spec.trust_remote_code)
+    source, revision = job.model.source, job.model.revision
+    return find_model(source, revision, storage=job.storage, trust_remote_code=job.model.trust_remote_code)
 
 
 def find_model(

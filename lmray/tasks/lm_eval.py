@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import torch
 from pydantic import BeforeValidator, Field
 
 from lmray.errors import ConfigError, DataError, did_you_mean
@@ -24,7 +25,6 @@ from lmray.models.precision import computing
 from lmray.tasks.base import Task
 
 if TYPE_CHECKING:
-    import torch
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
 
@@ -77,7 +77,6 @@ class LmEval(Task):
                 raise ConfigError(WHERE, found, hint="leave it out of `tasks`")
 
     def run(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> dict[str, float]:
-        import torch
         from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
@@ -91,7 +90,7 @@ class LmEval(Task):
         np.random.seed(SEED)
         with _quiet(), computing(model), torch.random.fork_rng():
             torch.manual_seed(SEED)
-            found = evaluator.evaluate(
+            found: Any = evaluator.evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),  # type: ignore[arg-type]
                 benchmarks,
                 limit=self.limit,
@@ -100,7 +99,6 @@ class LmEval(Task):
                 apply_chat_template=self.apply_chat_template,
                 fewshot_as_multiturn=self.apply_chat_template,
             )
-        assert found is not None, "this process is the harness' only one"
         return metrics_of({**found["results"], **found.get("groups", {})})
 
     def _load(self) -> Any:

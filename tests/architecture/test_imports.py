@@ -76,11 +76,14 @@ def test_imports_inside_functions_are_for_the_command_line_and_optional_extras(p
     if name_of(path).startswith("lmray/cli/") or name_of(path) == "lmray/__init__.py":
         return
     extras = project()["project"]["optional-dependencies"]
-    optional = {line.partition(">")[0] for extra, lines in extras.items() if extra != "dev" for line in lines}
+    optional = {
+        line.partition(">")[0].replace("-", "_") for extra, lines in extras.items() if extra != "dev" for line in lines
+    }
     odd = [
         f"line {line}: {name}"
         for line, name in lazy_imports(tree_of(path))
-        if not optional & {name.split(".")[0], *providers().get(name.split(".")[0], [])}
+        if not optional
+        & {one.replace("-", "_") for one in (name.split(".")[0], *providers().get(name.split(".")[0], []))}
     ]
     assert not odd, f"{name_of(path)}: hint: import at the top, or move what both need down a floor"
 
