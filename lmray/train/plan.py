@@ -127,6 +127,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     shape = read_shape(
         ready.model.folder,
         lambda model: job.adapter.attach(model, seed=0),
+        dtype=dtype,
         trust_remote_code=job.model.trust_remote_code,
     )
     rows = worst_rows(ready.rows, job.train.per_device_train_batch_size)

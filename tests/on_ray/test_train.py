@@ -111,8 +111,8 @@ def test_whole_checkpoints_that_nobody_registered_are_taken_up_and_spoilt_ones_a
     folder = run_folder(remote)
     register(folder, known="checkpoint-00000004")  # which is removed already
     shutil.copytree(folder / "checkpoint-00000010", folder / "checkpoint-00000012")
-    (folder / "checkpoint-00000012" / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
-    (folder / "checkpoint-00000016" / "adapter").mkdir(parents=True)
+    (folder / "checkpoint-00000012" / "weights.safetensors").write_bytes(b"half")
+    (folder / "checkpoint-00000016").mkdir(parents=True)
     earlier = set(processes("TrainController"))
     outcome = {}
     runner = threading.Thread(target=lambda: outcome.update(result=train(remote, progress=False)))
