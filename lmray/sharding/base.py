@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from lmray.config import MemberConfig
 
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
 MakeOptimizer = Callable[["torch.nn.Module"], "torch.optim.Optimizer"]
 
 
+@dataclass(frozen=True)
+class Need:
+    """What is to be placed."""
+
+    adapter_only: bool
+    """The model's own weights are frozen."""
+    fits: bool
+    """All of it fits into one worker's memory."""
+
+
 class Placed(Protocol):
     """A model on this worker with its optimizer. Every call but `model` and `optimizer` is made by all ranks together
     and in the same order, whether or not a rank has rows."""
@@ -22,8 +33,7 @@ class Placed(Protocol):
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     whole: bool
-    """Whether every rank holds all weights; then the adapter saves and loads them, and `save` and `load` do the
-    optimizer's state only."""
+    """Whether every rank holds all weights."""
 
     def all_sum(self, value: float) -> float:
         """`value` summed over all ranks."""
@@ -38,21 +48,18 @@ class Placed(Protocol):
         """Scales the gradients to at most `max_norm`; returns their norm over all ranks before that."""
         ...
 
-    def apply(self) -> None:
-        """The optimizer's step."""
-        ...
-
-    def clear(self) -> None:
-        """Frees the gradients, at the end of every step."""
+    def apply(self, *, then: Callable[[], None] | None = None) -> None:
+        """The optimizer's step; `then` is called after it, and then the gradients are gone."""
         ...
 
     def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:
-        """The model's `state_dict` in full, on the CPU of rank 0 (None elsewhere): what is trained, or everything."""
+        """The model's `state_dict` in full, on the CPU of rank 0 (None elsewhere): what the optimizer holds, or
+        everything."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes this rank's part of a checkpoint into its own `folder`. The folders of all ranks become one, so no two
-        ranks write a file of the same name."""
+        """Writes this rank's part of trained weights and optimizer state into its own `folder`. The folders of all
+        ranks become one, so no two ranks write a file of the same name."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -64,9 +71,13 @@ class Placed(Protocol):
 class Sharding(MemberConfig):
     """Base of `lmray/sharding/*.py`."""
 
+    shards: ClassVar[bool] = False
+    """Whether the workers share the weights among them: none holds the whole model."""
+
     @abstractmethod
-    def resolve(self, *, workers: int) -> tuple[Sharding, str]:
-        """The strategy that will run on so many workers, and why. Raises CapacityError where none can."""
+    def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:
+        """The strategy that will run on so many workers, and why; `need` is what it is to place, where that is known.
+        Raises CapacityError where none can."""
         raise NotImplementedError
 
     @abstractmethod

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors.torch import load_file
 
 from lmray.errors import CapacityError
-from lmray.models.tensors import save_tensors
-from lmray.sharding._optimizer_state import optimizer_tensors, set_optimizer_tensors
-from lmray.sharding.base import MakeOptimizer, Placed, Sharding
-
-OPTIMIZER = "optimizer.safetensors"
+from lmray.sharding._state import load_state, save_whole, step_and_forget, trained_weights
+from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
 
 
 class Single(Sharding):
     """The whole model on one worker."""
 
-    def resolve(self, *, workers: int) -> tuple[Sharding, str]:
+    def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:
         if workers != 1:
             raise CapacityError(
-                "sharding", f"`single` runs on one worker, the job asks for {workers}", allowed="resources.workers: 1"
+                "sharding",
+                f"`single` runs on one worker, the job asks for {workers}",
+                allowed="resources.workers: 1",
+                hint="`sharding: auto` takes the strategy that fits the workers",
             )
         return self, "one worker"
 
@@ -55,20 +55,15 @@ class WholePlaced:
     def clip_grad_norm(self, max_norm: float) -> float:
         return float(torch.nn.utils.clip_grad_norm_(self.trained, max_norm))
 
-    def apply(self) -> None:
-        self.optimizer.step()
-
-    def clear(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def apply(self, *, then: Callable[[], None] | None = None) -> None:
+        step_and_forget(self.optimizer, then)
 
     def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:
-        kept = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        state = {name: tensor.to("cpu") for name, tensor in self.model.state_dict().items()}
-        return {name: tensor for name, tensor in state.items() if name in kept} if trained_only else state
+        state = trained_weights(self.model, self.optimizer) if trained_only else self.model.state_dict()
+        return {name: tensor.detach().to("cpu") for name, tensor in state.items()}
 
     def save(self, folder: Path) -> None:
-        save_tensors(optimizer_tensors(self.optimizer), folder / OPTIMIZER)
+        save_whole(self.model, self.optimizer, folder)
 
     def load(self, folder: Path) -> None:
-        path = folder / OPTIMIZER
-        set_optimizer_tensors(self.optimizer, load_file(path), str(path))
+        load_state(self.model, self.optimizer, folder)

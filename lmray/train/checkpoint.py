@@ -1,8 +1,7 @@
-"""A checkpoint: weights, optimizer, random states and place in the data; the manifest is written last.
+"""A checkpoint: trained weights, optimizer, random states and place in the data; the manifest is written last.
 
-Every rank writes its part into a scratch folder of its own; the context makes one committed folder of them. The
-adapter, an optimizer that is not sharded, random states and progress are safetensors and JSON. What a sharded model
-writes is read only once the manifest's digests are checked.
+Every rank writes its part into a scratch folder of its own; the context makes one committed folder of them. It is
+safetensors and JSON, but for what a sharded model writes, which is read only once the manifest's digests are checked.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ from safetensors.torch import load_file
 
 from lmray.adapters.base import Adapter
 from lmray.artifacts.files import read_sealed, seal, write_json
+from lmray.context import RunContext
 from lmray.errors import ArtifactError, CheckpointError
-from lmray.models.tensors import check_same_shapes, save_tensors
+from lmray.models.tensors import save_tensors
 from lmray.sharding.base import Placed
 
-WEIGHTS, ADAPTER = "weights.safetensors", "adapter.safetensors"
+ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,6 @@ def save_checkpoint(folder: Path, progress: Progress, placed: Placed, adapter: A
     placed.save(folder)
     save_tensors(_random_state(), folder / _random_file(rank))
     if rank == 0:
-        if placed.whole:
-            save_tensors(adapter.trained(placed.model), folder / WEIGHTS)
         save_tensors(adapter.resume_state(placed.model), folder / ADAPTER)
         write_json(folder / "progress.json", asdict(progress))
     seal(folder, step=progress.step, run_key=progress.run_key)
@@ -61,9 +59,18 @@ def save_weights(folder: Path, placed: Placed, adapter: Adapter, rank: int) -> b
     return rank == 0
 
 
-def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter, rank: int) -> Progress:
+def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter, ctx: RunContext) -> Progress:
     """Sets model, optimizer and random state to those in `folder`; called on all ranks together. Raises CheckpointError
     where a file is missing or not what the manifest says, or the checkpoint is another run's or another strategy's."""
+    ctx.agreed(lambda: _check(folder, run_key))
+    progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    placed.load(folder)
+    adapter.resume(placed.model, load_file(folder / ADAPTER), step=progress.step)
+    _set_random_state(folder / _random_file(ctx.rank))
+    return progress
+
+
+def _check(folder: Path, run_key: str) -> None:
     try:
         manifest = read_sealed(folder)
     except ArtifactError as error:
@@ -74,20 +81,6 @@ def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter
         raise CheckpointError(
             str(folder), "belongs to another run", allowed=run_key[:12], hint="give the job another name"
         )
-    progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
-    if placed.whole and (folder / WEIGHTS).is_file():
-        _set_weights(adapter.trained(placed.model), folder / WEIGHTS)
-    adapter.resume(placed.model, load_file(folder / ADAPTER), step=progress.step)
-    placed.load(folder)
-    _set_random_state(folder / _random_file(rank))
-    return progress
-
-
-def _set_weights(weights: Mapping[str, torch.nn.Parameter], path: Path) -> None:
-    found = load_file(path)
-    check_same_shapes(path, found, weights)
-    for name, parameter in weights.items():
-        parameter.data.copy_(found[name])
 
 
 def _random_file(rank: int) -> str:

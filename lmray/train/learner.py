@@ -69,25 +69,27 @@ class Learner:
     def _computing(self, batch: Batch) -> AbstractContextManager[None]:
         return self.fused.running(batch.position_ids_BT) if self.fused else computing(self.model)
 
-    def step(self, batches: Sequence[Batch], *, learning_rate: float, step: int = 0) -> StepReport:
+    def step(self, batches: Sequence[Batch], *, learning_rate: float, step: int = 0, num_idle: int = 0) -> StepReport:
         """Optimizer step number `step` over this rank's micro-batches, already on the device. Not applied where the
-        loss or the gradient norm it reports is not finite."""
+        loss or the gradient norm it reports is not finite. The last `num_idle` count nothing: every rank runs as many
+        forward and backward passes, whether or not it has rows for them."""
+        counted = batches[: len(batches) - num_idle]
         for group in self.placed.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        count = self.placed.all_sum(sum(self.objective.count(batch) for batch in batches))
+        count = self.placed.all_sum(sum(self.objective.count(batch) for batch in counted))
         self.model.train()
         total = 0.0
         for number, batch in enumerate(batches, 1):
             with self._computing(batch):
-                loss_sum = self.objective.loss(self.model, batch)
+                loss_sum = self.objective.loss(self.model, batch) * (number <= len(counted))
             self.placed.backward(loss_sum / count, last=number == len(batches))
             total += float(loss_sum.detach())
         grad_norm, loss = self.placed.clip_grad_norm(self.max_grad_norm), self.placed.all_sum(total) / count
         if math.isfinite(grad_norm) and math.isfinite(loss):  # on every rank alike; else the weights stay as they were
-            self.placed.apply()
-            self._follow(step)
-        self.placed.clear()
-        num_tokens = self.placed.all_sum(sum(batch.num_tokens for batch in batches))
+            self.placed.apply(then=lambda: self._follow(step))
+        else:
+            self.placed.optimizer.zero_grad(set_to_none=True)
+        num_tokens = self.placed.all_sum(sum(batch.num_tokens for batch in counted))
         return StepReport(loss, grad_norm, int(count), int(num_tokens))
 
     def _follow(self, step: int) -> None:

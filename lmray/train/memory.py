@@ -93,15 +93,22 @@ def _follows_attention(one: AdaptedLinear, shape: ModelShape) -> bool:
     return is_output and shape.query_width != shape.hidden
 
 
-def memory_parts(shape: ModelShape, rows: Rows, dtype: str, *, device: str, process_bytes: int) -> dict[str, int]:
-    """Bytes by part and in `total`. Logits: of supervised tokens only, as they leave the head, and in float32 with
-    their gradient. Bfloat16 models also multiply with bfloat16 copies of weights that are trained in float32."""
+def memory_parts(
+    shape: ModelShape, rows: Rows, dtype: str, *, device: str, process_bytes: int, shards: int = 1
+) -> dict[str, int]:
+    """Bytes by part and in `total`. `shards`: how many workers share weights, gradients and optimizer state; then each
+    also holds the embedding and two blocks, gathered. Logits: of supervised tokens only, as they leave the head, and in
+    float32 with their gradient. Bfloat16 models also multiply with bfloat16 copies of weights that are trained in
+    float32."""
     copies = shape.trained * WIDTH[dtype] if shape.trained_bytes > shape.trained * WIDTH[dtype] else 0
     activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype)
+    if shards > 1:  # gathered in the type that is multiplied in
+        blocks = (shape.base - shape.embedding) // shape.layers * 2
+        copies = (shape.embedding + blocks) * WIDTH[dtype]
     parts = {
-        "weights": shape.weights_bytes(dtype),
-        "gradients": shape.trained_bytes,
-        "optimizer": 2 * shape.trained_bytes,
+        "weights": -(-shape.weights_bytes(dtype) // shards),
+        "gradients": -(-shape.trained_bytes // shards),
+        "optimizer": -(-2 * shape.trained_bytes // shards),
         "activations": activations + copies,
         "logits": logits,
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,
