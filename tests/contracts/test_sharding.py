@@ -38,7 +38,6 @@ def step(placed) -> float:
         placed.backward(placed.model(torch.tensor([ids])).logits.square().sum(), last=number == 2)
     norm = placed.clip_grad_norm(1e-3)
     placed.apply()
-    placed.clear()
     return norm
 
 
