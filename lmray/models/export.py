@@ -62,4 +62,7 @@ def export(adapter: Path, base: Mapping[str, Any], target: Path, format: str = "
 def merge(base: Path, adapter: Path) -> Any:
     """The model in `base` with the adapter in folder `adapter` merged into its weights, in float32."""
     attached = PeftModel.from_pretrained(load_model(base, "float32"), str(adapter))
+    if attached.active_peft_config.is_prompt_learning:
+        found = "cannot be merged: its virtual tokens are no weights of the model"
+        raise ArtifactError(str(adapter), found, hint="`--format peft` exports it as it is")
     return attached.merge_and_unload(safe_merge=True)

@@ -43,6 +43,8 @@ class ModelShape:
     trained: int
     trained_bytes: int
     """Of the trained parameters, in the type they are trained in."""
+    weights_bytes: int
+    """Of all parameters."""
     embedding: int
     """Parameters of token embedding and head; once where they are tied."""
     layers: int
@@ -67,10 +69,6 @@ class ModelShape:
     def trained_fraction(self) -> float:
         """Of the base."""
         return (self.trained - self.added) / self.base
-
-    def weights_bytes(self, dtype: str) -> int:
-        """Of what is frozen, in `dtype`, and of what is trained."""
-        return (self.total - self.trained) * WIDTH[dtype] + self.trained_bytes
 
     def cache_bytes(self, dtype: str, *, rows: int, tokens: int) -> int:
         """Keys and values of `rows` sequences of `tokens` tokens."""
@@ -106,6 +104,7 @@ def read_shape(
         added=sum(parameter.numel() for parameter in model.parameters()) - base,
         trained=sum(parameter.numel() for parameter in trained),
         trained_bytes=sum(parameter.nbytes for parameter in trained),
+        weights_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         embedding=sum(ends.values()),
         layers=facts.num_hidden_layers,
         hidden=facts.hidden_size,
@@ -146,7 +145,6 @@ def _adapted(model: torch.nn.Module, ends: Container[int]) -> tuple[AdaptedLinea
             dropouts = getattr(module, "lora_dropout", {}).values()
             dropout = any(not isinstance(one, torch.nn.Identity) for one in dropouts)
             linear: Any = module
-            found.append(
-                AdaptedLinear(parent, linear.in_features, linear.out_features, r=side.out_features, dropout=dropout)
-            )
+            rank = getattr(side, "out_features", len(side) if isinstance(side, torch.nn.Parameter) else 0)
+            found.append(AdaptedLinear(parent, linear.in_features, linear.out_features, r=rank, dropout=dropout))
     return tuple(found)

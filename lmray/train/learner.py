@@ -83,6 +83,9 @@ class Learner:
                 loss_sum = self.objective.loss(self.model, batch)
             (loss_sum / count).backward()
             total += float(loss_sum.detach())
+        penalty = self.adapter.penalty(self.model) if self.adapter else None
+        if penalty is not None:
+            penalty.backward()
         grad_norm, loss = self.placed.clip_grad_norm(self.max_grad_norm), self.placed.all_sum(total) / count
         if math.isfinite(grad_norm) and math.isfinite(loss):  # on every rank alike; else the weights stay as they were
             optimizer.step()

@@ -99,7 +99,7 @@ def memory_parts(shape: ModelShape, rows: Rows, dtype: str, *, device: str, proc
     copies = shape.trained * WIDTH[dtype] if shape.trained_bytes > shape.trained * WIDTH[dtype] else 0
     activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype)
     parts = {
-        "weights": shape.weights_bytes(dtype),
+        "weights": shape.weights_bytes,
         "gradients": shape.trained_bytes,
         "optimizer": 2 * shape.trained_bytes,
         "activations": activations + copies,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +123,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     sharding, sharding_reason = job.sharding.resolve(workers=job.resources.workers)
-    shape = read_shape(
-        ready.model.folder,
-        lambda model: job.adapter.attach(model, seed=0),
-        dtype=dtype,
-        trust_remote_code=job.model.trust_remote_code,
-    )
-    kernels, kernels_reason = _kernels(job, shape.unfit, device)
+    _check_virtual_tokens(job)
     rows_per_step = (
         job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
     )
@@ -137,9 +131,17 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     steps = job.train.max_steps or math.ceil(samples / rows_per_step)
     if job.train.max_steps:
         samples = steps * rows_per_step
+    shape = read_shape(
+        ready.model.folder,
+        lambda model: job.adapter.for_steps(steps).attach(model, seed=0),
+        dtype=dtype,
+        trust_remote_code=job.model.trust_remote_code,
+    )
+    kernels, kernels_reason = _kernels(job, shape.unfit, device)
     model = {"source": job.model.source, "revision": job.model.revision, "digest": ready.model.digest}
     data = data_facts(ready, max_length=job.data.max_length)
     rows = worst_rows(ready.rows, job.train.per_device_train_batch_size, fused=kernels == "fused")
+    rows = replace(rows, tokens=rows.tokens + job.adapter.virtual_tokens)
     settings = {"dtype": dtype, "device": device}
     fields = _flat({key: value for key, value in dump(job).items() if key not in PLACEMENT})
     fields = {key: value for key, value in fields.items() if key not in WATCHED}
@@ -194,6 +196,18 @@ def _kernels(job: TrainJob, unfit: str | None, device: str) -> tuple[str, str]:
     if asked == "auto":
         return ("plain", reason) if reason else ("fused", "the model's parts are known to the fused functions")
     return asked, "as the job says"
+
+
+def _check_virtual_tokens(job: TrainJob) -> None:
+    """Raises ConfigError for what cannot be done with an adapter whose tokens lie before every row."""
+    if not job.adapter.virtual_tokens:
+        return
+    if job.data.packing:
+        found = f"the virtual tokens of `{job.adapter.name}` would lie before the first example of a row only"
+        raise ConfigError("data.packing", found, allowed="false")
+    if asking := [task.name for task in job.evaluate.tasks if task.needs == "answers"]:
+        found = f"`{asking[0]}` needs answers, which the native engine cannot generate with `{job.adapter.name}`"
+        raise ConfigError("evaluate.tasks", found, hint="`loss` and tasks that choose between answers need none")
 
 
 def _trust_warnings(job: TrainJob) -> list[str]:

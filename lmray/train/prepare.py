@@ -50,4 +50,6 @@ def prepare(job: TrainJob) -> Prepared:
     train, held_out = (tokenise_cached(tokenizer, part, rules) for part in (examples.train, examples.eval))
     rows = pack(train.examples, max_length=job.data.max_length) if job.data.packing else unpacked(train.examples)
     eval_rows = pack(held_out.examples, max_length=job.data.max_length)
+    if job.adapter.virtual_tokens:
+        eval_rows = unpacked(held_out.examples)
     return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows)

@@ -104,7 +104,7 @@ def _tracked(job: TrainJob, plan: Plan, ctx: RunContext) -> TrackedRun:
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
     """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
     model = _base_model(job, plan, prepared).requires_grad_(False)
-    adapted = job.adapter.attach(model, seed=job.train.seed)
+    adapted = job.adapter.for_steps(plan.steps).attach(model, seed=job.train.seed)
     torch.manual_seed(job.train.seed)
     sharding, _ = job.sharding.resolve(workers=ctx.world_size)
     placed = sharding.place(
