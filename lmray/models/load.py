@@ -18,14 +18,26 @@ from transformers import (
 )
 
 from lmray.errors import ArtifactError
+from lmray.models.quantised import quantization_config
 from lmray.models.quiet import quiet
 
 
-def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model in `folder` with weights of `dtype` (`float32`, `bfloat16`), on the CPU.
+def load_model(
+    folder: Path,
+    dtype: str,
+    *,
+    quantization: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal language model in `folder` with weights of `dtype` (`float32`, `bfloat16`), on the CPU; with
+    `quantization` (`nf4`, `int8`) its linear layers are quantised, on `device`.
 
     Raises ArtifactError for weights or a config that cannot be read, or that need code which is not trusted.
     """
+    more: dict[str, Any] = {}
+    if quantization:
+        more = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
     with quiet():
         try:
             return AutoModelForCausalLM.from_pretrained(
@@ -34,6 +46,7 @@ def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> 
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
+                **more,
             ).eval()
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise _corrupted(folder, error) from None

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lmray.models.fused import unfit
 from lmray.models.load import load_config
+from lmray.models.quantised import saved_bytes
 from lmray.models.quiet import quiet
 
 WIDTH = {"float32": 4, "bfloat16": 2}
@@ -80,10 +81,11 @@ def read_shape(
     attach: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
     *,
     dtype: str = "float32",
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelShape:
     """The shape of the model in `folder` as loaded in `dtype`, with the adapter that `attach` gives it; no weight is
-    read. Raises what `attach` raises."""
+    read. Raises what `attach` raises, and ConfigError for what cannot be quantised."""
     with quiet():
         config = load_config(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -93,6 +95,7 @@ def read_shape(
             model.requires_grad_(False)
             base = sum(parameter.numel() for parameter in model.parameters())
             ends = {id(end.weight): end.weight.numel() for end in _ends(model)}
+            saved = saved_bytes(model, quantization, ends) if quantization else 0
             if attach is not None:
                 model = attach(model)
     facts = config.get_text_config()
@@ -104,7 +107,7 @@ def read_shape(
         added=sum(parameter.numel() for parameter in model.parameters()) - base,
         trained=sum(parameter.numel() for parameter in trained),
         trained_bytes=sum(parameter.nbytes for parameter in trained),
-        weights_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        weights_bytes=sum(parameter.nbytes for parameter in model.parameters()) - saved,
         embedding=sum(ends.values()),
         layers=facts.num_hidden_layers,
         hidden=facts.hidden_size,
@@ -115,7 +118,7 @@ def read_shape(
         vocabulary=facts.vocab_size,
         adapted=_adapted(model, ends),
         trained_norms=sum(one.numel() for name, one in model.named_parameters() if _is_trained_norm(name, one)),
-        unfit=unfit(model),
+        unfit="the weights are quantised" if quantization else unfit(model),
     )
 
 

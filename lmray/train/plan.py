@@ -16,6 +16,7 @@ from lmray.config import dump
 from lmray.errors import ConfigError
 from lmray.job import TrainJob
 from lmray.models.precision import resolve_dtype
+from lmray.models.quantised import check_library
 from lmray.models.shape import ModelShape, read_shape
 from lmray.train.data_facts import data_facts, data_warnings
 from lmray.train.duration import forward_flops, step_flops
@@ -27,6 +28,13 @@ PLACEMENT = ("name", "storage", "resources", "output", "report_to")
 """Fields of a job that are not part of what it computes."""
 WATCHED = ("train.divergence_factor",)
 """Fields below those that decide when a run is given up, not what it computes: a run may go on under another value."""
+
+QUANTISED = {
+    "nf4": "nf4 with double quantisation in the linear layers, frozen",
+    "int8": "int8 in the linear layers, frozen",
+}
+WHOLE = ("single", "ddp")
+"""Strategies under which every worker holds the whole model."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Plan:
         return [
             *self._first_lines(),
             f"precision  {self.dtype}: {self.reasons['dtype']}",
+            *([f"weights    {quantised}"] if (quantised := self.reasons.get("quantization")) else []),
             f"kernels    {self.kernels}: {self.reasons['kernels']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
             f"trained    {human_count(model['trainable_parameters'])} of {human_count(model['parameters'])} parameters "
@@ -124,6 +133,8 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     sharding, sharding_reason = job.sharding.resolve(workers=job.resources.workers)
     _check_virtual_tokens(job)
+    if job.model.quantization:
+        check_quantization(job, sharding.name)
     rows_per_step = (
         job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
     )
@@ -135,6 +146,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         ready.model.folder,
         lambda model: job.adapter.for_steps(steps).attach(model, seed=0),
         dtype=dtype,
+        quantization=job.model.quantization,
         trust_remote_code=job.model.trust_remote_code,
     )
     kernels, kernels_reason = _kernels(job, shape.unfit, device)
@@ -155,7 +167,8 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         dtype=dtype,
         kernels=kernels,
         sharding=dump(sharding),
-        reasons={"dtype": dtype_reason, "sharding": sharding_reason, "kernels": kernels_reason},
+        reasons={"dtype": dtype_reason, "sharding": sharding_reason, "kernels": kernels_reason}
+        | ({"quantization": QUANTISED[job.model.quantization]} if job.model.quantization else {}),
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
@@ -208,6 +221,19 @@ def _check_virtual_tokens(job: TrainJob) -> None:
     if asking := [task.name for task in job.evaluate.tasks if task.needs == "answers"]:
         found = f"`{asking[0]}` needs answers, which the native engine cannot generate with `{job.adapter.name}`"
         raise ConfigError("evaluate.tasks", found, hint="`loss` and tasks that choose between answers need none")
+
+
+def check_quantization(job: TrainJob, sharding: str) -> None:
+    """Raises ConfigError where quantised weights cannot be trained on: the library is missing, or the adapter or the
+    strategy `sharding` changes or divides them."""
+    check_library()
+    if job.adapter.changes_base:
+        found = f"`{job.adapter.name}` as it is set changes the model's own weights, which stay quantised"
+        hint = "an adapter beside them, like `lora`, can be trained, or the model as it is: `model.quantization: null`"
+        raise ConfigError("model.quantization", found, hint=hint)
+    if sharding not in WHOLE:
+        found = f"`{sharding}` divides weights, which quantised ones cannot be"
+        raise ConfigError("model.quantization", found, allowed=f"sharding: {', '.join(WHOLE)}")
 
 
 def _trust_warnings(job: TrainJob) -> list[str]:

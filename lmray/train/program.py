@@ -103,7 +103,7 @@ def _tracked(job: TrainJob, plan: Plan, ctx: RunContext) -> TrackedRun:
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
     """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
-    model = _base_model(job, plan, prepared).requires_grad_(False)
+    model = _base_model(job, plan, prepared, ctx.device).requires_grad_(False)
     adapted = job.adapter.for_steps(plan.steps).attach(model, seed=job.train.seed)
     torch.manual_seed(job.train.seed)
     sharding, _ = job.sharding.resolve(workers=ctx.world_size)
@@ -121,8 +121,14 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, adapter=job.adapter, fused=fused)
 
 
-def _base_model(job: TrainJob, plan: Plan, prepared: Prepared) -> torch.nn.Module:
-    return load_model(prepared.model.folder, plan.dtype, trust_remote_code=job.model.trust_remote_code)
+def _base_model(job: TrainJob, plan: Plan, prepared: Prepared, device: str) -> torch.nn.Module:
+    return load_model(
+        prepared.model.folder,
+        plan.dtype,
+        quantization=job.model.quantization,
+        device=device,
+        trust_remote_code=job.model.trust_remote_code,
+    )
 
 
 def _ran(loop: Loop) -> bool:
@@ -218,7 +224,7 @@ def _measure(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop) -> Mappi
     measured = {}
     if job.evaluate.base:
         changed = job.adapter.changes_base
-        base = _base_model(job, plan, prepared).to(loop.ctx.device) if changed else model
+        base = _base_model(job, plan, prepared, loop.ctx.device).to(loop.ctx.device) if changed else model
         measured["base"] = measure(
             base, prepared.tokenizer, held_out, job.evaluate, adapter=None, prefix="base", **settings
         )
