@@ -288,6 +288,12 @@ class ServeJob(Job):
     autoscaling: Autoscaling = Autoscaling()
     resources: Resources = Resources()
 
+    @model_validator(mode="after")
+    def _not_quantised(self):
+        if self.model.quantization:
+            raise ValueError("serves a quantised model; hint: `quantization` is for training and evaluation")
+        return self
+
 
 KINDS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "sweep": SweepJob, "serve": ServeJob}
 

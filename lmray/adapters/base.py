@@ -36,6 +36,15 @@ class Adapter(MemberConfig):
         """Sets the trained weights to those in `folder`. Raises CheckpointError where names or shapes differ."""
         raise NotImplementedError
 
+    def for_steps(self, steps: int) -> Adapter:
+        """This adapter for a run of `steps` optimizer steps. Raises ConfigError where it needs more."""
+        return self
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that it puts before every row: such rows cannot be packed, nor run by the native engine."""
+        return 0
+
     @property
     def changes_base(self) -> bool:
         """Whether switching it off does not give the base back."""
@@ -49,6 +58,10 @@ class Adapter(MemberConfig):
     def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         """What the optimizer is made of. A group with `lr_scale` has its learning rate multiplied by it."""
         return [{"params": list(self.trained(model).values())}]
+
+    def penalty(self, model: torch.nn.Module) -> torch.Tensor | None:
+        """What is minimised once a step besides the method's loss a token; reported losses are without it."""
+        return None
 
     def after_step(self, model: torch.nn.Module, step: int) -> None:
         """Called after optimizer step `step` (1, 2, ...), while its gradients are still there. The optimizer's state of

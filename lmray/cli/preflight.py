@@ -162,11 +162,11 @@ def _generation(job: Any, folder: Any, *, cluster: bool, rows: int, tokens: int)
 
     on_gpu = job.resources.gpus_per_worker > 0
     dtype, reason = resolve_dtype(job.model.dtype, "cuda" if on_gpu and torch.cuda.is_available() else "cpu")
-    shape = read_shape(folder, trust_remote_code=job.model.trust_remote_code)
+    shape = read_shape(folder, dtype=dtype, trust_remote_code=job.model.trust_remote_code)
     machines, _ = look(dtype, on_gpu=on_gpu, cluster=cluster)
     check_resources(job.resources, machines)
     parts = {
-        "weights": shape.weights_bytes(dtype),
+        "weights": shape.weights_bytes,
         "cache": shape.cache_bytes(dtype, rows=rows, tokens=tokens),
         "process": CUDA_PROCESS_BYTES if on_gpu else process_bytes(),
     }

@@ -137,13 +137,17 @@ def _measure_on(
     folders = [_adapter_folder(job, target.adapter, found) for target in targets]
     handles = [None if folder is None else f"target_{place}" for place, folder in enumerate(folders)]
     dtype, _ = resolve_dtype(job.model.dtype, ctx.device)
+    spec = job.model
     model: Any = load_model(
         found.folder,
         dtype,
-        trust_remote_code=job.model.trust_remote_code,
+        quantization=spec.quantization,
+        device=ctx.device,
+        trust_remote_code=spec.trust_remote_code,
         rope_scaling=_scaling(job, found, ready.model),
     )
-    model.to(ctx.device)
+    if not spec.quantization:
+        model.to(ctx.device)
     for folder, handle in zip(folders, handles, strict=True):
         if folder is not None and handle is not None:
             model = _with_adapter(model, folder, handle)

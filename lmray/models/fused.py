@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora.layer import Linear as LoraLayer
 
 from lmray.ops.lora_linear import lora_linear, make_group
@@ -33,6 +33,8 @@ def unfit(model: torch.nn.Module) -> str | None:
     """Why `model` with its adapter cannot run fused on a CPU, or None; needs no weights."""
     if not isinstance(model, PeftModel):
         return "weights of the model itself are trained"
+    if model.active_peft_config.peft_type != PeftType.LORA:
+        return "an adapter of another kind than LoRA"
     base = model.get_base_model()
     if any(parameter.requires_grad and ".lora_" not in name for name, parameter in base.named_parameters()):
         return "weights besides LoRA's are trained"

@@ -18,20 +18,30 @@ from transformers import (
 )
 
 from lmray.errors import ArtifactError
+from lmray.models.quantised import quantization_config
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
 
 
 def load_model(
-    folder: Path, dtype: str, *, trust_remote_code: bool = False, rope_scaling: RopeScaling | None = None
+    folder: Path,
+    dtype: str,
+    *,
+    quantization: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    rope_scaling: RopeScaling | None = None,
 ) -> PreTrainedModel:
     """The causal language model in `folder` with weights of `dtype` (`float32`, `bfloat16`), on the CPU, its positions
-    scaled where asked for.
+    scaled where asked for; with `quantization` (`nf4`, `int8`) its linear layers are quantised, on `device`.
 
     Raises ArtifactError for weights or a config that cannot be read, or that need code which is not trusted, and
     ConfigError for positions that cannot be scaled.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
+    more: dict[str, Any] = {}
+    if quantization:
+        more = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
     with quiet():
         try:
             return AutoModelForCausalLM.from_pretrained(
@@ -41,6 +51,7 @@ def load_model(
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
+                **more,
             ).eval()
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise _corrupted(folder, error) from None

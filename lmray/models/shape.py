@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lmray.models.fused import unfit
 from lmray.models.load import load_config
+from lmray.models.quantised import saved_bytes
 from lmray.models.quiet import quiet
 
 WIDTH = {"float32": 4, "bfloat16": 2}
@@ -43,6 +44,8 @@ class ModelShape:
     trained: int
     trained_bytes: int
     """Of the trained parameters, in the type they are trained in."""
+    weights_bytes: int
+    """Of all parameters."""
     embedding: int
     """Parameters of token embedding and head; once where they are tied."""
     layers: int
@@ -68,10 +71,6 @@ class ModelShape:
         """Of the base."""
         return (self.trained - self.added) / self.base
 
-    def weights_bytes(self, dtype: str) -> int:
-        """Of what is frozen, in `dtype`, and of what is trained."""
-        return (self.total - self.trained) * WIDTH[dtype] + self.trained_bytes
-
     def cache_bytes(self, dtype: str, *, rows: int, tokens: int) -> int:
         """Keys and values of `rows` sequences of `tokens` tokens."""
         return 2 * self.layers * self.key_value_width * WIDTH[dtype] * rows * tokens
@@ -82,10 +81,11 @@ def read_shape(
     attach: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
     *,
     dtype: str = "float32",
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelShape:
     """The shape of the model in `folder` as loaded in `dtype`, with the adapter that `attach` gives it; no weight is
-    read. Raises what `attach` raises."""
+    read. Raises what `attach` raises, and ConfigError for what cannot be quantised."""
     with quiet():
         config = load_config(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -95,6 +95,7 @@ def read_shape(
             model.requires_grad_(False)
             base = sum(parameter.numel() for parameter in model.parameters())
             ends = {id(end.weight): end.weight.numel() for end in _ends(model)}
+            saved = saved_bytes(model, quantization, ends) if quantization else 0
             if attach is not None:
                 model = attach(model)
     facts = config.get_text_config()
@@ -106,6 +107,7 @@ def read_shape(
         added=sum(parameter.numel() for parameter in model.parameters()) - base,
         trained=sum(parameter.numel() for parameter in trained),
         trained_bytes=sum(parameter.nbytes for parameter in trained),
+        weights_bytes=sum(parameter.nbytes for parameter in model.parameters()) - saved,
         embedding=sum(ends.values()),
         layers=facts.num_hidden_layers,
         hidden=facts.hidden_size,
@@ -116,7 +118,7 @@ def read_shape(
         vocabulary=facts.vocab_size,
         adapted=_adapted(model, ends),
         trained_norms=sum(one.numel() for name, one in model.named_parameters() if _is_trained_norm(name, one)),
-        unfit=unfit(model),
+        unfit="the weights are quantised" if quantization else unfit(model),
     )
 
 
@@ -146,7 +148,6 @@ def _adapted(model: torch.nn.Module, ends: Container[int]) -> tuple[AdaptedLinea
             dropouts = getattr(module, "lora_dropout", {}).values()
             dropout = any(not isinstance(one, torch.nn.Identity) for one in dropouts)
             linear: Any = module
-            found.append(
-                AdaptedLinear(parent, linear.in_features, linear.out_features, r=side.out_features, dropout=dropout)
-            )
+            rank = getattr(side, "out_features", len(side) if isinstance(side, torch.nn.Parameter) else 0)
+            found.append(AdaptedLinear(parent, linear.in_features, linear.out_features, r=rank, dropout=dropout))
     return tuple(found)

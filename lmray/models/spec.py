@@ -16,6 +16,9 @@ class ModelSpec(Config):
     """Commit, tag or branch of a Hub id; must stay empty for the other sources."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights. `auto`: bfloat16 where the device computes it in hardware, else float32."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Keep the frozen weights of linear layers in 4 or 8 bits (QLoRA), for training and measuring. What is trained is
+    not quantised; an export merges it into the weights as they were."""
     kernels: Literal["auto", "plain", "fused"] = "auto"
     """How training steps are computed: as `transformers` and `peft` do it, or by fused functions. `auto`: fused where
     they fit the device, the architecture and the adapter."""

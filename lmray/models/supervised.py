@@ -31,7 +31,8 @@ def supervised_logits(
 
     def pick(_head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden_BTD = args[0]
-        return (hidden_BTD[:, :-1][picked_BT].unsqueeze(0), *args[1:])
+        own_BTD = hidden_BTD[:, -labels_BT.shape[1] :]  # without an adapter's virtual tokens
+        return (own_BTD[:, :-1][picked_BT].unsqueeze(0), *args[1:])
 
     head = model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(pick)

@@ -84,6 +84,9 @@ class Learner:
                 loss_sum = self.objective.loss(self.model, batch) * (number <= len(counted))
             self.placed.backward(loss_sum / count, last=number == len(batches))
             total += float(loss_sum.detach())
+        penalty = self.adapter.penalty(self.model) if self.adapter else None
+        if penalty is not None:
+            penalty.backward()
         grad_norm, loss = self.placed.clip_grad_norm(self.max_grad_norm), self.placed.all_sum(total) / count
         if math.isfinite(grad_norm) and math.isfinite(loss):  # on every rank alike; else the weights stay as they were
             self.placed.apply(then=lambda: self._follow(step))

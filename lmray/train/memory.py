@@ -106,7 +106,7 @@ def memory_parts(
         blocks = (shape.base - shape.embedding) // shape.layers * 2
         copies = (shape.embedding + blocks) * WIDTH[dtype]
     parts = {
-        "weights": -(-shape.weights_bytes(dtype) // shards),
+        "weights": -(-shape.weights_bytes // shards),
         "gradients": -(-shape.trained_bytes // shards),
         "optimizer": -(-2 * shape.trained_bytes // shards),
         "activations": activations + copies,

@@ -17,6 +17,7 @@ from lmray.errors import ConfigError
 from lmray.job import TrainJob
 from lmray.models.machine import this_machine
 from lmray.models.precision import resolve_dtype
+from lmray.models.quantised import check_library
 from lmray.models.rope import RopeScaling
 from lmray.models.shape import ModelShape, read_shape
 from lmray.sharding.base import Need, Sharding
@@ -30,6 +31,13 @@ PLACEMENT = ("name", "storage", "sharding", "resources", "output", "report_to")
 """Fields of a job that are not part of what it computes."""
 WATCHED = ("train.divergence_factor",)
 """Fields below those that decide when a run is given up, not what it computes: a run may go on under another value."""
+
+QUANTISED = {
+    "nf4": "nf4 with double quantisation in the linear layers, frozen",
+    "int8": "int8 in the linear layers, frozen",
+}
+WHOLE = ("single", "ddp")
+"""Strategies under which every worker holds the whole model."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ class Plan:
         return [
             *self._first_lines(),
             f"precision  {self.dtype}: {self.reasons['dtype']}",
+            *([f"weights    {quantised}"] if (quantised := self.reasons.get("quantization")) else []),
             f"kernels    {self.kernels}: {self.reasons['kernels']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
             *self._positions(),
@@ -144,30 +153,23 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     ready = prepared or prepare(job)
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
+    _check_virtual_tokens(job)
+    rows_per_step, samples, steps = _schedule(job, len(ready.rows))
     shape = read_shape(
         ready.model.folder,
-        lambda model: job.adapter.attach(model, seed=0),
+        lambda model: job.adapter.for_steps(steps).attach(model, seed=0),
         dtype=dtype,
+        quantization=job.model.quantization,
         trust_remote_code=job.model.trust_remote_code,
     )
     rows = worst_rows(ready.rows, job.train.per_device_train_batch_size)
+    rows = replace(rows, tokens=rows.tokens + job.adapter.virtual_tokens)
     settings: dict[str, Any] = {"dtype": dtype, "device": device, "process_bytes": process_bytes()}
     sharding, sharding_reason = _sharding(job, shape, rows, settings)
+    if job.model.quantization:
+        check_quantization(job, sharding.name)
     kernels, kernels_reason = _kernels(job, shape.unfit, device, sharding)
-    rows_per_step = (
-        job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
-    )
-    samples = max(1, round(job.train.num_train_epochs * len(ready.rows)))
-    steps = job.train.max_steps or math.ceil(samples / rows_per_step)
-    if job.train.max_steps:
-        samples = steps * rows_per_step
-    model: dict[str, Any] = {
-        "source": ready.model.source,
-        "revision": ready.model.revision,
-        "digest": ready.model.digest,
-    }
-    if job.model.rope_scaling is not None:
-        model["rope_scaling"] = dump(job.model.rope_scaling)
+    model = _model_facts(job, ready, shape)
     data = data_facts(ready, max_length=job.data.max_length) | {"joined": job.method.joins}
     rows = replace(rows, fused=kernels == "fused")
     shards = job.resources.workers if sharding.shards else 1
@@ -177,13 +179,14 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         name=job.name,
         run_key=sha256_json([fields, model["digest"], data["digest"]]),
         fields=fields,
-        model=model | {"parameters": shape.total, "trainable_parameters": shape.trained},
+        model=model,
         data=data,
         device=device,
         dtype=dtype,
         kernels=kernels,
         sharding=dump(sharding),
-        reasons={"dtype": dtype_reason, "sharding": sharding_reason, "kernels": kernels_reason},
+        reasons={"dtype": dtype_reason, "sharding": sharding_reason, "kernels": kernels_reason}
+        | ({"quantization": QUANTISED[job.model.quantization]} if job.model.quantization else {}),
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
@@ -192,6 +195,24 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
         warnings=(*_trust_warnings(job), *data_warnings(data)),
     )
+
+
+def _schedule(job: TrainJob, num_rows: int) -> tuple[int, int, int]:
+    """Rows of a step, rows of the whole run, steps."""
+    args = job.train
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * job.resources.workers
+    if args.max_steps:
+        return rows_per_step, args.max_steps * rows_per_step, args.max_steps
+    samples = max(1, round(args.num_train_epochs * num_rows))
+    return rows_per_step, samples, math.ceil(samples / rows_per_step)
+
+
+def _model_facts(job: TrainJob, ready: Prepared, shape: ModelShape) -> dict[str, Any]:
+    found = ready.model
+    model: dict[str, Any] = {"source": found.source, "revision": found.revision, "digest": found.digest}
+    if job.model.rope_scaling is not None:
+        model["rope_scaling"] = dump(job.model.rope_scaling)
+    return model | {"parameters": shape.total, "trainable_parameters": shape.trained}
 
 
 def check_same_run(plan: Plan, folder: Path) -> None:
@@ -246,6 +267,31 @@ def _kernels(job: TrainJob, unfit: str | None, device: str, sharding: Sharding) 
     if asked == "auto":
         return ("plain", reason) if reason else ("fused", "the model's parts are known to the fused functions")
     return asked, "as the job says"
+
+
+def _check_virtual_tokens(job: TrainJob) -> None:
+    """Raises ConfigError for what cannot be done with an adapter whose tokens lie before every row."""
+    if not job.adapter.virtual_tokens:
+        return
+    if job.data.packing:
+        found = f"the virtual tokens of `{job.adapter.name}` would lie before the first example of a row only"
+        raise ConfigError("data.packing", found, allowed="false")
+    if asking := [task.name for task in job.evaluate.tasks if task.needs == "answers"]:
+        found = f"`{asking[0]}` needs answers, which the native engine cannot generate with `{job.adapter.name}`"
+        raise ConfigError("evaluate.tasks", found, hint="`loss` and tasks that choose between answers need none")
+
+
+def check_quantization(job: TrainJob, sharding: str) -> None:
+    """Raises ConfigError where quantised weights cannot be trained on: the library is missing, or the adapter or the
+    strategy `sharding` changes or divides them."""
+    check_library()
+    if job.adapter.changes_base:
+        found = f"`{job.adapter.name}` as it is set changes the model's own weights, which stay quantised"
+        hint = "an adapter beside them, like `lora`, can be trained, or the model as it is: `model.quantization: null`"
+        raise ConfigError("model.quantization", found, hint=hint)
+    if sharding not in WHOLE:
+        found = f"`{sharding}` divides weights, which quantised ones cannot be"
+        raise ConfigError("model.quantization", found, allowed=f"sharding: {', '.join(WHOLE)}")
 
 
 def _trust_warnings(job: TrainJob) -> list[str]:

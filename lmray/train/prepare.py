@@ -60,6 +60,8 @@ def prepare(job: TrainJob) -> Prepared:
     )
     rows = _rows(job, train)
     eval_rows = pack(held_out.examples, max_length=job.data.max_length)
+    if job.adapter.virtual_tokens:
+        eval_rows = unpacked(held_out.examples)
     return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows)
 
 

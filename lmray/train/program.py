@@ -152,7 +152,7 @@ def _tracked(job: TrainJob, plan: Plan, ctx: RunContext) -> TrackedRun:
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
     """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
     with ctx.together():
-        adapted = _adapted_model(job, plan, prepared)
+        adapted = _adapted_model(job, plan, prepared, ctx.device)
     torch.manual_seed(job.train.seed + ctx.rank)  # dropout: workers see other rows
     sharding: Any = Member(SHARDINGS).decode(plan.sharding)
     placed = sharding.place(
@@ -171,23 +171,25 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, adapter=job.adapter, fused=fused)
 
 
-def _base_model(job: TrainJob, plan: Plan, prepared: Prepared) -> torch.nn.Module:
+def _base_model(job: TrainJob, plan: Plan, prepared: Prepared, device: str) -> torch.nn.Module:
     return load_model(
         prepared.model.folder,
         plan.dtype,
+        quantization=job.model.quantization,
+        device=device,
         trust_remote_code=job.model.trust_remote_code,
         rope_scaling=job.model.rope_scaling,
     )
 
 
-def _adapted_model(job: TrainJob, plan: Plan, prepared: Prepared) -> torch.nn.Module:
-    model = _base_model(job, plan, prepared).requires_grad_(False)
-    return job.adapter.attach(model, seed=job.train.seed)
+def _adapted_model(job: TrainJob, plan: Plan, prepared: Prepared, device: str) -> torch.nn.Module:
+    model = _base_model(job, plan, prepared, device).requires_grad_(False)
+    return job.adapter.for_steps(plan.steps).attach(model, seed=job.train.seed)
 
 
 def _whole_model(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext, weights: Path) -> torch.nn.Module:
     """A model that lies whole on this rank, with the trained `weights` of one that is sharded."""
-    model = _adapted_model(job, plan, prepared)
+    model = _adapted_model(job, plan, prepared, ctx.device)
     job.adapter.load(model, weights)
     return model.to(ctx.device)
 
@@ -306,7 +308,7 @@ def _measure(
     handle = None if job.adapter.kept == "model" else "default"
     if not job.evaluate.base:
         return {"tuned": measured("tuned", tuned, handle, loss=loop.final_loss)}
-    base = _base_model(job, plan, prepared).to(ctx.device) if job.adapter.changes_base else tuned
+    base = _base_model(job, plan, prepared, ctx.device).to(ctx.device) if job.adapter.changes_base else tuned
     before = measured("base", base, None, prefix="base")
     del base
     return {"base": before, "tuned": measured("tuned", tuned, handle)}

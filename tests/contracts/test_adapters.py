@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from lmray.adapters.base import Adapter
 from lmray.artifacts.store import run_folder
-from lmray.errors import CheckpointError
+from lmray.errors import ArtifactError, CheckpointError
+from lmray.models.export import export
 from lmray.models.load import load_model
+from lmray.models.source import find_model
 from lmray.registry import ADAPTERS
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.tiny import tiny_model_folder
@@ -25,7 +27,7 @@ FILES = {
 
 @pytest.fixture(params=ADAPTERS.names())
 def adapter(request) -> Adapter:
-    return ADAPTERS.load(request.param)()
+    return ADAPTERS.load(request.param)().for_steps(6)
 
 
 @pytest.fixture
@@ -51,8 +53,9 @@ def plainly_loaded(adapter, folder, base) -> torch.nn.Module:
 
 
 def test_fresh_it_changes_nothing_and_equal_seeds_are_equal(attach, adapter, tiny_model):
-    plain = load_model(tiny_model, "float32")(IDS).logits
-    torch.testing.assert_close(attach()(IDS).logits, plain, atol=1e-5, rtol=1e-5)
+    if not adapter.virtual_tokens:
+        plain = load_model(tiny_model, "float32")(IDS).logits
+        torch.testing.assert_close(attach()(IDS).logits, plain, atol=1e-5, rtol=1e-5)
     one, same = (adapter.trained(attach(1)) for _ in range(2))
     assert one and all(torch.equal(one[name], same[name]) for name in one)
 
@@ -102,6 +105,22 @@ def test_a_gathered_state_is_saved_as_the_models_own(attach, adapter, tmp_path):
     (name,) = (name for name in FILES[adapter.kept] if name.endswith(".safetensors"))
     one, two = (load_file(tmp_path / folder / name) for folder in ("own", "given"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_an_adapter_merges_or_says_why_not(attach, adapter, tmp_path, tiny_model):
+    if adapter.kept == "model":
+        return  # it is merged
+    model = attach()
+    train_a_little(adapter, model)
+    adapter.save(model, tmp_path / "kept")
+    base = {"source": str(tiny_model), "digest": find_model(str(tiny_model)).digest}
+    if adapter.virtual_tokens:
+        with pytest.raises(ArtifactError, match="cannot be merged: its virtual tokens are no weights"):
+            export(tmp_path / "kept", base, tmp_path / "merged")
+        return
+    export(tmp_path / "kept", base, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(IDS).logits, model.eval()(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_weights_of_another_shape_are_refused(attach, adapter, tmp_path):

@@ -1,0 +1,66 @@
+"""Frozen weights in 4 or 8 bits, over the `bitsandbytes` library, for adapters to be trained beside them.
+
+`nf4`: 4-bit NormalFloat in blocks of 64 with double quantisation (Dettmers et al., "QLoRA", arXiv 2305.14314, section
+3). `int8`: one scale a row, outlying activations multiplied in 16 bits (Dettmers et al., "LLM.int8()", arXiv
+2208.07339). Embeddings, norms and the head stay as they are; norms compute in float32 whatever their type.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from importlib.util import find_spec
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from lmray.errors import ConfigError
+
+BLOCK = 64
+"""Weights that share one scale in NF4."""
+SCALES = 256
+"""Blocks whose scales share one scale again."""
+
+
+def quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:
+    """How `transformers` is to quantise a model that computes in `dtype`. Raises ConfigError without the library."""
+    check_library()
+    # It tells of every product that its inputs are cast, which is how LLM.int8() works.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+
+
+def check_library() -> None:
+    """Raises ConfigError where `bitsandbytes` is not installed."""
+    if find_spec("bitsandbytes") is None:
+        hint = "pip install 'lmray[quant]'"
+        raise ConfigError("model.quantization", "needs the library `bitsandbytes`, which is not here", hint=hint)
+
+
+def saved_bytes(model: torch.nn.Module, quantization: str, ends: Collection[int]) -> int:
+    """What quantising `model` saves of its weights; `ends` are the ids of the embedding's and the head's, which stay.
+    Raises ConfigError where a layer's width does not divide into NF4's blocks."""
+    saved = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or id(module.weight) in ends:
+            continue
+        if quantization == "nf4" and module.in_features % BLOCK:
+            found = f"`nf4` has blocks of {BLOCK} weights, and `{name}` has {module.in_features} inputs"
+            raise ConfigError("model.quantization", found, allowed="int8, null")
+        saved += module.weight.nbytes - _bytes(module, quantization)
+    return saved
+
+
+def _bytes(linear: torch.nn.Linear, quantization: str) -> int:
+    count = linear.weight.numel()
+    if quantization == "int8":
+        return count + 4 * linear.out_features
+    blocks = count // BLOCK
+    return count // 2 + blocks + 4 * -(-blocks // SCALES)
