@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lmray.models.fused import unfit
+from lmray.models.head import plain_head
 from lmray.models.load import load_config
 from lmray.models.quiet import quiet
 
@@ -48,6 +49,10 @@ class ModelShape:
     query_width: int
     key_value_width: int
     vocabulary: int
+    plain_head: bool
+    """Whether the logits are what a linear head returns, so that their loss is taken chunk by chunk."""
+    trained_head: int = 0
+    """Parameters of a plain head that learn."""
     adapted: tuple[AdaptedLinear, ...] = ()
     unfit: str | None = None
     """Why its training steps cannot run fused; see `lmray.models.fused`."""
@@ -83,6 +88,7 @@ def read_shape(
             ends = {id(end.weight): end.weight.numel() for end in _ends(model)}
             if attach is not None:
                 model = attach(model)
+            head = plain_head(model)
     facts = config.get_text_config()
     heads = facts.num_attention_heads
     size = getattr(facts, "head_dim", None) or facts.hidden_size // heads
@@ -97,6 +103,8 @@ def read_shape(
         query_width=heads * size,
         key_value_width=(getattr(facts, "num_key_value_heads", None) or heads) * size,
         vocabulary=facts.vocab_size,
+        plain_head=head is not None,
+        trained_head=sum(one.numel() for one in head.parameters() if one.requires_grad) if head is not None else 0,
         adapted=_adapted(model),
         unfit=unfit(model),
     )

@@ -18,6 +18,7 @@ import psutil
 
 from lmray.data.batch import Packed
 from lmray.models.shape import WIDTH, AdaptedLinear, ModelShape
+from lmray.ops.linear_cross_entropy import chunk_rows
 
 HEAP_SHARE = 0.5
 """What the C library's heap adds to kept tensors on a CPU: temporaries freed between them leave holes that later
@@ -91,11 +92,10 @@ def _follows_attention(one: AdaptedLinear, shape: ModelShape) -> bool:
 
 
 def memory_parts(shape: ModelShape, rows: Rows, dtype: str, *, device: str, process_bytes: int) -> dict[str, int]:
-    """Bytes by part and in `total`. Logits: of supervised tokens only, as they leave the head, and in float32 with
-    their gradient. Bfloat16 models also multiply with bfloat16 copies of the adapter's weights."""
+    """Bytes by part and in `total`. Bfloat16 models also multiply with bfloat16 copies of the adapter's weights."""
     width = WIDTH[dtype]
     copies = shape.trained * width if width < 4 else 0
-    activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype)
+    activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype, device)
     parts = {
         "weights": shape.weights_bytes(dtype),
         "gradients": shape.trained * 4,
@@ -108,9 +108,10 @@ def memory_parts(shape: ModelShape, rows: Rows, dtype: str, *, device: str, proc
 
 
 def bytes_per_row(shape: ModelShape, rows: Rows, dtype: str, *, device: str) -> int:
-    """What one more row in the micro-batch takes."""
-    one = replace(rows, count=1)
-    return _activations(shape, one, dtype, device) + _logits(shape, one, dtype)
+    """What one more row in the micro-batch takes; a row after that takes no more."""
+    more = replace(rows, count=rows.count + 1)
+    activations = _activations(shape, more, dtype, device) - _activations(shape, rows, dtype, device)
+    return activations + _logits(shape, more, dtype, device) - _logits(shape, rows, dtype, device)
 
 
 def _activations(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
@@ -118,9 +119,16 @@ def _activations(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
     return int(kept_bytes(shape, rows, dtype, device=device) * (1 + share))
 
 
-def _logits(shape: ModelShape, rows: Rows, dtype: str) -> int:
-    width = WIDTH[dtype]
-    return rows.count * rows.supervised * shape.vocabulary * (2 * 4 + (width if width < 4 else 0))
+def _logits(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
+    """Of supervised tokens only. Of a plain head: a chunk's logits as they leave it and in float32, every token's input
+    and gradient, and the float32 gradient of a head that is trained. Else all logits as they leave the head, and in
+    float32 with their gradient."""
+    width, tokens = WIDTH[dtype], rows.count * rows.supervised
+    low = width if width < 4 else 0
+    if not shape.plain_head:
+        return tokens * shape.vocabulary * (2 * 4 + low)
+    held = min(tokens, chunk_rows(shape.vocabulary, device))
+    return held * shape.vocabulary * (4 + low) + tokens * shape.hidden * 2 * width + shape.trained_head * 4
 
 
 def largest_micro_batch(total_bytes: int, *, rows: int, row_bytes: int, memory_bytes: int) -> int:
