@@ -51,6 +51,8 @@ class ModelShape:
     vocabulary: int
     plain_head: bool
     """Whether the logits are what a linear head returns, so that their loss is taken chunk by chunk."""
+    trained_shapes: tuple[tuple[int, ...], ...] = ()
+    """Of every parameter that learns."""
     trained_head: int = 0
     """Parameters of a plain head that learn."""
     adapted: tuple[AdaptedLinear, ...] = ()
@@ -104,6 +106,7 @@ def read_shape(
         key_value_width=(getattr(facts, "num_key_value_heads", None) or heads) * size,
         vocabulary=facts.vocab_size,
         plain_head=head is not None,
+        trained_shapes=tuple(tuple(one.shape) for one in model.parameters() if one.requires_grad),
         trained_head=sum(one.numel() for one in head.parameters() if one.requires_grad) if head is not None else 0,
         adapted=_adapted(model),
         unfit=unfit(model),

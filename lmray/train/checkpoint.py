@@ -18,6 +18,7 @@ from lmray.adapters.base import Adapter
 from lmray.artifacts.files import read_sealed, seal, write_json
 from lmray.errors import ArtifactError, CheckpointError
 from lmray.models.tensors import save_tensors
+from lmray.optim.base import load_optimizer, save_optimizer
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,7 @@ def save_checkpoint(
 ) -> None:
     """Writes a whole checkpoint into the empty or new `folder`."""
     adapter.save(model, folder / "adapter")
-    state = optimizer.state_dict()["state"]
-    tensors = {
-        f"{index}.{key}": torch.as_tensor(value) for index, facts in state.items() for key, value in facts.items()
-    }
-    save_tensors(tensors, folder / "optimizer.safetensors")
+    save_optimizer(optimizer, folder)
     save_tensors({"cpu": torch.get_rng_state()}, folder / "rng.safetensors")
     write_json(folder / "progress.json", asdict(progress))
     seal(folder, step=progress.step, run_key=progress.run_key)
@@ -66,10 +63,6 @@ def load_checkpoint(
             str(folder), "belongs to another run", allowed=run_key[:12], hint="give the job another name"
         )
     adapter.load(model, folder / "adapter")
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    load_optimizer(optimizer, folder)
     torch.set_rng_state(load_file(folder / "rng.safetensors")["cpu"])
     return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))

@@ -18,6 +18,7 @@ from lmray.data.batch import Batch, Packed
 from lmray.methods.base import Objective
 from lmray.models.fused import Fused
 from lmray.models.precision import computing
+from lmray.optim.base import use_average
 from lmray.sharding.base import Placed
 
 FUSED_MULTIPLE = 64
@@ -63,9 +64,10 @@ class Learner:
         gradient norm it reports is not finite."""
         optimizer = self.placed.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         count = self.placed.all_sum(sum(self.objective.count(batch) for batch in batches))
         self.model.train()
+        use_average(optimizer, False)
         total = 0.0
         for batch in batches:
             with self._computing(batch):
@@ -76,5 +78,6 @@ class Learner:
         if math.isfinite(grad_norm) and math.isfinite(loss):  # on every rank alike; else the weights stay as they were
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        use_average(optimizer, True)  # so that all there is between steps, measuring and saving, is of it
         num_tokens = self.placed.all_sum(sum(batch.num_tokens for batch in batches))
         return StepReport(loss, grad_norm, int(count), int(num_tokens))

@@ -20,7 +20,7 @@ from lmray.errors import DivergenceError
 from lmray.evaluate.loss import held_out_loss
 from lmray.job import TrainJob
 from lmray.models.load import pad_token_id
-from lmray.optim.schedule import learning_rate
+from lmray.schedules.base import learning_rate
 from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from lmray.train.learner import Learner, StepReport
 from lmray.train.peak import peak_memory_bytes
@@ -73,11 +73,11 @@ class Loop:
         stop = min(self.progress.samples + self.plan.rows_per_step, self.plan.samples)
         args = self.job.train
         rate = learning_rate(
+            args.lr_scheduler_type,
             step,
             steps=self.plan.steps,
             peak=args.learning_rate,
             warmup_ratio=args.warmup_ratio,
-            shape=args.lr_scheduler_type,
         )
         report = self.learner.step(list(self._batches(stop)), learning_rate=rate)
         seconds = time.perf_counter() - start

@@ -91,7 +91,9 @@ def _follows_attention(one: AdaptedLinear, shape: ModelShape) -> bool:
     return is_output and shape.query_width != shape.hidden
 
 
-def memory_parts(shape: ModelShape, rows: Rows, dtype: str, *, device: str, process_bytes: int) -> dict[str, int]:
+def memory_parts(
+    shape: ModelShape, rows: Rows, dtype: str, *, optimizer_bytes: int, device: str, process_bytes: int
+) -> dict[str, int]:
     """Bytes by part and in `total`. Bfloat16 models also multiply with bfloat16 copies of the adapter's weights."""
     width = WIDTH[dtype]
     copies = shape.trained * width if width < 4 else 0
@@ -99,7 +101,7 @@ def memory_parts(shape: ModelShape, rows: Rows, dtype: str, *, device: str, proc
     parts = {
         "weights": shape.weights_bytes(dtype),
         "gradients": shape.trained * 4,
-        "optimizer": shape.trained * 8,
+        "optimizer": optimizer_bytes,
         "activations": activations + copies,
         "logits": logits,
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,

@@ -128,6 +128,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         lambda model: job.adapter.attach(model, seed=0),
         trust_remote_code=job.model.trust_remote_code,
     )
+    job.train.optim.check(shape.trained_shapes, device=device)
     kernels, kernels_reason = _kernels(job, shape.unfit, device)
     rows_per_step = (
         job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
@@ -156,10 +157,16 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
-        memory_bytes=memory_parts(shape, rows, **settings, process_bytes=process_bytes()),
+        memory_bytes=memory_parts(
+            shape,
+            rows,
+            **settings,
+            optimizer_bytes=job.train.optim.state_bytes(shape.trained_shapes),
+            process_bytes=process_bytes(),
+        ),
         row_bytes=bytes_per_row(shape, rows, **settings),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
-        warnings=(*_trust_warnings(job), *data_warnings(data)),
+        warnings=(*_trust_warnings(job), *_schedule_warnings(job), *data_warnings(data)),
     )
 
 
@@ -199,6 +206,14 @@ def _trust_warnings(job: TrainJob) -> list[str]:
     if not job.model.trust_remote_code:
         return []
     return [f"Python code that comes with `{job.model.source}` runs on every worker: `model.trust_remote_code` is true"]
+
+
+def _schedule_warnings(job: TrainJob) -> list[str]:
+    name = job.train.lr_scheduler_type.name
+    if not job.train.optim.averages or name == "constant":
+        return []
+    found = f"`{job.train.optim.name}` averages weights in place of a schedule, and `{name}` lowers its learning rate"
+    return [f"{found}: set `train.lr_scheduler_type: constant`"]
 
 
 def _flops(

@@ -26,7 +26,7 @@ from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
 from lmray.models.fused import Fused
 from lmray.models.load import load_model
-from lmray.optim.adamw import make_adamw
+from lmray.optim.base import parameter_groups
 from lmray.trackers.base import TrackedRun
 from lmray.train.learner import Learner
 from lmray.train.loop import Loop
@@ -109,8 +109,10 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     sharding, _ = job.sharding.resolve(workers=ctx.world_size)
     placed = sharding.place(
         adapted,
-        lambda placed_model: make_adamw(
-            placed_model, learning_rate=job.train.learning_rate, weight_decay=job.train.weight_decay
+        lambda placed_model: job.train.optim.make_optimizer(
+            parameter_groups(placed_model),
+            learning_rate=job.train.learning_rate,
+            weight_decay=job.train.weight_decay,
         ),
         ctx.device,
     )

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lmray.models.load import load_model
-from lmray.optim.adamw import make_adamw
+from lmray.optim.adamw_torch import AdamwTorch
+from lmray.optim.base import parameter_groups
 from lmray.registry import SHARDINGS
 
 
@@ -19,7 +20,9 @@ def strategy(request):
 
 def test_what_is_placed_can_be_trained(strategy, tiny_model):
     placed = strategy.place(
-        load_model(tiny_model, "float32"), lambda model: make_adamw(model, learning_rate=0.1, weight_decay=0.0), "cpu"
+        load_model(tiny_model, "float32"),
+        lambda model: AdamwTorch().make_optimizer(parameter_groups(model), learning_rate=0.1, weight_decay=0.0),
+        "cpu",
     )
     before = [parameter.clone() for parameter in placed.model.parameters()]
     placed.model(torch.tensor([[5, 6, 7]])).logits.square().sum().backward()

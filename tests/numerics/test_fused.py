@@ -26,7 +26,8 @@ from lmray.ops.lora_linear import lora_linear, make_group
 from lmray.ops.packed_attention import Heads, make_blocks, packed_attention
 from lmray.ops.rms_norm import rms_norm
 from lmray.ops.swiglu import swiglu
-from lmray.optim.adamw import make_adamw
+from lmray.optim.adamw_torch import AdamwTorch
+from lmray.optim.base import parameter_groups
 from lmray.sharding.single import Single
 from lmray.testing.jobs import tiny_job
 from lmray.train.learner import Learner
@@ -160,7 +161,10 @@ def rows() -> list[Packed]:
 
 
 def learner(model, *, fused: bool) -> Learner:
-    placed = Single().place(model, lambda it: make_adamw(it, learning_rate=1e-2, weight_decay=0.0), "cpu")
+    make_optimizer = AdamwTorch().make_optimizer
+    placed = Single().place(
+        model, lambda it: make_optimizer(parameter_groups(it), learning_rate=1e-2, weight_decay=0.0), "cpu"
+    )
     (objective,) = Sft().objectives()
     return Learner(placed, objective, max_grad_norm=1.0, fused=Fused(placed.model) if fused else None)
 
