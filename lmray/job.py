@@ -17,7 +17,9 @@ from lmray.engines.base import EngineConfig
 from lmray.errors import ConfigError, did_you_mean
 from lmray.methods.base import Method
 from lmray.models.spec import ModelSpec
-from lmray.registry import ADAPTERS, ENGINES, METHODS, SHARDINGS, TASKS, TRACKERS
+from lmray.optim.base import OptimizerConfig
+from lmray.registry import ADAPTERS, ENGINES, METHODS, OPTIMIZERS, SCHEDULES, SHARDINGS, TASKS, TRACKERS
+from lmray.schedules.base import Schedule
 from lmray.sharding.base import Sharding
 from lmray.tasks.base import Task
 from lmray.trackers.base import Tracker
@@ -30,8 +32,11 @@ class TrainArgs(Config):
     """Rows of one forward pass on one worker."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     """Forward passes per optimizer step. The curve depends on the product with the batch size only."""
+    optim: Annotated[OptimizerConfig, Member(OPTIMIZERS), Field(default="adamw_torch", validate_default=True)]
+    """The optimizer, by the names of Hugging Face."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_scheduler_type: Annotated[Schedule, Member(SCHEDULES), Field(default="cosine", validate_default=True)]
+    """What the learning rate does after the warm-up."""
     warmup_ratio: Fraction = 0.05
     """Share of all steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
@@ -125,7 +130,7 @@ class TrainJob(Job):
     method: Annotated[Method, Member(METHODS)]
     adapter: Annotated[Adapter, Member(ADAPTERS)]
     sharding: Annotated[Sharding, Member(SHARDINGS)]
-    train: TrainArgs = TrainArgs()
+    train: TrainArgs = Field(default_factory=TrainArgs)
     evaluate: EvaluateArgs = EvaluateArgs()
     resources: Resources = Resources()
     output: Output | None = None

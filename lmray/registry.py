@@ -56,6 +56,8 @@ SHARDINGS = Family("lmray.sharding", "sharding strategy")
 TASKS = Family("lmray.tasks", "evaluation task")
 TRACKERS = Family("lmray.trackers", "tracker")
 ENGINES = Family("lmray.engines", "engine")
+OPTIMIZERS = Family("lmray.optim", "optimizer")
+SCHEDULES = Family("lmray.schedules", "learning-rate schedule")
 MAPPINGS = Family("lmray.data.mappings", "data mapping")
 FAMILIES = {
     "methods": METHODS,
@@ -64,5 +66,7 @@ FAMILIES = {
     "tasks": TASKS,
     "trackers": TRACKERS,
     "engines": ENGINES,
+    "optim": OPTIMIZERS,
+    "schedules": SCHEDULES,
     "mappings": MAPPINGS,
 }

@@ -8,8 +8,7 @@ import torch
 
 from lmray.data.batch import Packed, collate
 from lmray.models.precision import computing
-from lmray.models.supervised import supervised_logits
-from lmray.ops.cross_entropy import cross_entropy_per_token
+from lmray.models.supervised import supervised_losses
 
 
 @torch.no_grad()
@@ -31,7 +30,7 @@ def example_losses(
         chosen = rows[first : first + batch_size]
         batch = collate(chosen, pad_token_id=pad_token_id).to(device)
         with computing(model):
-            losses_N = cross_entropy_per_token(*supervised_logits(model, batch.inputs, batch.labels_BT))
+            losses_N = supervised_losses(model, batch.inputs, batch.labels_BT)
         counts = [example.num_supervised for row in chosen for example in row]
         sums = [float(one.sum(dtype=torch.float64)) for one in losses_N.cpu().split(counts)]
         found += zip(sums, counts, strict=True)

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: next-token cross-entropy on the supervised tokens (the assistant's turns).
 
-Logits are computed for supervised positions only. Runs on every rank.
+Losses are taken at supervised positions only, and without holding all their logits. Runs on every rank.
 Differs from the paper in: nothing; there is no one paper.
 """
 
@@ -10,8 +10,7 @@ import torch
 
 from lmray.data.batch import Batch
 from lmray.methods.base import Method, Objective
-from lmray.models.supervised import supervised_logits
-from lmray.ops.cross_entropy import cross_entropy_sum
+from lmray.models.supervised import supervised_loss
 
 
 class Sft(Method):
@@ -23,5 +22,4 @@ class Sft(Method):
 
 def sft_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Summed cross-entropy in nats over the batch's supervised tokens."""
-    logits_NV, targets_N = supervised_logits(model, batch.inputs, batch.labels_BT)
-    return cross_entropy_sum(logits_NV, targets_N)
+    return supervised_loss(model, batch.inputs, batch.labels_BT)

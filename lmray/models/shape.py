@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lmray.models.fused import unfit
+from lmray.models.head import plain_head
 from lmray.models.load import load_config
 from lmray.models.quantised import saved_bytes
 from lmray.models.quiet import quiet
@@ -55,6 +56,12 @@ class ModelShape:
     query_width: int
     key_value_width: int
     vocabulary: int
+    plain_head: bool
+    """Whether the logits are what a linear head returns, so that their loss is taken chunk by chunk."""
+    trained_shapes: tuple[tuple[int, ...], ...] = ()
+    """Of every parameter that learns."""
+    trained_head: int = 0
+    """Parameters of a plain head that learn."""
     adapted: tuple[AdaptedLinear, ...] = ()
     trained_norms: int = 0
     """Widths of all norms whose own weight is trained, summed."""
@@ -98,6 +105,7 @@ def read_shape(
             saved = saved_bytes(model, quantization, ends) if quantization else 0
             if attach is not None:
                 model = attach(model)
+            head = plain_head(model)
     facts = config.get_text_config()
     heads = facts.num_attention_heads
     size = getattr(facts, "head_dim", None) or facts.hidden_size // heads
@@ -116,6 +124,9 @@ def read_shape(
         query_width=heads * size,
         key_value_width=(getattr(facts, "num_key_value_heads", None) or heads) * size,
         vocabulary=facts.vocab_size,
+        plain_head=head is not None,
+        trained_shapes=tuple(tuple(one.shape) for one in model.parameters() if one.requires_grad),
+        trained_head=sum(one.numel() for one in head.parameters() if one.requires_grad) if head is not None else 0,
         adapted=_adapted(model, ends),
         trained_norms=sum(one.numel() for name, one in model.named_parameters() if _is_trained_norm(name, one)),
         unfit="the weights are quantised" if quantization else unfit(model),

@@ -1,1 +1,1 @@
-"""Optimizers and learning-rate schedules."""
+"""How weights move along their gradients: one file an optimizer, by the names that Hugging Face's `optim` has."""

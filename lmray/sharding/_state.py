@@ -1,6 +1,6 @@
 """Trained weights and optimizer state on disk, in two forms that both kinds of model read at any world size.
 
-Whole: `weights.safetensors` and `optimizer.safetensors`, written by one rank. Shared: a folder of
+Whole: `weights.safetensors` and the optimizer as `lmray.optim.base` writes it, by one rank. Shared: a folder of
 `torch.distributed.checkpoint` to which every rank writes its part; its `.metadata` is a pickle, and read only from a
 run's own checkpoint whose manifest has been checked. "Trained" is what the optimizer holds, whether or not it learns at
 this step.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,9 +20,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lmray.errors import CheckpointError
 from lmray.models.tensors import check_same_shapes, save_tensors
+from lmray.optim.base import load_optimizer, save_optimizer
 from lmray.sharding._optimizer_state import optimizer_tensors, set_optimizer_tensors
 
-WEIGHTS, OPTIMIZER, SHARDS = "weights.safetensors", "optimizer.safetensors", "shards"
+WEIGHTS, SHARDS = "weights.safetensors", "shards"
 
 
 def trained_weights(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.nn.Parameter]:
@@ -41,7 +43,7 @@ def step_and_forget(optimizer: torch.optim.Optimizer, then: Callable[[], None] |
 def save_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Writes what one rank holds whole."""
     save_tensors(trained_weights(model, optimizer), folder / WEIGHTS)
-    save_tensors(optimizer_tensors(optimizer), folder / OPTIMIZER)
+    save_optimizer(optimizer, folder)
 
 
 def save_shared(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
@@ -69,9 +71,12 @@ def _load_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder
     check_same_shapes(folder / WEIGHTS, found, weights)
     for name, parameter in weights.items():
         _local(parameter).copy_(_local(_laid_out(found[name], parameter)))
-    parameters, state = _parameters(optimizer), load_file(folder / OPTIMIZER)
-    spread = {name: _laid_out(tensor, _owner(name, tensor.shape, parameters)) for name, tensor in state.items()}
-    set_optimizer_tensors(optimizer, spread, str(folder / OPTIMIZER))
+    parameters = _parameters(optimizer)
+
+    def laid_out(index: int, value: Any) -> Any:
+        return _laid_out(value, _owner(index, value.shape, parameters)) if isinstance(value, torch.Tensor) else value
+
+    load_optimizer(optimizer, folder, laid_out)
 
 
 def _load_shared(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -82,7 +87,7 @@ def _load_shared(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path:
     check_same_shapes(path, found, weights)
     parameters = _parameters(optimizer)
     state = {
-        name: _room(facts, _owner(name.removeprefix("optimizer."), facts.size, parameters))
+        name: _room(facts, _owner(_index(name), facts.size, parameters))
         for name, facts in kept.items()
         if name.startswith("optimizer.")
     }
@@ -97,11 +102,15 @@ def _room(facts: TensorStorageMetadata, like: torch.Tensor | None) -> torch.Tens
     return torch.zeros(facts.size, dtype=dtype) if like is None else torch.zeros_like(like, dtype=dtype)
 
 
-def _owner(name: str, size: torch.Size, parameters: list[torch.nn.Parameter]) -> torch.nn.Parameter | None:
-    """The parameter whose state `INDEX.KEY` is, where it is as large and so laid out alike."""
-    index, _, _ = name.partition(".")
-    alike = index.isdigit() and int(index) < len(parameters) and parameters[int(index)].shape == size
-    return parameters[int(index)] if alike else None
+def _index(name: str) -> int:
+    """Of the parameter whose state `optimizer.INDEX.KEY` is; -1 for that of a group."""
+    index = name.split(".")[1]
+    return int(index) if index.isdigit() else -1
+
+
+def _owner(index: int, size: torch.Size, parameters: list[torch.nn.Parameter]) -> torch.nn.Parameter | None:
+    """The parameter number `index`, where its state is as large and so laid out alike."""
+    return parameters[index] if 0 <= index < len(parameters) and parameters[index].shape == size else None
 
 
 def _laid_out(tensor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:

@@ -19,6 +19,7 @@ from lmray.data.batch import Batch, Packed
 from lmray.methods.base import Objective
 from lmray.models.fused import Fused
 from lmray.models.precision import computing
+from lmray.optim.base import use_average
 from lmray.sharding.base import Placed
 
 FUSED_MULTIPLE = 64
@@ -78,6 +79,7 @@ class Learner:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         count = self.placed.all_sum(sum(self.objective.count(batch) for batch in counted))
         self.model.train()
+        use_average(self.placed.optimizer, False)
         total = 0.0
         for number, batch in enumerate(batches, 1):
             with self._computing(batch):
@@ -92,6 +94,7 @@ class Learner:
             self.placed.apply(then=lambda: self._follow(step))
         else:
             self.placed.optimizer.zero_grad(set_to_none=True)
+        use_average(self.placed.optimizer, True)  # so that all there is between steps, measuring and saving, is of it
         num_tokens = self.placed.all_sum(sum(batch.num_tokens for batch in counted))
         return StepReport(loss, grad_norm, int(count), int(num_tokens))
 

@@ -20,7 +20,7 @@ from lmray.errors import DivergenceError
 from lmray.evaluate.loss import held_out_loss
 from lmray.job import TrainJob
 from lmray.models.load import pad_token_id
-from lmray.optim.schedule import learning_rate
+from lmray.schedules.base import learning_rate
 from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from lmray.train.learner import Learner, StepReport
 from lmray.train.peak import peak_memory_bytes
@@ -92,11 +92,11 @@ class Loop:
         stop = min(self.progress.samples + self.plan.rows_per_step, self.plan.samples)
         args = self.job.train
         rate = learning_rate(
+            args.lr_scheduler_type,
             step,
             steps=self.plan.steps,
             peak=args.learning_rate,
             warmup_ratio=args.warmup_ratio,
-            shape=args.lr_scheduler_type,
         )
         batches, num_idle = self._batches(stop)
         report = self.learner.step(batches, learning_rate=rate, step=step, num_idle=num_idle)

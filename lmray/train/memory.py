@@ -19,6 +19,7 @@ import psutil
 
 from lmray.data.batch import Packed
 from lmray.models.shape import WIDTH, AdaptedLinear, ModelShape
+from lmray.ops.linear_cross_entropy import chunk_rows
 
 HEAP_SHARE = 0.5
 """What the C library's heap adds to kept tensors on a CPU: temporaries freed between them leave holes that later
@@ -94,21 +95,27 @@ def _follows_attention(one: AdaptedLinear, shape: ModelShape) -> bool:
 
 
 def memory_parts(
-    shape: ModelShape, rows: Rows, dtype: str, *, device: str, process_bytes: int, shards: int = 1
+    shape: ModelShape,
+    rows: Rows,
+    dtype: str,
+    *,
+    optimizer_bytes: int,
+    device: str,
+    process_bytes: int,
+    shards: int = 1,
 ) -> dict[str, int]:
     """Bytes by part and in `total`. `shards`: how many workers share weights, gradients and optimizer state; then each
-    also holds the embedding and two blocks, gathered. Logits: of supervised tokens only, as they leave the head, and in
-    float32 with their gradient. Bfloat16 models also multiply with bfloat16 copies of weights that are trained in
-    float32."""
+    also holds the embedding and two blocks, gathered. Bfloat16 models also multiply with bfloat16 copies of weights
+    that are trained in float32."""
     copies = shape.trained * WIDTH[dtype] if shape.trained_bytes > shape.trained * WIDTH[dtype] else 0
-    activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype)
+    activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype, device)
     if shards > 1:  # gathered in the type that is multiplied in
         blocks = (shape.base - shape.embedding) // shape.layers * 2
         copies = (shape.embedding + blocks) * WIDTH[dtype]
     parts = {
         "weights": -(-shape.weights_bytes // shards),
         "gradients": -(-shape.trained_bytes // shards),
-        "optimizer": -(-2 * shape.trained_bytes // shards),
+        "optimizer": -(-optimizer_bytes // shards),
         "activations": activations + copies,
         "logits": logits,
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,
@@ -117,9 +124,10 @@ def memory_parts(
 
 
 def bytes_per_row(shape: ModelShape, rows: Rows, dtype: str, *, device: str) -> int:
-    """What one more row in the micro-batch takes."""
-    one = replace(rows, count=1)
-    return _activations(shape, one, dtype, device) + _logits(shape, one, dtype)
+    """What one more row in the micro-batch takes; a row after that takes no more."""
+    more = replace(rows, count=rows.count + 1)
+    activations = _activations(shape, more, dtype, device) - _activations(shape, rows, dtype, device)
+    return activations + _logits(shape, more, dtype, device) - _logits(shape, rows, dtype, device)
 
 
 def _activations(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
@@ -127,9 +135,16 @@ def _activations(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
     return int(kept_bytes(shape, rows, dtype, device=device) * (1 + share))
 
 
-def _logits(shape: ModelShape, rows: Rows, dtype: str) -> int:
-    width = WIDTH[dtype]
-    return rows.count * rows.supervised * shape.vocabulary * (2 * 4 + (width if width < 4 else 0))
+def _logits(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
+    """Of supervised tokens only. Of a plain head: a chunk's logits as they leave it and in float32, every token's input
+    and gradient, and the float32 gradient of a head that is trained. Else all logits as they leave the head, and in
+    float32 with their gradient."""
+    width, tokens = WIDTH[dtype], rows.count * rows.supervised
+    low = width if width < 4 else 0
+    if not shape.plain_head:
+        return tokens * shape.vocabulary * (2 * 4 + low)
+    held = min(tokens, chunk_rows(shape.vocabulary, device))
+    return held * shape.vocabulary * (4 + low) + tokens * shape.hidden * 2 * width + shape.trained_head * 4
 
 
 def largest_micro_batch(total_bytes: int, *, rows: int, row_bytes: int, memory_bytes: int) -> int:

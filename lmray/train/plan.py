@@ -162,9 +162,12 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         quantization=job.model.quantization,
         trust_remote_code=job.model.trust_remote_code,
     )
+    job.train.optim.check(shape.trained_shapes, device=device)
     rows = worst_rows(ready.rows, job.train.per_device_train_batch_size)
     rows = replace(rows, tokens=rows.tokens + job.adapter.virtual_tokens)
+    optimizer_bytes = job.train.optim.state_bytes(shape.trained_shapes)
     settings: dict[str, Any] = {"dtype": dtype, "device": device, "process_bytes": process_bytes()}
+    settings["optimizer_bytes"] = optimizer_bytes * shape.trained_bytes // (4 * max(1, shape.trained))
     sharding, sharding_reason = _sharding(job, shape, rows, settings)
     if job.model.quantization:
         check_quantization(job, sharding.name)
@@ -193,7 +196,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         memory_bytes=memory_parts(shape, rows, **settings, shards=shards),
         row_bytes=bytes_per_row(shape, rows, dtype, device=device),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
-        warnings=(*_trust_warnings(job), *data_warnings(data)),
+        warnings=(*_trust_warnings(job), *_schedule_warnings(job), *data_warnings(data)),
     )
 
 
@@ -253,7 +256,11 @@ def _sharding(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[st
     room = this_machine().worker_bytes(on_gpu=settings["device"] == "cuda")
     room = room // workers if room and settings["device"] == "cpu" else room
     fits = room is None or total <= USABLE * room
-    return job.sharding.resolve(workers=workers, need=Need(job.adapter.kept == "adapter", fits))
+    sharding, reason = job.sharding.resolve(workers=workers, need=Need(job.adapter.kept == "adapter", fits))
+    if sharding.shards and not job.train.optim.elementwise:
+        found = f"`{job.train.optim.name}` looks at whole matrices, of which a worker under `{sharding.name}` has parts"
+        raise ConfigError("train.optim", found, allowed="adamw_torch, sgd", hint="or `sharding: ddp`")
+    return sharding, reason
 
 
 def _kernels(job: TrainJob, unfit: str | None, device: str, sharding: Sharding) -> tuple[str, str]:
@@ -298,6 +305,14 @@ def _trust_warnings(job: TrainJob) -> list[str]:
     if not job.model.trust_remote_code:
         return []
     return [f"Python code that comes with `{job.model.source}` runs on every worker: `model.trust_remote_code` is true"]
+
+
+def _schedule_warnings(job: TrainJob) -> list[str]:
+    name = job.train.lr_scheduler_type.name
+    if not job.train.optim.averages or name == "constant":
+        return []
+    found = f"`{job.train.optim.name}` averages weights in place of a schedule, and `{name}` lowers its learning rate"
+    return [f"{found}: set `train.lr_scheduler_type: constant`"]
 
 
 def _flops(

@@ -30,7 +30,6 @@ from lmray.metrics.events import EventLog
 from lmray.models.fused import Fused
 from lmray.models.load import load_model
 from lmray.models.machine import release_heap
-from lmray.optim.adamw import make_adamw
 from lmray.registry import SHARDINGS
 from lmray.trackers.base import TrackedRun
 from lmray.train.learner import Learner
@@ -157,7 +156,7 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     sharding: Any = Member(SHARDINGS).decode(plan.sharding)
     placed = sharding.place(
         adapted,
-        lambda placed_model: make_adamw(
+        lambda placed_model: job.train.optim.make_optimizer(
             job.adapter.parameter_groups(placed_model),
             learning_rate=job.train.learning_rate,
             weight_decay=job.train.weight_decay,

@@ -20,6 +20,8 @@ BASES = {
     "tasks": "lmray.tasks.base.Task",
     "trackers": "lmray.trackers.base.Tracker",
     "engines": "lmray.engines.base.EngineConfig",
+    "optim": "lmray.optim.base.OptimizerConfig",
+    "schedules": "lmray.schedules.base.Schedule",
     "mappings": "lmray.data.base.Mapping",
 }
 SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc", "manager", "handler"}
@@ -70,7 +72,8 @@ def test_a_member_is_of_its_family_and_decodes_from_its_name(family, name):
 
 
 def snake_case(word: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", word).lower()
+    """A word begins at a capital letter, and at a number that letters follow: `Adamw8bit` is `adamw_8bit`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[a-z])(?=[0-9]+[a-z])", "_", word).lower()
 
 
 @pytest.mark.parametrize("path", python_files("lmray", "jobs"), ids=name_of)

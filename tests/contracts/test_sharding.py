@@ -7,7 +7,7 @@ import torch
 
 from lmray.errors import CheckpointError
 from lmray.models.load import load_model
-from lmray.optim.adamw import make_adamw
+from lmray.optim.adamw_torch import AdamwTorch
 from lmray.registry import SHARDINGS
 from lmray.sharding._optimizer_state import optimizer_tensors, set_optimizer_tensors
 
@@ -25,7 +25,7 @@ def place(strategy, folder):
 
 def optimizer(model):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return make_adamw([{"params": trained}], learning_rate=0.1, weight_decay=0.0)
+    return AdamwTorch().make_optimizer([{"params": trained}], learning_rate=0.1, weight_decay=0.0)
 
 
 def values(placed) -> dict[str, torch.Tensor]:

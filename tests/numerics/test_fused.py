@@ -28,7 +28,7 @@ from lmray.ops.lora_linear import lora_linear, make_group
 from lmray.ops.packed_attention import Heads, make_blocks, packed_attention
 from lmray.ops.rms_norm import rms_norm
 from lmray.ops.swiglu import swiglu
-from lmray.optim.adamw import make_adamw
+from lmray.optim.adamw_torch import AdamwTorch
 from lmray.sharding.single import Single
 from lmray.testing.jobs import tiny_job
 from lmray.train.learner import Learner
@@ -179,8 +179,8 @@ def rows() -> list[Packed]:
 
 
 def learner(model, *, fused: bool) -> Learner:
-    groups = Lora().parameter_groups(model)
-    placed = Single().place(model, lambda _: make_adamw(groups, learning_rate=1e-2, weight_decay=0.0), "cpu")
+    groups, make_optimizer = Lora().parameter_groups(model), AdamwTorch().make_optimizer
+    placed = Single().place(model, lambda _: make_optimizer(groups, learning_rate=1e-2, weight_decay=0.0), "cpu")
     (objective,) = Sft().objectives()
     return Learner(placed, objective, max_grad_norm=1.0, fused=Fused(placed.model) if fused else None)
 

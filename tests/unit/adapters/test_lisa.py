@@ -12,7 +12,7 @@ from lmray.data.batch import collate
 from lmray.errors import ConfigError
 from lmray.methods.sft import Sft
 from lmray.models.load import load_model
-from lmray.optim.adamw import make_adamw
+from lmray.optim.adamw_torch import AdamwTorch
 from lmray.sharding.single import Single
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.tiny import tiny_model_folder
@@ -62,7 +62,9 @@ def optimizer_bytes(job, adapter, steps: int) -> int:
     ready = prepare(job)
     model = adapter.attach(load_model(ready.model.folder, "float32").requires_grad_(False), seed=0)
     groups = adapter.parameter_groups(model)
-    placed = Single().place(model, lambda _: make_adamw(groups, learning_rate=1e-3, weight_decay=0.0), "cpu")
+    placed = Single().place(
+        model, lambda _: AdamwTorch().make_optimizer(groups, learning_rate=1e-3, weight_decay=0.0), "cpu"
+    )
     (objective,) = Sft().objectives()
     learner = Learner(placed, objective, max_grad_norm=1.0, adapter=adapter)
     for step in range(1, steps + 1):

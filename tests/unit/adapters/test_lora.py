@@ -15,7 +15,7 @@ from lmray.adapters.lora import Lora
 from lmray.artifacts.store import run_folder
 from lmray.models.load import load_model
 from lmray.models.merge import write_merged
-from lmray.optim.adamw import make_adamw
+from lmray.optim.adamw_torch import AdamwTorch
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.tiny import tiny_model_folder
 from lmray.train.plan import make_plan
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 def trained(adapter: Lora, folder, *, seed: int = 0, steps: int = 3) -> torch.nn.Module:
     model = adapter.attach(load_model(folder, "float32").requires_grad_(False), seed=seed)
-    optimizer = make_adamw(adapter.parameter_groups(model), learning_rate=0.02, weight_decay=0.0)
+    optimizer = AdamwTorch().make_optimizer(adapter.parameter_groups(model), learning_rate=0.02, weight_decay=0.0)
     for _ in range(steps):
         model(IDS).logits.square().mean().backward()
         optimizer.step()
@@ -120,7 +120,7 @@ def test_lora_plus_moves_b_by_its_ratio(tiny_model):
     groups = Lora(lora_plus_ratio=ratio).parameter_groups(trained(Lora(), tiny_model, steps=0))
     assert [group.get("lr_scale") for group in groups] == [None, ratio]
     assert [len(group["params"]) for group in groups] == [14, 14]
-    optimizer = make_adamw(groups, learning_rate=0.1, weight_decay=0.0)
+    optimizer = AdamwTorch().make_optimizer(groups, learning_rate=0.1, weight_decay=0.0)
     assert [group.get("lr_scale") for group in optimizer.param_groups] == [None, ratio]
 
 

@@ -94,7 +94,10 @@ def test_dropout_keeps_an_input_and_a_mask_of_every_adapted_layer(tiny_model):
 
 def test_the_largest_micro_batch_is_the_last_that_fits(tiny_model):
     shape = read_shape(tiny_model, lambda model: Lora().attach(model, seed=0))
-    rows, settings = Rows(1, 256, 40, True), {"device": "cpu", "process_bytes": 10**8}
+    rows, settings = (
+        Rows(1, 256, 40, True),
+        {"device": "cpu", "process_bytes": 10**8, "optimizer_bytes": 8 * shape.trained},
+    )
     parts = memory_parts(shape, rows, "bfloat16", **settings)
     assert parts["total"] == sum(size for part, size in parts.items() if part != "total")
     memory, one = 3 * 10**8, {"rows": 1, "row_bytes": bytes_per_row(shape, rows, "bfloat16", device="cpu")}
@@ -110,6 +113,35 @@ def test_the_largest_micro_batch_is_the_last_that_fits(tiny_model):
 def test_a_gpu_has_another_allocator_and_its_own_process(tiny_model):
     shape = read_shape(tiny_model, lambda model: Lora().attach(model, seed=0))
     rows = Rows(4, 256, 40, False)
-    cpu, gpu = (memory_parts(shape, rows, "bfloat16", device=device, process_bytes=10**8) for device in ("cpu", "cuda"))
+    cpu, gpu = (
+        memory_parts(shape, rows, "bfloat16", device=device, optimizer_bytes=0, process_bytes=10**8)
+        for device in ("cpu", "cuda")
+    )
     assert gpu["activations"] < cpu["activations"] and gpu["weights"] == cpu["weights"]
     assert cpu["process"] == 10**8 != gpu["process"]
+
+
+def test_logits_of_a_plain_head_are_held_a_chunk_at_a_time(tiny_model):
+    shape = read_shape(tiny_model, lambda model: Lora().attach(model, seed=0))
+    assert (
+        shape.plain_head
+        and not read_shape(tiny_model, lambda m: Lora(target_modules=("lm_head",)).attach(m, seed=0)).plain_head
+    )
+    large = replace(shape, vocabulary=2**20)  # eight rows a chunk
+
+    def logits(one, tokens, dtype="float32"):
+        return memory_parts(one, Rows(1, 256, tokens, False), dtype, device="cpu", optimizer_bytes=0, process_bytes=0)[
+            "logits"
+        ]
+
+    assert logits(large, 4) == 4 * (2**20 * 4 + 32 * 2 * 4)
+    assert logits(large, 200) - logits(large, 100) == 100 * 32 * 2 * 4, "beyond a chunk: inputs and their gradient only"
+    assert logits(large, 200, "bfloat16") == 8 * 2**20 * (4 + 2) + 200 * 32 * 2 * 2
+    assert logits(replace(large, trained_head=1000), 4) == logits(large, 4) + 4000
+    assert logits(replace(large, plain_head=False), 200) == 200 * 2**20 * 8
+
+
+def test_a_row_takes_no_more_than_the_one_before(tiny_model):
+    shape = replace(read_shape(tiny_model), vocabulary=2**20)
+    few, many = (bytes_per_row(shape, Rows(count, 64, 4, False), "float32", device="cpu") for count in (1, 8))
+    assert few - many == 4 * 2**20 * 4, "the logits of four tokens"
