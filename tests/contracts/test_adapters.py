@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM
 from lmray.adapters.base import Adapter
 from lmray.artifacts.store import run_folder
 from lmray.errors import ArtifactError, CheckpointError
-from lmray.models.export import export
 from lmray.models.load import load_model
-from lmray.models.source import find_model
+from lmray.models.merge import write_merged
 from lmray.registry import ADAPTERS
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.tiny import tiny_model_folder
@@ -113,12 +112,11 @@ def test_an_adapter_merges_or_says_why_not(attach, adapter, tmp_path, tiny_model
     model = attach()
     train_a_little(adapter, model)
     adapter.save(model, tmp_path / "kept")
-    base = {"source": str(tiny_model), "digest": find_model(str(tiny_model)).digest}
     if adapter.virtual_tokens:
         with pytest.raises(ArtifactError, match="cannot be merged: its virtual tokens are no weights"):
-            export(tmp_path / "kept", base, tmp_path / "merged")
+            write_merged(tiny_model, tmp_path / "kept", tmp_path / "merged")
         return
-    export(tmp_path / "kept", base, tmp_path / "merged")
+    write_merged(tiny_model, tmp_path / "kept", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(IDS).logits, model.eval()(IDS).logits, atol=1e-4, rtol=1e-4)
 

@@ -69,9 +69,9 @@ def test_a_quantised_run_learns_resumes_exactly_and_exports_into_the_base_as_it_
     run_here(broken, tmp_path / "scratch")
     assert curve(broken) == curve(straight) and curve(straight)[-1] < curve(straight)[0] - 0.1
     assert result.metrics["eval.loss"] < result.metrics["base.loss"]
-    artifact = Artifacts(open_store(straight.storage)).find("q")
+    kept = Artifacts(open_store(straight.storage))
     folder = run_folder(straight) / "adapter"
-    export(folder, artifact.base, tmp_path / "merged")
+    export(kept, kept.find("q"), tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(wide)
     attached = PeftModel.from_pretrained(base, str(folder))(IDS).logits
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
