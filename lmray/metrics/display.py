@@ -109,11 +109,14 @@ class Bar:
 
     def show(self, standing: Standing) -> None:
         self._progress.start()
-        words = {"left": standing.left, "facts": standing.facts}
         if standing.what not in self._tasks:
-            self._tasks[standing.what] = self._progress.add_task(standing.what, total=standing.total, **words)
+            self._tasks[standing.what] = self._progress.add_task(
+                standing.what, total=standing.total, left=standing.left, facts=standing.facts
+            )
         task = self._tasks[standing.what]
-        self._progress.update(task, completed=standing.done, total=standing.total, **words)
+        self._progress.update(
+            task, completed=standing.done, total=standing.total, left=standing.left, facts=standing.facts
+        )
 
     def close(self) -> None:
         self._progress.stop()
