@@ -9,7 +9,6 @@ from lmray.evaluate.answers import Answer
 from lmray.metrics.names import metric
 from lmray.metrics.page import verbatim
 
-_STYLES = {frozenset((1.0,)): "good", frozenset((0.0,)): "bad"}
 INTERVALS = "95 % interval of a paired bootstrap over the examples"
 
 
@@ -43,7 +42,8 @@ def answer_block(asked: Answer, given: Iterable[tuple[str, Answer]]) -> str:
     lines = [("asked", "", asked.prompt), ("expected", "", asked.expected)]
     for label, one in given:
         scores = ", ".join(f"{name} {value:.3g}" for name, value in one.scores.items())
-        style = _STYLES.get(frozenset(one.scores.values()), "")
+        found = {*one.scores.values()}
+        style = "good" if found == {1.0} else "bad" if found == {0.0} else ""
         lines.append((f"{label}: {scores}" if scores else label, style, one.answer))
     body = "".join(f'<dt class="{style}">{escape(words)}</dt><dd>{verbatim(text)}</dd>' for words, style, text in lines)
     return f'<dl class="answer">{body}</dl>'

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TextIO
+from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -109,11 +109,14 @@ class Bar:
 
     def show(self, standing: Standing) -> None:
         self._progress.start()
-        words: dict[str, Any] = {"left": standing.left, "facts": standing.facts}
         if standing.what not in self._tasks:
-            self._tasks[standing.what] = self._progress.add_task(standing.what, total=standing.total, **words)
+            self._tasks[standing.what] = self._progress.add_task(
+                standing.what, total=standing.total, left=standing.left, facts=standing.facts
+            )
         task = self._tasks[standing.what]
-        self._progress.update(task, completed=standing.done, total=standing.total, **words)
+        self._progress.update(
+            task, completed=standing.done, total=standing.total, left=standing.left, facts=standing.facts
+        )
 
     def close(self) -> None:
         self._progress.stop()
