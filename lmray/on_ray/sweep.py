@@ -37,6 +37,7 @@ from lmray.sweep.picture import plot_sweep
 from lmray.sweep.program import (
     Trial,
     check_sweep,
+    job_of,
     mark_failed,
     mark_stopped,
     objective_of,
@@ -88,13 +89,14 @@ def sweep(job: SweepJob, *, progress: bool = True, train: Train = train_program)
     check_sweep(job, folder)
     if (done := _finished(folder)) is not None:
         return done
-    make_plan(job.job)
+    make_plan(job_of(job))
     with connected():
         check_resources(job.job.resources)
         with only_writer(folder):
             write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
             _quieten()
-            _settle(folder, _tuner(job, folder, train, progress).fit())
+            placed = job.model_copy(update={"storage": str(store.root)})  # a worker's own default may be another
+            _settle(folder, _tuner(placed, folder, train, progress).fit())
     return _conclude(job, folder, store, started, progress=progress)
 
 
