@@ -10,20 +10,17 @@ from __future__ import annotations
 import fnmatch
 import getpass
 import json
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
-from lmray.artifacts.files import folder_digests, fsync, sha256_file, sha256_json
+from lmray.artifacts.files import build_once, folder_digests, sha256_file, sha256_json
 from lmray.artifacts.store import Store
 from lmray.config import Name
 from lmray.config.places import cache_root
@@ -181,24 +178,17 @@ class Artifacts:
     def checkout(self, artifact: Artifact) -> Path:
         """A local folder with the version's files, verified once; the same folder on every call. Raises ArtifactError
         where a stored file is not what was kept."""
-        folder = cache_root() / "artifacts" / artifact.id
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{artifact.id}.lock")):  # replicas start side by side
-            if folder.is_dir():
-                return folder
-            with TemporaryDirectory(dir=folder.parent, prefix=".checkout-") as temporary:
-                whole = Path(temporary, "files")
-                for path, facts in artifact.files.items():
-                    (whole / path).parent.mkdir(parents=True, exist_ok=True)
-                    stored = self._object(facts["sha256"])
-                    if not stored.is_file():
-                        raise self._corrupted(artifact, path)
-                    shutil.copyfile(stored, whole / path)
-                    if sha256_file(whole / path) != facts["sha256"]:
-                        raise self._corrupted(artifact, path)
-                    fsync(whole / path)
-                os.replace(whole, folder)
-        return folder
+
+        def build(folder: Path) -> None:
+            for path, facts in artifact.files.items():
+                stored, copy = self._object(facts["sha256"]), folder / path
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                if stored.is_file():
+                    shutil.copyfile(stored, copy)
+                if not stored.is_file() or sha256_file(copy) != facts["sha256"]:
+                    raise self._corrupted(artifact, path)
+
+        return build_once(cache_root() / "artifacts" / artifact.id, build)
 
     def promote(self, ref: ArtifactRef | str, stage: str) -> Artifact:
         """Points `stage` at the version `ref` names and logs it. Raises ArtifactError for an unknown stage."""

@@ -9,7 +9,7 @@ import platform
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,27 @@ def replace_folder(source: Path, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
     fsync(target.parent)
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, made by `build` where it is not there yet: whole or not at all, once, however many processes ask.
+
+    `build` is given the path of a folder to make; what a killed one left is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+            try:
+                build(scratch)
+                for path in (scratch, *scratch.rglob("*")):
+                    fsync(path)
+                os.replace(scratch, folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            fsync(folder.parent)
+    return folder
 
 
 def sha256_file(path: Path) -> str:

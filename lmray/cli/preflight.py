@@ -75,10 +75,11 @@ def check_sweep(job: SweepJob, *, cluster: bool, examples: int) -> Found:
     """The plan of one trial, how many there are, and how many run side by side."""
     from lmray.artifacts.store import run_folder
     from lmray.sweep.program import check_sweep as check_folder
+    from lmray.sweep.program import job_of
     from lmray.units import human_bytes, human_seconds
 
     check_folder(job, run_folder(job))
-    found = check_train(job.job, cluster=cluster, examples=examples)
+    found = check_train(job_of(job), cluster=cluster, examples=examples)
     trials, together = job.search.num_trials, min(job.max_concurrent_trials, job.search.num_trials)
     flight = found.value["preflight"]
     alone = job.job.resources.gpus_per_worker > 0  # trials on CPUs share the cores of a machine

@@ -10,7 +10,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from filelock import FileLock
@@ -19,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from lmray.artifacts.artifact import Artifact, Artifacts
-from lmray.artifacts.files import sha256_file, sha256_json
+from lmray.artifacts.files import build_once, sha256_file, sha256_json
 from lmray.artifacts.store import open_store
 from lmray.artifacts.wheels import wheel_folder
 from lmray.config.places import cache_root
@@ -122,20 +121,13 @@ def _from_store(kept: Artifacts, source: str, *, trust_remote_code: bool) -> Fou
         return FoundModel(pinned, None, folder, _weights_digest(folder), (artifact.ref,))
     base = find_base(kept, artifact, trust_remote_code=trust_remote_code)
     digest = sha256_json([MERGED, base.digest, artifact.files])
-    folder = cache_root() / "models" / MERGED / digest
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{digest}.lock")):
-        if not folder.is_dir():
-            with TemporaryDirectory(dir=folder.parent, prefix=".merging-") as scratch:
-                merged = Path(scratch, "model")
-                write_merged(
-                    base.folder,
-                    kept.checkout(artifact),
-                    merged,
-                    rope_scaling=RopeScaling.of(artifact.base),
-                    trust_remote_code=trust_remote_code,
-                )
-                os.replace(merged, folder)
+    adapter, scaling = kept.checkout(artifact), RopeScaling.of(artifact.base)
+    folder = build_once(
+        cache_root() / "models" / MERGED / digest,
+        lambda scratch: write_merged(
+            base.folder, adapter, scratch, rope_scaling=scaling, trust_remote_code=trust_remote_code
+        ),
+    )
     return FoundModel(pinned, None, folder, digest, (artifact.ref,))
 
 

@@ -57,7 +57,7 @@ def _from_head(
     targets_N = targets_BT[picked_BT]
 
     def forward(hidden_BTD: torch.Tensor) -> torch.Tensor:
-        return loss(hidden_BTD[:, :-1][picked_BT], head.weight, targets_N, head.bias)
+        return loss(_predicting(hidden_BTD, picked_BT), head.weight, targets_N, head.bias)
 
     head.forward = forward
     try:
@@ -77,9 +77,7 @@ def supervised_logits(
     picked_BT = targets_BT != IGNORED
 
     def pick(_head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden_BTD = args[0]
-        own_BTD = hidden_BTD[:, -labels_BT.shape[1] :]  # without an adapter's virtual tokens
-        return (own_BTD[:, :-1][picked_BT].unsqueeze(0), *args[1:])
+        return (_predicting(args[0], picked_BT).unsqueeze(0), *args[1:])
 
     head = model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(pick)
@@ -88,3 +86,10 @@ def supervised_logits(
     finally:
         handle.remove()
     return logits_1NV[0], targets_BT[picked_BT]
+
+
+def _predicting(hidden_BTD: torch.Tensor, picked_BT: torch.Tensor) -> torch.Tensor:
+    """(N, D): of the positions before those picked, which are all but the first; an adapter's virtual tokens stand
+    before these."""
+    own_BTD = hidden_BTD[:, -picked_BT.shape[1] - 1 : -1]
+    return own_BTD[picked_BT]

@@ -40,6 +40,7 @@ from lmray.sweep.program import (
     ENDINGS,
     Trial,
     check_sweep,
+    job_of,
     mark_failed,
     mark_stopped,
     objective_of,
@@ -92,14 +93,15 @@ def sweep(job: SweepJob, *, progress: bool = True, train: Train = train_program)
     check_sweep(job, folder)
     if (done := _finished(folder)) is not None:
         return done
-    make_plan(job.job)
+    make_plan(job_of(job))
     with connected():
         check_resources(job.job.resources)
         with only_writer(folder):
             write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
             _quieten()
+            placed = job.model_copy(update={"storage": str(store.root)})  # a worker's own default may be another
             with followed(lambda: standing(folder, job)) if progress else nullcontext():
-                trials = _tuner(job, folder, train, progress).fit()
+                trials = _tuner(placed, folder, train, progress).fit()
             _settle(folder, trials)
     return _conclude(job, folder, store, started, progress=progress)
 

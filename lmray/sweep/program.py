@@ -81,19 +81,23 @@ def _differences(before: Any, now: Any, key: str) -> Iterator[str]:
         yield key
 
 
+def job_of(sweep: SweepJob) -> TrainJob:
+    """The job that is varied, in the sweep's store where it names none: there lie the models it may start from."""
+    return sweep.job.model_copy(update={"storage": sweep.job.storage or sweep.storage})
+
+
 def trial_job(sweep: SweepJob, values: Mapping[str, Any], trial_id: str) -> TrainJob:
     """The job of one trial: judged by its held-out loss alone, kept nowhere, and saved each time it is judged."""
     changes = {**values, "name": f"trial-{trial_id}", "output": None, "evaluate.tasks": [], "evaluate.base": False}
     if sweep.scheduler.name != "none":
         changes["train.eval_steps"] = sweep.scheduler.grace_steps
         changes["train.save_steps"] = min(sweep.job.train.save_steps, sweep.scheduler.grace_steps)
-    return sweep.job.changed(changes)
+    return job_of(sweep).changed(changes)
 
 
 def best_job(sweep: SweepJob, trial: Trial) -> TrainJob:
     """The job as it was given with the best trial's values: what `lmray run` repeats."""
-    storage = sweep.job.storage or sweep.storage
-    return sweep.job.changed({**trial.values, "name": f"{sweep.name[:59]}-best", "storage": storage})
+    return job_of(sweep).changed({**trial.values, "name": f"{sweep.name[:59]}-best"})
 
 
 def open_trial(folder: Path, values: Mapping[str, Any]) -> None:

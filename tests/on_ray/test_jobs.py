@@ -278,9 +278,16 @@ def test_paths_of_other_kinds_are_found_too(tmp_path):
     name: e
     model: {source: m}
     data: {train: [{source: "pypi:x"}], eval: {sources: [{source: keys}]}}
-    targets: [{label: base}, {label: a, adapter: adapter}, {label: b, adapter: kept@production}]
-    evaluate: {tasks: [loss]}
+    targets: [{label: base}, {label: a, adapter: adapter}, {label: b, adapter: kept@production},
+      {label: c, model: adapter}, {label: d, model: "artifact:kept"}]
+    evaluate: {tasks: [loss, {name: lm_eval, tasks: mine, include_path: adapter}]}
     """
     moved = portable(decode(EvaluateJob, Document("e", yaml.safe_load(text))), folder=tmp_path)
     assert moved.data.eval.sources[0].source == str(tmp_path / "keys")
-    assert [target.adapter for target in moved.targets] == [None, str(tmp_path / "adapter"), "kept@production"]
+    adapters, models = (
+        [None, str(tmp_path / "adapter"), "kept@production"],
+        [str(tmp_path / "adapter"), "artifact:kept"],
+    )
+    assert [target.adapter for target in moved.targets[:3]] == adapters
+    assert [target.model for target in moved.targets[3:]] == models
+    assert moved.evaluate.tasks[1].include_path == str(tmp_path / "adapter")

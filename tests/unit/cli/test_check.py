@@ -9,6 +9,7 @@ import pytest
 
 from lmray.job import load
 from lmray.models.machine import Machine
+from lmray.testing.jobs import write_jsonl
 
 
 @pytest.fixture
@@ -113,6 +114,27 @@ def test_check_of_an_evaluation(cli, tmp_path, tiny_model, tiny_data):
     value = json.loads(cli("check", path, "--json").out)
     # two layers, keys and values of width 16, four bytes, 16 rows of 256 + 8 tokens
     assert value["memory_bytes"]["cache"] == 2 * 2 * 16 * 4 * 16 * 264
+
+
+def test_check_of_an_evaluation_that_needs_no_data(cli, tmp_path, tiny_model):
+    own = tmp_path / "own"
+    own.mkdir()
+    write_jsonl(own / "mine.jsonl", [{"question": "q", "answer": "a"}])
+    fields = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(own / "mine.jsonl")}},
+    }
+    fields |= {"test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+    (own / "mine.yaml").write_text(json.dumps(fields | {"output_type": "generate_until"}))
+    job = {"kind": "evaluate", "name": "e", "model": {"source": str(tiny_model), "dtype": "float32"}}
+    job |= {"targets": [{"label": "plain"}]}
+    path = tmp_path / "evaluate.yaml"
+    tasks = [{"name": "lm_eval", "tasks": ["mine"], "include_path": str(own)}]
+    path.write_text(json.dumps(job | {"evaluate": {"tasks": tasks, "max_new_tokens": 8}}))
+    said = cli("check", path)
+    assert said.code == 0 and "data       of lm_eval" in said.out
+    assert "the cache is of 16 rows of 1032 tokens" in said.out
 
 
 def test_check_of_an_endpoint(cli, tmp_path, tiny_model, free_port):

@@ -89,6 +89,7 @@ def test_a_merge_that_is_killed_leaves_no_half_a_model(kept, tmp_path):
             file_operations(tmp_path / "cache" / "models", lambda: find_model("artifact:calls"), kill_at=kill)
         found = find_model("artifact:calls").folder
         assert sorted(path.name for path in found.iterdir()) == whole, operations[kill - 1]
+        assert {path.name for path in found.parent.iterdir()} == {found.name, f".{found.name}.lock"}, "nothing is left"
 
 
 @pytest.mark.parametrize(

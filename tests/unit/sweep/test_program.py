@@ -111,6 +111,14 @@ def test_the_table_has_a_column_for_every_key():
     assert body[0] == ["1", "a", "finished", "8", "1", "2", "0.01"] and body[-1][4] == "-"
 
 
+def test_trials_look_for_kept_models_where_the_sweep_is_kept(make):
+    sweep = make().model_copy(update={"storage": "/there"})
+    inside = sweep.job.model_copy(update={"storage": None})
+    assert trial_job(sweep.model_copy(update={"job": inside}), {}, "ab12").storage == "/there"
+    own = sweep.job.model_copy(update={"storage": "/own"})
+    assert trial_job(sweep.model_copy(update={"job": own}), {}, "ab12").storage == "/own"
+
+
 def test_the_outcome_holds_a_best_job_that_runs_as_it_is(make, tmp_path):
     sweep, folder = make(), tmp_path / "run"
     best = trial("a", **{"adapter.r": 4, "train.learning_rate": 0.02})
