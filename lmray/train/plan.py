@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lmray.adapters.base import Adapter
 from lmray.artifacts.files import sha256_json
 from lmray.config import dump
 from lmray.errors import ConfigError
@@ -260,6 +261,9 @@ def _sharding(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[st
     if sharding.shards and not job.train.optim.elementwise:
         found = f"`{job.train.optim.name}` looks at whole matrices, of which a worker under `{sharding.name}` has parts"
         raise ConfigError("train.optim", found, allowed="adamw_torch, sgd", hint="or `sharding: ddp`")
+    if sharding.shards and type(job.adapter).after_step is not Adapter.after_step:
+        found = f"`{job.adapter.name}` changes weights between steps; `{sharding.name}` leaves no worker a whole one"
+        raise ConfigError("sharding", found, allowed="ddp, single")
     return sharding, reason
 
 
