@@ -101,15 +101,14 @@ def _measure(job: EvaluateJob, ready: Prepared, ctx: RunContext) -> dict[str, Me
     folders = [_adapter_folder(job, target.adapter, ready.model) for target in job.targets]
     handles = [None if folder is None else f"target_{place}" for place, folder in enumerate(folders)]
     dtype, _ = resolve_dtype(job.model.dtype, ctx.device)
-    spec = job.model
     model: Any = load_model(
         ready.model.folder,
         dtype,
-        quantization=spec.quantization,
+        quantization=job.model.quantization,
         device=ctx.device,
-        trust_remote_code=spec.trust_remote_code,
+        trust_remote_code=job.model.trust_remote_code,
     )
-    if not spec.quantization:
+    if not job.model.quantization:
         model.to(ctx.device)
     for folder, handle in zip(folders, handles, strict=True):
         if folder is not None and handle is not None:

@@ -82,7 +82,7 @@ def test_a_quantised_run_learns_resumes_exactly_and_exports_into_the_base_as_it_
 @pytest.mark.parametrize("adapter", [{"name": "lora", "use_dora": True}, {"name": "adalora"}, {"name": "ia3"}])
 def test_other_adapters_learn_beside_quantised_weights(job, tmp_path, adapter):
     result = run_here(job(adapter=adapter, evaluate={"tasks": ["loss"]}), tmp_path / "scratch")
-    assert result.metrics["eval.loss"] < result.metrics["base.loss"] - 0.05
+    assert result.metrics["eval.loss"] < result.metrics["base.loss"] - 0.005
 
 
 def test_the_plan_says_what_is_quantised(job):
