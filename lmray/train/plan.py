@@ -133,6 +133,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     sharding, sharding_reason = job.sharding.resolve(workers=job.resources.workers)
     _check_virtual_tokens(job)
+    check_divided(job, sharding.name)
     if job.model.quantization:
         check_quantization(job, sharding.name)
     rows_per_step = (
@@ -221,6 +222,13 @@ def _check_virtual_tokens(job: TrainJob) -> None:
     if asking := [task.name for task in job.evaluate.tasks if task.needs == "answers"]:
         found = f"`{asking[0]}` needs answers, which the native engine cannot generate with `{job.adapter.name}`"
         raise ConfigError("evaluate.tasks", found, hint="`loss` and tasks that choose between answers need none")
+
+
+def check_divided(job: TrainJob, sharding: str) -> None:
+    """Raises ConfigError where the strategy `sharding` divides weights that the adapter needs whole."""
+    if job.adapter.needs_whole_weights and sharding not in WHOLE:
+        found = f"`{sharding}` divides the weights, which `{job.adapter.name}` needs whole on every worker"
+        raise ConfigError("sharding.name", found, allowed=", ".join(WHOLE))
 
 
 def check_quantization(job: TrainJob, sharding: str) -> None:

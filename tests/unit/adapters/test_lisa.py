@@ -17,7 +17,7 @@ from lmray.sharding.single import Single
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.tiny import tiny_model_folder
 from lmray.train.learner import Learner
-from lmray.train.plan import make_plan
+from lmray.train.plan import check_divided, make_plan
 from lmray.train.prepare import prepare
 
 
@@ -91,6 +91,15 @@ def test_a_run_resumes_exactly_at_and_between_draws(job, tmp_path, stop_at):
     assert curve(broken) == curve(straight)
     one, two = (load_model(run_folder(run) / "model", "float32").state_dict() for run in (straight, broken))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_it_is_refused_where_weights_are_divided(job):
+    with pytest.raises(ConfigError, match="`fsdp2` divides the weights, which `lisa` needs whole"):
+        check_divided(job(), "fsdp2")
+    with pytest.raises(ConfigError, match="which `adalora` needs whole"):
+        check_divided(job(adapter="adalora"), "deepspeed")
+    check_divided(job(adapter="full"), "fsdp2")
+    check_divided(job(), "ddp")
 
 
 def test_more_layers_than_there_are_is_refused(deep):
