@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -22,6 +23,11 @@ class PromptAdapter(PeftAdapter):
     @property
     def virtual_tokens(self) -> int:
         return self.num_virtual_tokens
+
+    def attach(self, model: torch.nn.Module, *, seed: int) -> torch.nn.Module:
+        # Rows are never packed, so their positions are those that the model counts by itself.
+        warnings.filterwarnings("ignore", message="Position ids are not supported")
+        return super().attach(model, seed=seed)
 
     def _state(self, model: Any, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         given = model.state_dict() if state is None else state

@@ -85,6 +85,10 @@ class Adalora(PeftAdapter):
             task_type="CAUSAL_LM",
         )
 
+    @property
+    def needs_whole_weights(self) -> bool:
+        return True
+
     def penalty(self, model: torch.nn.Module) -> torch.Tensor | None:
         if not self.orth_reg_weight:
             return None

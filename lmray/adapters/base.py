@@ -46,6 +46,11 @@ class Adapter(MemberConfig):
         return 0
 
     @property
+    def needs_whole_weights(self) -> bool:
+        """Whether every worker must hold the whole of what is trained: it is looked at, or changes, between steps."""
+        return False
+
+    @property
     def changes_base(self) -> bool:
         """Whether switching it off does not give the base back."""
         return self.kept == "model"

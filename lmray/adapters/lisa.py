@@ -38,6 +38,10 @@ class Lisa(WholeModel):
         self._draw(model, 0)
         return model
 
+    @property
+    def needs_whole_weights(self) -> bool:
+        return True
+
     def trained(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         return dict(model.named_parameters())
 

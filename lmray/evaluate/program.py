@@ -137,16 +137,15 @@ def _measure_on(
     folders = [_adapter_folder(job, target.adapter, found) for target in targets]
     handles = [None if folder is None else f"target_{place}" for place, folder in enumerate(folders)]
     dtype, _ = resolve_dtype(job.model.dtype, ctx.device)
-    spec = job.model
     model: Any = load_model(
         found.folder,
         dtype,
-        quantization=spec.quantization,
+        quantization=job.model.quantization,
         device=ctx.device,
-        trust_remote_code=spec.trust_remote_code,
+        trust_remote_code=job.model.trust_remote_code,
         rope_scaling=_scaling(job, found, ready.model),
     )
-    if not spec.quantization:
+    if not job.model.quantization:
         model.to(ctx.device)
     for folder, handle in zip(folders, handles, strict=True):
         if folder is not None and handle is not None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from lmray.adapters.base import Adapter
 from lmray.artifacts.files import sha256_json
 from lmray.config import dump
 from lmray.errors import ConfigError
@@ -37,8 +36,7 @@ QUANTISED = {
     "nf4": "nf4 with double quantisation in the linear layers, frozen",
     "int8": "int8 in the linear layers, frozen",
 }
-WHOLE = ("single", "ddp")
-"""Strategies under which every worker holds the whole model."""
+"""What weights are quantised to, for the plan."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +168,9 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     settings: dict[str, Any] = {"dtype": dtype, "device": device, "process_bytes": process_bytes()}
     settings["optimizer_bytes"] = optimizer_bytes * shape.trained_bytes // (4 * max(1, shape.trained))
     sharding, sharding_reason = _sharding(job, shape, rows, settings)
+    check_divided(job, sharding)
     if job.model.quantization:
-        check_quantization(job, sharding.name)
+        check_quantization(job, sharding)
     kernels, kernels_reason = _kernels(job, shape.unfit, device, sharding)
     model = _model_facts(job, ready, shape)
     data = data_facts(ready, max_length=job.data.max_length) | {"joined": job.method.joins}
@@ -258,12 +257,6 @@ def _sharding(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[st
     room = room // workers if room and settings["device"] == "cpu" else room
     fits = room is None or total <= USABLE * room
     sharding, reason = job.sharding.resolve(workers=workers, need=Need(job.adapter.kept == "adapter", fits))
-    if sharding.shards and not job.train.optim.elementwise:
-        found = f"`{job.train.optim.name}` looks at whole matrices, of which a worker under `{sharding.name}` has parts"
-        raise ConfigError("train.optim", found, allowed="adamw_torch, sgd", hint="or `sharding: ddp`")
-    if sharding.shards and type(job.adapter).after_step is not Adapter.after_step:
-        found = f"`{job.adapter.name}` changes weights between steps; `{sharding.name}` leaves no worker a whole one"
-        raise ConfigError("sharding", found, allowed="ddp, single")
     return sharding, reason
 
 
@@ -292,17 +285,30 @@ def _check_virtual_tokens(job: TrainJob) -> None:
         raise ConfigError("evaluate.tasks", found, hint="`loss` and tasks that choose between answers need none")
 
 
-def check_quantization(job: TrainJob, sharding: str) -> None:
+def check_divided(job: TrainJob, sharding: Sharding) -> None:
+    """Raises ConfigError where `sharding` divides weights that the job's adapter or optimizer needs whole."""
+    if not sharding.shards:
+        return
+    for field, one, has_parts in (
+        ("sharding.name", job.adapter, not job.adapter.needs_whole_weights),
+        ("train.optim", job.train.optim, job.train.optim.elementwise),
+    ):
+        if not has_parts:
+            found = f"`{sharding.name}` divides the weights, which `{one.name}` needs whole on every worker"
+            raise ConfigError(field, found, hint="with `sharding: ddp` every worker holds them whole")
+
+
+def check_quantization(job: TrainJob, sharding: Sharding) -> None:
     """Raises ConfigError where quantised weights cannot be trained on: the library is missing, or the adapter or the
-    strategy `sharding` changes or divides them."""
+    strategy changes or divides them."""
     check_library()
     if job.adapter.changes_base:
         found = f"`{job.adapter.name}` as it is set changes the model's own weights, which stay quantised"
         hint = "an adapter beside them, like `lora`, can be trained, or the model as it is: `model.quantization: null`"
         raise ConfigError("model.quantization", found, hint=hint)
-    if sharding not in WHOLE:
-        found = f"`{sharding}` divides weights, which quantised ones cannot be"
-        raise ConfigError("model.quantization", found, allowed=f"sharding: {', '.join(WHOLE)}")
+    if sharding.shards:
+        found = f"`{sharding.name}` divides weights, which quantised ones cannot be"
+        raise ConfigError("model.quantization", found, allowed="sharding: single, ddp")
 
 
 def _trust_warnings(job: TrainJob) -> list[str]:

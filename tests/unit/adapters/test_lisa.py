@@ -13,11 +13,13 @@ from lmray.errors import ConfigError
 from lmray.methods.sft import Sft
 from lmray.models.load import load_model
 from lmray.optim.adamw_torch import AdamwTorch
+from lmray.sharding.ddp import Ddp
+from lmray.sharding.fsdp2 import Fsdp2
 from lmray.sharding.single import Single
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.tiny import tiny_model_folder
 from lmray.train.learner import Learner
-from lmray.train.plan import make_plan
+from lmray.train.plan import check_divided, make_plan
 from lmray.train.prepare import prepare
 
 
@@ -93,6 +95,15 @@ def test_a_run_resumes_exactly_at_and_between_draws(job, tmp_path, stop_at):
     assert curve(broken) == curve(straight)
     one, two = (load_model(run_folder(run) / "model", "float32").state_dict() for run in (straight, broken))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_it_is_refused_where_weights_are_divided(job):
+    with pytest.raises(ConfigError, match="`fsdp2` divides the weights, which `lisa` needs whole"):
+        check_divided(job(), Fsdp2())
+    with pytest.raises(ConfigError, match="which `adalora` needs whole"):
+        check_divided(job(adapter="adalora"), Fsdp2())
+    check_divided(job(adapter="full"), Fsdp2())
+    check_divided(job(), Ddp())
 
 
 def test_more_layers_than_there_are_is_refused(deep):

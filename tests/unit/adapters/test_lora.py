@@ -13,11 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from lmray.adapters.lora import Lora
 from lmray.artifacts.store import run_folder
+from lmray.data.batch import collate
+from lmray.data.tokenise import Tokenised
+from lmray.methods.sft import Sft
 from lmray.models.load import load_model
 from lmray.models.merge import write_merged
 from lmray.optim.adamw_torch import AdamwTorch
+from lmray.sharding.single import Single
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.tiny import tiny_model_folder
+from lmray.train.learner import Learner
 from lmray.train.plan import make_plan
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -120,8 +125,29 @@ def test_lora_plus_moves_b_by_its_ratio(tiny_model):
     groups = Lora(lora_plus_ratio=ratio).parameter_groups(trained(Lora(), tiny_model, steps=0))
     assert [group.get("lr_scale") for group in groups] == [None, ratio]
     assert [len(group["params"]) for group in groups] == [14, 14]
-    optimizer = AdamwTorch().make_optimizer(groups, learning_rate=0.1, weight_decay=0.0)
-    assert [group.get("lr_scale") for group in optimizer.param_groups] == [None, ratio]
+    adapter = Lora(lora_plus_ratio=ratio)
+    model = trained(adapter, tiny_model, steps=0)
+    groups = adapter.parameter_groups(model)
+    make = AdamwTorch().make_optimizer
+    placed = Single().place(model, lambda _: make(groups, learning_rate=1.0, weight_decay=0.0), "cpu")
+    (objective,) = Sft().objectives()
+    row = (Tokenised((5, 6, 7), (-100, 6, 7)),)
+    Learner(placed, objective, max_grad_norm=1.0).step([collate([row], pad_token_id=0)], learning_rate=0.1)
+    assert [group["lr"] for group in placed.optimizer.param_groups] == [0.1, 0.1 * ratio]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"use_dora": True}, "a variant of LoRA"),
+        ({"modules_to_save": ["lm_head"]}, "weights besides LoRA's are trained"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, "LoRA on some of the linear layers only"),
+        ({"init_lora_weights": "pissa", "use_rslora": True}, "the model's parts are known to the fused functions"),
+    ],
+)
+def test_fused_steps_are_taken_where_they_can_be(tiny_model, tiny_data, tmp_path, fields, reason):
+    plan = make_plan(tiny_job(tiny_model, tiny_data, tmp_path, adapter={"name": "lora", "r": 4, **fields}))
+    assert plan.reasons["kernels"] == reason
 
 
 @pytest.mark.parametrize(

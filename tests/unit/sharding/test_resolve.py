@@ -65,19 +65,16 @@ def test_the_plan_says_which_and_why_and_takes_the_plain_kernels_where_weights_a
         make_plan(job(sharding="fsdp2", resources={"workers": 2}, model__kernels="fused"))
 
 
-def test_an_adapter_that_changes_weights_between_steps_needs_them_whole(job):
-    class Changing(Lora):
-        def after_step(self, model: torch.nn.Module, step: int) -> None: ...
-
-    one = job(sharding="fsdp2", resources={"workers": 2})
-    make_plan(one)
-    with pytest.raises(ConfigError, match="between steps"):
-        make_plan(one.model_copy(update={"adapter": Changing(r=4)}))
+@pytest.mark.parametrize("changes", [{"adapter": "adalora"}, {"train__optim": "adafactor"}])
+def test_what_looks_at_whole_weights_needs_them_whole(job, changes):
+    make_plan(job(sharding="ddp", resources={"workers": 2}, **changes))
+    with pytest.raises(ConfigError, match="needs whole on every worker"):
+        make_plan(job(sharding="fsdp2", resources={"workers": 2}, **changes))
 
 
 def test_shared_weights_gradients_and_optimizer_state_are_divided_by_the_workers(tiny_model):
     shape = read_shape(tiny_model, lambda model: Lora(r=4).attach(model, seed=0))
-    settings = {"dtype": "float32", "device": "cpu", "process_bytes": 0}
+    settings = {"dtype": "float32", "device": "cpu", "process_bytes": 0, "optimizer_bytes": 1000}
     rows = Rows(1, 8, 4, packed=False)
     whole, shared = (memory_parts(shape, rows, **settings, shards=shards) for shards in (1, 4))
     for part in ("weights", "gradients", "optimizer"):
