@@ -21,9 +21,8 @@ PREFIX = "python:"
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
-def module_texts(source: str) -> Iterator[Row]:
-    """One row a text, with the columns `name` and `text`, in the order they are written. Raises DataError where
-    `source` names no module of the standard library, or one that holds no mapping of texts."""
+def module_file(source: str) -> Path:
+    """The source of the module that `source` names. Raises DataError where it is none of the standard library."""
     where, name = f"data source `{source}`", source.removeprefix(PREFIX)
     allowed = "modules of the standard library, like `python:pydoc_data.topics`"
     if not _MODULE.fullmatch(name) or name.partition(".")[0] not in sys.stdlib_module_names:
@@ -32,8 +31,15 @@ def module_texts(source: str) -> Iterator[Row]:
     path = Path(sysconfig.get_path("stdlib"), *name.split(".")).with_suffix(".py")
     if not path.is_file():
         raise DataError(where, "has no source in this Python", allowed=allowed)
+    return path
+
+
+def module_texts(source: str, path: Path) -> Iterator[Row]:
+    """One row a text of the module in `path`, with the columns `name` and `text`, in the order they are written.
+    Raises DataError where it holds no mapping of texts."""
     texts = _texts(ast.parse(path.read_bytes()))
     if not texts:
+        where = f"data source `{source}`"
         raise DataError(where, "assigns no mapping of names to texts", hint="only what is written out literally counts")
     yield from (
         Row(f"{source}:{number}", {"name": key, "text": text}) for number, (key, text) in enumerate(texts.items(), 1)

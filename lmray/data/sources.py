@@ -16,7 +16,7 @@ from lmray.data.dataset_info import is_entry, read_entry
 from lmray.data.downloads import download, is_url
 from lmray.data.files import SUFFIXES, TABLES, TEXTS, read_rows
 from lmray.data.modules import PREFIX as MODULE_PREFIX
-from lmray.data.modules import module_texts
+from lmray.data.modules import module_file, module_texts
 from lmray.errors import ArtifactError, DataError
 
 HUB = "hf:"
@@ -43,7 +43,7 @@ def open_source(source: str, mapping: Mapping | None) -> OpenSource:
         hub = import_module("lmray.data.hub")  # on use: `datasets` takes long to import, and most jobs read files
         return OpenSource(hub.open_dataset(source), mapping)
     if source.startswith(MODULE_PREFIX):
-        return OpenSource(module_texts(source), mapping)
+        return OpenSource(module_texts(source, module_file(source)), mapping)
     shown = download(source) if is_url(source) else dict.fromkeys(find_files(source, mapping))
     files = tuple(shown)
 

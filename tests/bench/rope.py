@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from lmray.data.examples import read_source
-from lmray.data.spec import DataSource
+from lmray.data.examples import read_examples
+from lmray.data.spec import DataSource, DataSpec
 from lmray.data.stream import Stream
 from lmray.data.tokenise import tokenise
 from lmray.models.load import load_config, load_model, load_tokenizer
@@ -53,8 +53,8 @@ def losses(folder: Path, ids_T: torch.Tensor, dtype: str, scaling: RopeScaling |
 
 def windows(folder: Path, length: int, count: int) -> list[torch.Tensor]:
     """The first `count` windows of `length` tokens of the joined documents."""
-    tokenizer = load_tokenizer(folder, chat=False)
-    documents = [tokenise(tokenizer, example) for example in read_source(DataSource(source=SOURCE)).examples]
+    tokenizer, spec = load_tokenizer(folder, chat=False), DataSpec(train=(DataSource(source=SOURCE),))
+    documents = [tokenise(tokenizer, example) for example in read_examples(spec).train]
     rows = [row for row in Stream(documents, max_length=length, apart=False)[:count] if len(row[0]) == length]
     if not rows:
         raise SystemExit(f"{SOURCE} has fewer than {length} tokens: lower --times")

@@ -10,6 +10,9 @@ import pytest
 import lmray.serve.client
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store
+from lmray.config import dump
+from lmray.models import load
+from lmray.models.rope import RopeScaling
 from lmray.models.source import find_model
 from lmray.testing.tiny import tiny_adapter_folder
 
@@ -87,6 +90,18 @@ def test_a_kept_model_with_and_without_an_adapter(cli, tiny_model, tmp_path):
         assert said.code == 0 and said.out == expected.out
     said = cli("chat", f"{tiny_model}:whole", "hello")
     assert said.code == 2 and "hint: lmray chat artifact:whole" in said.err
+
+
+def test_an_adapter_that_was_trained_on_scaled_positions_answers_on_them(cli, tiny_model, tmp_path, monkeypatch):
+    folder, base = tiny_adapter_folder(tiny_model, tmp_path / "adapter", seed=3), find_model(str(tiny_model))
+    scaling = RopeScaling(rope_type="yarn", factor=2.0)
+    entry = {"source": str(tiny_model), "digest": base.digest, "rope_scaling": dump(scaling)}
+    Artifacts(open_store()).keep("long", folder, base=entry)
+    asked, load_model = [], load.load_model
+    monkeypatch.setattr(load, "load_model", lambda *args, **more: asked.append(more) or load_model(*args, **more))
+    assert cli("chat", f"{tiny_model}:long", "hello", "--max-tokens", "8").code == 0
+    assert cli("chat", tiny_model, "hello", "--max-tokens", "8").code == 0
+    assert [one["rope_scaling"] for one in asked] == [scaling, None]
 
 
 def test_an_adapter_of_another_model_is_refused(cli, tiny_model, tmp_path):

@@ -5,41 +5,47 @@ import sysconfig
 
 import pytest
 
-from lmray.data.examples import read_source
-from lmray.data.modules import module_texts
+from lmray.config import Document, decode
+from lmray.data.examples import read_examples
 from lmray.data.sources import open_source
-from lmray.data.spec import DataSource
+from lmray.data.spec import DataSpec
 from lmray.errors import DataError
+
+
+def values(source: str) -> list[dict]:
+    return [row.value for row in open_source(source, None).rows]
 
 
 def test_the_topics_of_the_language_reference_are_documents():
     rows = list(open_source("python:pydoc_data.topics", None).rows)
     assert {row.value["name"]: row.value["text"] for row in rows} == pydoc_data.topics.topics
     assert rows[0].where == "python:pydoc_data.topics:1"
-    read = read_source(DataSource(source="python:pydoc_data.topics"))
-    assert read.reading.mapping.name == "text" and len(read.examples) == len(rows)
+    spec = decode(DataSpec, Document("job", {"train": [{"source": "python:pydoc_data.topics"}]}))
+    read = read_examples(spec)
+    assert [example.text for example in read.train] == [*pydoc_data.topics.topics.values()]
+    assert read.formats == (f"python:pydoc_data.topics: text; {len(rows)} rows, {len(rows)} an epoch",)
 
 
 @pytest.mark.parametrize("name", ["numpy", "lmray.job", "../os", "", "os; import sys", "site-packages.numpy"])
 def test_only_the_standard_library_is_read(name):
     with pytest.raises(DataError, match="is no module of the standard library"):
-        list(module_texts(f"python:{name}"))
+        values(f"python:{name}")
 
 
 def test_a_misspelt_module_is_guessed():
     with pytest.raises(DataError, match="did you mean `pydoc_data`"):
-        list(module_texts("python:pydoc_dta.topics"))
+        values("python:pydoc_dta.topics")
 
 
 @pytest.mark.parametrize("name", ["sys", "pydoc_data.nope"])
 def test_a_module_without_source_is_told(name):
     with pytest.raises(DataError, match="has no source"):
-        list(module_texts(f"python:{name}"))
+        values(f"python:{name}")
 
 
 def test_a_module_without_texts_is_told():
     with pytest.raises(DataError, match="no mapping of names to texts"):
-        list(module_texts("python:this"))
+        values("python:this")
 
 
 def test_nothing_of_the_module_runs(tmp_path, monkeypatch):
@@ -52,7 +58,7 @@ def test_nothing_of_the_module_runs(tmp_path, monkeypatch):
     ]
     (tmp_path / "this.py").write_text("\n".join(lines), encoding="utf-8")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert [row.value for row in module_texts("python:this")] == [
+    assert values("python:this") == [
         {"name": "one", "text": "色は"},
         {"name": "two", "text": "匂へど"},
     ]
