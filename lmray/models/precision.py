@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 def resolve_dtype(dtype: str, device: str) -> tuple[str, str]:
@@ -34,10 +35,16 @@ def computing(model: torch.nn.Module) -> Iterator[None]:
     this, `peft` lifts every activation to float32 for the side path, which costs most of a step's time and memory.
     """
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    casting = disable_input_dtype_casting(model) if isinstance(model, PeftModel) else nullcontext()
+    casting = disable_input_dtype_casting(model) if _casts_inputs(model) else nullcontext()
     low = compute_dtype(model) != torch.float32
     with casting if low else nullcontext(), torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=low):
         yield
+
+
+def _casts_inputs(model: torch.nn.Module) -> bool:
+    """Whether the layers of an attached adapter lift their inputs to the type of its weights; not every kind's do."""
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    return isinstance(model, PeftModel) and hasattr(layer, "cast_input_dtype_enabled")
 
 
 def compute_dtype(model: Any) -> torch.dtype:

@@ -147,3 +147,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(job, adapter, tmp_path, tiny_mod
     one, two = (load_file(run_folder(run) / adapter.kept / name) for run in (straight, broken))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     plainly_loaded(adapter, run_folder(straight) / adapter.kept, tiny_model)(IDS)
+
+
+def test_a_bfloat16_run_trains_in_float32_and_is_measured_with_answers(job, adapter, tmp_path):
+    tasks = ["loss"] if adapter.virtual_tokens else ["loss", "exact_match"]
+    one = job("low", model__dtype="bfloat16", evaluate={"tasks": tasks, "max_new_tokens": 4, "max_examples": 2})
+    run_here(one, tmp_path / "scratch", stop_at=5)
+    trained = load_file(run_folder(one) / "checkpoint-00000005" / "weights.safetensors")
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    result = run_here(one, tmp_path / "scratch")
+    assert result.metrics["eval.loss"] != result.metrics["base.loss"]
+    assert adapter.virtual_tokens or "eval.exact_match" in result.metrics
