@@ -21,7 +21,9 @@ from lmray.errors import ArtifactError
 from lmray.models.quiet import quiet
 
 
-def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    folder: Path, dtype: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The causal language model in `folder` with weights of `dtype` (`float32`, `bfloat16`), on the CPU.
 
     Raises ArtifactError for weights or a config that cannot be read, or that need code which is not trusted.
@@ -31,6 +33,7 @@ def load_model(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> 
             return AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,

@@ -17,5 +17,8 @@ class ModelSpec(Config):
     kernels: Literal["auto", "plain", "fused"] = "auto"
     """How training steps are computed: as `transformers` and `peft` do it, or by fused functions. `auto`: fused where
     they fit the device, the architecture and the adapter."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """How training steps compute attention, by the names of `transformers`. `auto`: as it chooses for the
+    architecture; fused kernels compute their own."""
     trust_remote_code: bool = False
     """Run the Python code that lies beside the weights, on every worker, as the user who runs the job."""

@@ -7,8 +7,8 @@ pass, so the gradient does not depend on how a step's rows are cut into micro-ba
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
 
@@ -21,6 +21,7 @@ from lmray.models.precision import computing
 from lmray.optim.base import use_average
 from lmray.sharding.base import Placed
 
+Around = Callable[[Batch], AbstractContextManager[object]]
 FUSED_MULTIPLE = 64
 """Tokens. Products of a size not seen before cost time and memory, and joined rows have a size of their own each."""
 
@@ -38,10 +39,20 @@ class StepReport:
 
 
 class Learner:
-    """A placed model with what it minimises. `fused`: its steps take micro-batches of one row (see `joined`)."""
+    """A placed model with what it minimises. `fused`: its steps take micro-batches of one row (see `joined`).
+    `around`: what else holds while the loss of a micro-batch is taken."""
 
-    def __init__(self, placed: Placed, objective: Objective, *, max_grad_norm: float, fused: Fused | None = None):
-        self.placed, self.objective, self.max_grad_norm, self.fused = placed, objective, max_grad_norm, fused
+    def __init__(
+        self,
+        placed: Placed,
+        objective: Objective,
+        *,
+        max_grad_norm: float,
+        fused: Fused | None = None,
+        around: Sequence[Around] = (),
+    ):
+        self.placed, self.objective, self.max_grad_norm = placed, objective, max_grad_norm
+        self.fused, self.around = fused, around
 
     @property
     def model(self) -> torch.nn.Module:
@@ -56,8 +67,12 @@ class Learner:
         """`rows` of a micro-batch as this learner computes them: as they are, or behind each other in one."""
         return [tuple(chain.from_iterable(rows))] if self.fused else rows
 
-    def _computing(self, batch: Batch) -> AbstractContextManager[None]:
-        return self.fused.running(batch.position_ids_BT) if self.fused else computing(self.model)
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        with ExitStack() as stack:
+            fused = self.fused.running(batch.position_ids_BT) if self.fused else computing(self.model)
+            for context in (fused, *(make(batch) for make in self.around)):
+                stack.enter_context(context)
+            return self.objective.loss(self.model, batch)
 
     def step(self, batches: Sequence[Batch], *, learning_rate: float) -> StepReport:
         """One optimizer step over this rank's micro-batches, already on the device. Not applied where the loss or the
@@ -70,8 +85,7 @@ class Learner:
         use_average(optimizer, False)
         total = 0.0
         for batch in batches:
-            with self._computing(batch):
-                loss_sum = self.objective.loss(self.model, batch)
+            loss_sum = self._loss(batch)
             (loss_sum / count).backward()
             total += float(loss_sum.detach())
         grad_norm, loss = self.placed.clip_grad_norm(self.max_grad_norm), self.placed.all_sum(total) / count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lmray.models.shape import ModelShape, read_shape
 from lmray.train.data_facts import data_facts, data_warnings
 from lmray.train.duration import forward_flops, step_flops
 from lmray.train.memory import bytes_per_row, memory_parts, process_bytes, worst_rows
+from lmray.train.plan_steps import attention_asked, check_layers, fused_conflict, step_reasons
 from lmray.train.prepare import Prepared, prepare
 from lmray.units import human_bytes, human_count
 
@@ -43,6 +44,8 @@ class Plan:
     """`digest`, `formats`, counts of examples, rows and tokens, lengths, stop token and BOS."""
     device: str
     dtype: str
+    attention: str
+    """How the model's own code computes it, by the name that `transformers` has."""
     kernels: str
     """`fused` or `plain`; see `lmray.models.fused`."""
     sharding: Mapping[str, Any]
@@ -74,6 +77,8 @@ class Plan:
         return [
             *self._first_lines(),
             f"precision  {self.dtype}: {self.reasons['dtype']}",
+            f"attention  {self.attention}: {self.reasons['attention']}",
+            f"loss       {self.reasons['loss']}",
             f"kernels    {self.kernels}: {self.reasons['kernels']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
             f"trained    {human_count(model['trainable_parameters'])} of {human_count(model['parameters'])} parameters "
@@ -123,11 +128,14 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     sharding, sharding_reason = job.sharding.resolve(workers=job.resources.workers)
+    asked = attention_asked(job.model.attn_implementation, device)
     shape = read_shape(
         ready.model.folder,
         lambda model: job.adapter.attach(model, seed=0),
+        attn_implementation=asked,
         trust_remote_code=job.model.trust_remote_code,
     )
+    check_layers(job.train, shape)
     job.train.optim.check(shape.trained_shapes, device=device)
     kernels, kernels_reason = _kernels(job, shape.unfit, device)
     rows_per_step = (
@@ -140,6 +148,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     model = {"source": job.model.source, "revision": job.model.revision, "digest": ready.model.digest}
     data = data_facts(ready, max_length=job.data.max_length)
     rows = worst_rows(ready.rows, job.train.per_device_train_batch_size, fused=kernels == "fused")
+    rows = replace(rows, eager=shape.attention == "eager", again=job.train.gradient_checkpointing)
     settings = {"dtype": dtype, "device": device}
     fields = _flat({key: value for key, value in dump(job).items() if key not in PLACEMENT})
     fields = {key: value for key, value in fields.items() if key not in WATCHED}
@@ -151,9 +160,11 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         data=data,
         device=device,
         dtype=dtype,
+        attention=shape.attention,
         kernels=kernels,
         sharding=dump(sharding),
-        reasons={"dtype": dtype_reason, "sharding": sharding_reason, "kernels": kernels_reason},
+        reasons={"dtype": dtype_reason, "sharding": sharding_reason, "kernels": kernels_reason}
+        | step_reasons(job, shape),
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
@@ -192,7 +203,7 @@ def check_same_run(plan: Plan, folder: Path) -> None:
 
 
 def _kernels(job: TrainJob, unfit: str | None, device: str) -> tuple[str, str]:
-    reason = unfit if device == "cpu" else "the fused functions run on CPUs"
+    reason = fused_conflict(job) or (unfit if device == "cpu" else "the fused functions run on CPUs")
     asked = job.model.kernels
     if asked == "fused" and reason:
         hint = "`kernels: auto` uses them where they fit"

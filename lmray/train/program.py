@@ -36,6 +36,7 @@ from lmray.train.prepare import Prepared, prepare
 from lmray.train.record import DATA, DIVERGED, JOB, PLAN, RESULT
 from lmray.train.report import write_report
 from lmray.train.statistics import data_statistics
+from lmray.train.step import layers_and_noise
 from lmray.train.tracking import Tracking
 
 
@@ -85,7 +86,7 @@ def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: 
         return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
     measuring = time.time()
-    measured = _measure(job, prepared, loop)
+    measured = _measure(job, plan, prepared, loop)
     held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(ctx.folder / "events.jsonl").read())
     times["run.evaluate_seconds"] = held_out_s + time.time() - measuring
     return ctx.patience(
@@ -102,7 +103,12 @@ def _tracked(job: TrainJob, plan: Plan, ctx: RunContext) -> TrackedRun:
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
     """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
-    model = load_model(prepared.model.folder, plan.dtype, trust_remote_code=job.model.trust_remote_code)
+    model = load_model(
+        prepared.model.folder,
+        plan.dtype,
+        attn_implementation=None if job.model.attn_implementation == "auto" else plan.attention,
+        trust_remote_code=job.model.trust_remote_code,
+    )
     model.requires_grad_(False)
     adapted = job.adapter.attach(model, seed=job.train.seed)
     torch.manual_seed(job.train.seed)
@@ -118,7 +124,8 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     )
     (objective,) = job.method.objectives()
     fused = Fused(placed.model) if plan.kernels == "fused" else None
-    return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, fused=fused)
+    around = layers_and_noise(job.train, placed.model, fused)
+    return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, fused=fused, around=around)
 
 
 def _ran(loop: Loop) -> bool:
@@ -145,6 +152,8 @@ def _train_metrics(loop: Loop) -> dict[str, float]:
     speeds = sorted(event["train.tokens_per_s"] for event in events if "train.tokens_per_s" in event)
     metrics: dict[str, float] = {"train.steps": loop.progress.step}
     metrics |= {name: last[name] for name in ("train.loss", "eval.loss") if name in last}
+    compiling = [event["train.compile_seconds"] for event in events if "train.compile_seconds" in event]
+    metrics |= {"train.compile_seconds": sum(compiling)} if compiling else {}
     metrics |= {"train.tokens_per_s": speeds[len(speeds) // 2]} if speeds else {}
     gpu = [event["train.peak_gpu_memory_bytes"] for event in events if "train.peak_gpu_memory_bytes" in event]
     metrics |= {"train.peak_gpu_memory_bytes": max(gpu)} if gpu else {}
@@ -201,13 +210,15 @@ def _finish(
     return result
 
 
-def _measure(job: TrainJob, prepared: Prepared, loop: Loop) -> Mapping[str, Measured]:
+def _measure(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop) -> Mapping[str, Measured]:
     """`base` (where asked for) and `tuned`."""
     if not job.evaluate.tasks:
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
     model, settings = loop.learner.model, {"device": loop.ctx.device, "threads": loop.ctx.threads}
     model.eval()
+    if plan.attention not in ("eager", "sdpa"):  # others know nothing of the slots that answers are generated in
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
     measured = {}
     if job.evaluate.base:
         measured["base"] = measure(

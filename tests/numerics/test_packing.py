@@ -30,7 +30,7 @@ def logits_by_example(model, rows) -> dict[tuple[int, ...], torch.Tensor]:
     return found
 
 
-@pytest.fixture(params=["eager", "sdpa"])
+@pytest.fixture(params=["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def model(request, tiny_model):
     return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=request.param).eval()
 
