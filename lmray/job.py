@@ -41,6 +41,12 @@ class TrainArgs(Config):
     """Share of all steps over which the learning rate rises from zero."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    gradient_checkpointing: bool = False
+    """Keep the inputs of decoder layers only and run them again for their gradients: less memory, a third more time."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0.0)] | None = None
+    """Noise on embeddings while training (NEFTune), 5 to 15 in its paper. Empty: none."""
+    torch_compile: bool = False
+    """Compile decoder layers when they first run: `train.compile_seconds` says how long that took."""
     num_train_epochs: Annotated[float, Field(gt=0.0)] = 1.0
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides `num_train_epochs`."""

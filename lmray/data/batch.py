@@ -34,6 +34,17 @@ class Batch:
     num_supervised: int
     num_tokens: int
     """Without padding."""
+    lengths: tuple[tuple[int, ...], ...] = ()
+    """Of the examples of every row, in their order."""
+
+    @property
+    def example_lengths(self) -> torch.Tensor:
+        """(B, T) int64; tokens of the example that each token is of, 1 for padding."""
+        lengths_BT = torch.ones_like(self.input_ids_BT)
+        for row, lengths in enumerate(self.lengths):
+            of_examples = torch.tensor(lengths)
+            lengths_BT[row, : sum(lengths)] = of_examples.repeat_interleave(of_examples)
+        return lengths_BT
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -42,7 +53,7 @@ class Batch:
 
     def to(self, device: str) -> Batch:
         ids, positions, labels = (one.to(device) for one in (self.input_ids_BT, self.position_ids_BT, self.labels_BT))
-        return Batch(ids, positions, labels, self.num_supervised, self.num_tokens)
+        return Batch(ids, positions, labels, self.num_supervised, self.num_tokens, self.lengths)
 
 
 class Rows(Sequence[Packed]):
@@ -117,4 +128,5 @@ def collate(rows: Sequence[Packed], *, pad_token_id: int, multiple_of: int = 1) 
         torch.from_numpy(labels_BT),
         num_supervised=sum(example.num_supervised for row in rows for example in row),
         num_tokens=sum(len(example) for row in rows for example in row),
+        lengths=tuple(tuple(map(len, row)) for row in rows),
     )

@@ -26,6 +26,7 @@ METRICS = {
     "train.tokens": Metric("tokens", "Tokens of the step, padding not counted."),
     "train.peak_memory_bytes": Metric("bytes", "Largest resident memory of a worker's process so far.", "min"),
     "train.peak_gpu_memory_bytes": Metric("bytes", "Most GPU memory that a worker's tensors took so far.", "min"),
+    "train.compile_seconds": Metric("s", "First step of every attempt, in which layers are compiled.", "min"),
     "train.steps": Metric("steps", "Optimizer steps done."),
     "train.best_step": Metric("", "Optimizer step with the lowest held-out loss."),
     "train.epoch": Metric("epochs", "Passes over the training data so far."),

@@ -79,6 +79,12 @@ class Fused:
         starts = torch.nonzero(position_ids_1N[0] == 0)[:, 0].tolist()
         ends = [*starts[1:], position_ids_1N.shape[1]]
         self.blocks = make_blocks([end - start for start, end in zip(starts, ends, strict=True)])
+        with self.again():
+            yield
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The same on the row of the last `running`: for layers that run again when their gradients are taken."""
         before = self.base.config._attn_implementation
         self.base.config._attn_implementation = MASKLESS
         for module, forward in self.forwards.items():

@@ -29,6 +29,7 @@ def load_model(
     *,
     quantization: str | None = None,
     device: str = "cpu",
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     rope_scaling: RopeScaling | None = None,
 ) -> PreTrainedModel:
@@ -48,6 +49,7 @@ def load_model(
                 folder,
                 config=config,
                 dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from lmray.errors import ConfigError
 from lmray.models.fused import unfit
 from lmray.models.head import plain_head
+from lmray.models.layers import decoder_layers
 from lmray.models.load import load_config
 from lmray.models.quantised import saved_bytes
 from lmray.models.quiet import quiet
@@ -56,6 +58,10 @@ class ModelShape:
     query_width: int
     key_value_width: int
     vocabulary: int
+    attention: str
+    """How it computes attention: the name that `transformers` has for it."""
+    layers_again: int
+    """Decoder layers that can be run again, or compiled, one by one."""
     plain_head: bool
     """Whether the logits are what a linear head returns, so that their loss is taken chunk by chunk."""
     trained_shapes: tuple[tuple[int, ...], ...] = ()
@@ -89,16 +95,16 @@ def read_shape(
     *,
     dtype: str = "float32",
     quantization: str | None = None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> ModelShape:
     """The shape of the model in `folder` as loaded in `dtype`, with the adapter that `attach` gives it; no weight is
-    read. Raises what `attach` raises, and ConfigError for what cannot be quantised."""
+    read. Raises what `attach` raises, and ConfigError for what cannot be quantised and where the model has no such
+    attention."""
     with quiet():
         config = load_config(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-            )
+            model: Any = _without_weights(config, dtype, attn_implementation, trust_remote_code)
             model.requires_grad_(False)
             base = sum(parameter.numel() for parameter in model.parameters())
             ends = {id(end.weight): end.weight.numel() for end in _ends(model)}
@@ -124,6 +130,8 @@ def read_shape(
         query_width=heads * size,
         key_value_width=(getattr(facts, "num_key_value_heads", None) or heads) * size,
         vocabulary=facts.vocab_size,
+        attention=model.config._attn_implementation or "eager",
+        layers_again=len(decoder_layers(model)),
         plain_head=head is not None,
         trained_shapes=tuple(tuple(one.shape) for one in model.parameters() if one.requires_grad),
         trained_head=sum(one.numel() for one in head.parameters() if one.requires_grad) if head is not None else 0,
@@ -131,6 +139,23 @@ def read_shape(
         trained_norms=sum(one.numel() for name, one in model.named_parameters() if _is_trained_norm(name, one)),
         unfit="the weights are quantised" if quantization else unfit(model),
     )
+
+
+def _without_weights(
+    config: Any, dtype: str, attn_implementation: str | None, trust_remote_code: bool
+) -> torch.nn.Module:
+    try:
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ValueError, ImportError) as error:
+        if attn_implementation is None:
+            raise
+        found = f"`{attn_implementation}` cannot be used: {str(error).splitlines()[0][:200]}"
+        raise ConfigError("model.attn_implementation", found, hint="`auto` takes what fits the model") from None
 
 
 def _ends(model: Any) -> list[Any]:

@@ -22,6 +22,9 @@ class ModelSpec(Config):
     kernels: Literal["auto", "plain", "fused"] = "auto"
     """How training steps are computed: as `transformers` and `peft` do it, or by fused functions. `auto`: fused where
     they fit the device, the architecture and the adapter."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """How training steps compute attention, by the names of `transformers`. `auto`: as it chooses for the
+    architecture; fused kernels compute their own."""
     rope_scaling: RopeScaling | None = None
     """Positions beyond those the model was trained with. Empty: its own."""
     trust_remote_code: bool = False

@@ -1,4 +1,4 @@
-"""The peak to the end."""
+"""The peak, from the warm-up to the end."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ pass, so the gradient does not depend on how a step's rows are cut into micro-ba
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import chain
 
@@ -22,6 +22,7 @@ from lmray.models.precision import computing
 from lmray.optim.base import use_average
 from lmray.sharding.base import Placed
 
+Around = Callable[[Batch], AbstractContextManager[object]]
 FUSED_MULTIPLE = 64
 """Tokens. Products of a size not seen before cost time and memory, and joined rows have a size of their own each."""
 
@@ -40,7 +41,7 @@ class StepReport:
 
 class Learner:
     """A placed model with what it minimises. `adapter`: told of every step. `fused`: its steps take micro-batches of
-    one row (see `joined`)."""
+    one row (see `joined`). `around`: what else holds while the loss of a micro-batch is taken."""
 
     def __init__(
         self,
@@ -50,9 +51,10 @@ class Learner:
         max_grad_norm: float,
         adapter: Adapter | None = None,
         fused: Fused | None = None,
+        around: Sequence[Around] = (),
     ):
         self.placed, self.objective, self.max_grad_norm = placed, objective, max_grad_norm
-        self.adapter, self.fused = adapter, fused
+        self.adapter, self.fused, self.around = adapter, fused, around
 
     @property
     def model(self) -> torch.nn.Module:
@@ -67,8 +69,12 @@ class Learner:
         """`rows` of a micro-batch as this learner computes them: as they are, or behind each other in one."""
         return [tuple(chain.from_iterable(rows))] if self.fused else rows
 
-    def _computing(self, batch: Batch) -> AbstractContextManager[None]:
-        return self.fused.running(batch.position_ids_BT) if self.fused else computing(self.model)
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        with ExitStack() as stack:
+            fused = self.fused.running(batch.position_ids_BT) if self.fused else computing(self.model)
+            for context in (fused, *(make(batch) for make in self.around)):
+                stack.enter_context(context)
+            return self.objective.loss(self.model, batch)
 
     def step(self, batches: Sequence[Batch], *, learning_rate: float, step: int = 0, num_idle: int = 0) -> StepReport:
         """Optimizer step number `step` over this rank's micro-batches, already on the device. Not applied where the
@@ -82,8 +88,7 @@ class Learner:
         use_average(self.placed.optimizer, False)
         total = 0.0
         for number, batch in enumerate(batches, 1):
-            with self._computing(batch):
-                loss_sum = self.objective.loss(self.model, batch) * (number <= len(counted))
+            loss_sum = self._loss(batch) * (number <= len(counted))
             self.placed.backward(loss_sum / count, last=number == len(batches))
             total += float(loss_sum.detach())
         penalty = self.adapter.penalty(self.model) if self.adapter else None

@@ -39,6 +39,7 @@ class Loop:
         self.progress = self._resumed()
         self.watch = Watch(**self.progress.watch)
         self._postponed = False
+        self._compiles = job.train.torch_compile
         self.final_loss: float | None = None
         """Held-out loss of the model as it is at the end, where it is known."""
 
@@ -104,6 +105,8 @@ class Loop:
         rows = self.sampler.rows(self.progress.samples, stop)
         self.progress = Progress(self.plan.run_key, step, stop, self.progress.seconds + seconds)
         metrics = self._metrics(report, rate, seconds)
+        if self._compiles:
+            metrics["train.compile_seconds"], self._compiles = seconds, False
         self._sound(self.watch.step(metrics, args), rows, metrics)
         if self.prepared.eval_rows and (step == self.plan.steps or (args.eval_steps and step % args.eval_steps == 0)):
             metrics |= self._measured(step)

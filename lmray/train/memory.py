@@ -46,6 +46,10 @@ class Rows:
     """Whether any row holds several examples."""
     fused: bool = False
     """Whether steps run by `lmray.models.fused`."""
+    eager: bool = False
+    """Whether attention keeps its weights, T numbers a token and head."""
+    again: bool = False
+    """Whether layers keep their inputs only, and all else of one at a time."""
 
 
 def worst_rows(rows: Sequence[Packed], count: int, *, fused: bool = False) -> Rows:
@@ -57,6 +61,10 @@ def worst_rows(rows: Sequence[Packed], count: int, *, fused: bool = False) -> Ro
 
 def kept_bytes(shape: ModelShape, rows: Rows, dtype: str, *, device: str = "cpu") -> int:
     """What autograd keeps of all layers for one micro-batch; the module docstring says of which tensors."""
+    if rows.again:
+        inputs = rows.count * rows.tokens * shape.hidden * WIDTH[dtype]
+        one_layer = kept_bytes(shape, replace(rows, again=False), dtype, device=device) // shape.layers
+        return shape.layers * inputs + one_layer
     if rows.fused:
         return rows.count * rows.tokens * shape.layers * _fused_bytes(shape, WIDTH[dtype])
     width, repeated = WIDTH[dtype], rows.packed and device == "cpu"
@@ -65,6 +73,8 @@ def kept_bytes(shape: ModelShape, rows: Rows, dtype: str, *, device: str = "cpu"
     layer += 2 * (4 * shape.hidden + 4)
     if rows.packed:
         layer += width * rows.tokens
+    if rows.eager:
+        layer += shape.heads * rows.tokens * (4 + (width if width < 4 else 0))
     return rows.count * rows.tokens * (shape.layers * layer + 4 * shape.trained_norms + _adapter_bytes(shape, width))
 
 

@@ -15,15 +15,22 @@ from lmray.artifacts.files import sha256_json
 from lmray.config import dump
 from lmray.errors import ConfigError
 from lmray.job import TrainJob
-from lmray.models.machine import this_machine
 from lmray.models.precision import resolve_dtype
-from lmray.models.quantised import check_library
 from lmray.models.rope import RopeScaling
 from lmray.models.shape import ModelShape, read_shape
-from lmray.sharding.base import Need, Sharding
 from lmray.train.data_facts import data_facts, data_warnings
 from lmray.train.duration import forward_flops, step_flops
-from lmray.train.memory import USABLE, Rows, bytes_per_row, memory_parts, process_bytes, worst_rows
+from lmray.train.memory import Rows, bytes_per_row, memory_parts, process_bytes, worst_rows
+from lmray.train.plan_steps import (
+    attention_asked,
+    check_divided,
+    check_layers,
+    check_quantization,
+    check_virtual_tokens,
+    kernels_of,
+    sharding_of,
+    step_reasons,
+)
 from lmray.train.prepare import Prepared, prepare
 from lmray.units import human_bytes, human_count
 
@@ -31,12 +38,6 @@ PLACEMENT = ("name", "storage", "sharding", "resources", "output", "report_to")
 """Fields of a job that are not part of what it computes."""
 WATCHED = ("train.divergence_factor",)
 """Fields below those that decide when a run is given up, not what it computes: a run may go on under another value."""
-
-QUANTISED = {
-    "nf4": "nf4 with double quantisation in the linear layers, frozen",
-    "int8": "int8 in the linear layers, frozen",
-}
-"""What weights are quantised to, for the plan."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Plan:
     """`digest`, `formats`, counts of examples, rows and tokens, lengths, stop token and BOS."""
     device: str
     dtype: str
+    attention: str
+    """How the model's own code computes it, by the name that `transformers` has."""
     kernels: str
     """`fused` or `plain`; see `lmray.models.fused`."""
     sharding: Mapping[str, Any]
@@ -85,6 +88,8 @@ class Plan:
             *self._first_lines(),
             f"precision  {self.dtype}: {self.reasons['dtype']}",
             *([f"weights    {quantised}"] if (quantised := self.reasons.get("quantization")) else []),
+            f"attention  {self.attention}: {self.reasons['attention']}",
+            f"loss       {self.reasons['loss']}",
             f"kernels    {self.kernels}: {self.reasons['kernels']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
             *self._positions(),
@@ -152,26 +157,24 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     ready = prepared or prepare(job)
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
-    _check_virtual_tokens(job)
+    check_virtual_tokens(job)
     rows_per_step, samples, steps = _schedule(job, len(ready.rows))
     shape = read_shape(
         ready.model.folder,
         lambda model: job.adapter.for_steps(steps).attach(model, seed=0),
         dtype=dtype,
         quantization=job.model.quantization,
+        attn_implementation=attention_asked(job.model.attn_implementation, device),
         trust_remote_code=job.model.trust_remote_code,
     )
+    check_layers(job.train, shape)
     job.train.optim.check(shape.trained_shapes, device=device)
-    rows = worst_rows(ready.rows, job.train.per_device_train_batch_size)
-    rows = replace(rows, tokens=rows.tokens + job.adapter.virtual_tokens)
-    optimizer_bytes = job.train.optim.state_bytes(shape.trained_shapes)
-    settings: dict[str, Any] = {"dtype": dtype, "device": device, "process_bytes": process_bytes()}
-    settings["optimizer_bytes"] = optimizer_bytes * shape.trained_bytes // (4 * max(1, shape.trained))
-    sharding, sharding_reason = _sharding(job, shape, rows, settings)
+    rows, settings = _largest(job, ready, shape), _settings(job, shape, dtype, device)
+    sharding, sharding_reason = sharding_of(job, shape, rows, settings)
     check_divided(job, sharding)
     if job.model.quantization:
         check_quantization(job, sharding)
-    kernels, kernels_reason = _kernels(job, shape.unfit, device, sharding)
+    kernels, kernels_reason = kernels_of(job, shape.unfit, device, sharding)
     model = _model_facts(job, ready, shape)
     data = data_facts(ready, max_length=job.data.max_length) | {"joined": job.method.joins}
     rows = replace(rows, fused=kernels == "fused")
@@ -186,10 +189,11 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         data=data,
         device=device,
         dtype=dtype,
+        attention=shape.attention,
         kernels=kernels,
         sharding=dump(sharding),
         reasons={"dtype": dtype_reason, "sharding": sharding_reason, "kernels": kernels_reason}
-        | ({"quantization": QUANTISED[job.model.quantization]} if job.model.quantization else {}),
+        | step_reasons(job, shape),
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
@@ -208,6 +212,20 @@ def _schedule(job: TrainJob, num_rows: int) -> tuple[int, int, int]:
         return rows_per_step, args.max_steps * rows_per_step, args.max_steps
     samples = max(1, round(args.num_train_epochs * num_rows))
     return rows_per_step, samples, math.ceil(samples / rows_per_step)
+
+
+def _largest(job: TrainJob, ready: Prepared, shape: ModelShape) -> Rows:
+    """The micro-batch that takes most memory."""
+    rows = worst_rows(ready.rows, job.train.per_device_train_batch_size)
+    again, eager = job.train.gradient_checkpointing, shape.attention == "eager"
+    return replace(rows, tokens=rows.tokens + job.adapter.virtual_tokens, eager=eager, again=again)
+
+
+def _settings(job: TrainJob, shape: ModelShape, dtype: str, device: str) -> dict[str, Any]:
+    """Of the memory estimate. Optimizers say their size for float32 weights."""
+    optimizer_bytes = job.train.optim.state_bytes(shape.trained_shapes) * shape.trained_bytes
+    optimizer_bytes //= 4 * max(1, shape.trained)
+    return {"dtype": dtype, "device": device, "process_bytes": process_bytes(), "optimizer_bytes": optimizer_bytes}
 
 
 def _model_facts(job: TrainJob, ready: Prepared, shape: ModelShape) -> dict[str, Any]:
@@ -247,68 +265,6 @@ def continued(plan: Plan, folder: Path) -> Plan:
         return plan
     before = json.loads(path.read_text(encoding="utf-8"))
     return replace(plan, **{name: before[name] for name in ("rows_per_step", "samples", "steps")})
-
-
-def _sharding(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[str, Any]) -> tuple[Sharding, str]:
-    """Machines are taken to be like this one, which its workers share."""
-    workers = job.resources.workers
-    total = memory_parts(shape, rows, **settings)["total"]
-    room = this_machine().worker_bytes(on_gpu=settings["device"] == "cuda")
-    room = room // workers if room and settings["device"] == "cpu" else room
-    fits = room is None or total <= USABLE * room
-    sharding, reason = job.sharding.resolve(workers=workers, need=Need(job.adapter.kept == "adapter", fits))
-    return sharding, reason
-
-
-def _kernels(job: TrainJob, unfit: str | None, device: str, sharding: Sharding) -> tuple[str, str]:
-    reason = unfit if device == "cpu" else "the fused functions run on CPUs"
-    if sharding.shards:
-        reason = "the fused functions need whole weights, the workers share them"
-    asked = job.model.kernels
-    if asked == "fused" and reason:
-        hint = "`kernels: auto` uses them where they fit"
-        raise ConfigError("model.kernels", f"`fused` does not fit: {reason}", allowed="auto, plain", hint=hint)
-    if asked == "auto":
-        return ("plain", reason) if reason else ("fused", "the model's parts are known to the fused functions")
-    return asked, "as the job says"
-
-
-def _check_virtual_tokens(job: TrainJob) -> None:
-    """Raises ConfigError for what cannot be done with an adapter whose tokens lie before every row."""
-    if not job.adapter.virtual_tokens:
-        return
-    if job.data.packing:
-        found = f"the virtual tokens of `{job.adapter.name}` would lie before the first example of a row only"
-        raise ConfigError("data.packing", found, allowed="false")
-    if asking := [task.name for task in job.evaluate.tasks if task.needs == "answers"]:
-        found = f"`{asking[0]}` needs answers, which the native engine cannot generate with `{job.adapter.name}`"
-        raise ConfigError("evaluate.tasks", found, hint="`loss` and tasks that choose between answers need none")
-
-
-def check_divided(job: TrainJob, sharding: Sharding) -> None:
-    """Raises ConfigError where `sharding` divides weights that the job's adapter or optimizer needs whole."""
-    if not sharding.shards:
-        return
-    for field, one, has_parts in (
-        ("sharding.name", job.adapter, not job.adapter.needs_whole_weights),
-        ("train.optim", job.train.optim, job.train.optim.elementwise),
-    ):
-        if not has_parts:
-            found = f"`{sharding.name}` divides the weights, which `{one.name}` needs whole on every worker"
-            raise ConfigError(field, found, hint="with `sharding: ddp` every worker holds them whole")
-
-
-def check_quantization(job: TrainJob, sharding: Sharding) -> None:
-    """Raises ConfigError where quantised weights cannot be trained on: the library is missing, or the adapter or the
-    strategy changes or divides them."""
-    check_library()
-    if job.adapter.changes_base:
-        found = f"`{job.adapter.name}` as it is set changes the model's own weights, which stay quantised"
-        hint = "an adapter beside them, like `lora`, can be trained, or the model as it is: `model.quantization: null`"
-        raise ConfigError("model.quantization", found, hint=hint)
-    if sharding.shards:
-        found = f"`{sharding.name}` divides weights, which quantised ones cannot be"
-        raise ConfigError("model.quantization", found, allowed="sharding: single, ddp")
 
 
 def _trust_warnings(job: TrainJob) -> list[str]:

@@ -40,6 +40,7 @@ from lmray.train.prepare import Prepared, prepare
 from lmray.train.record import DATA, DIVERGED, JOB, PLAN, RESULT
 from lmray.train.report import write_report
 from lmray.train.statistics import data_statistics
+from lmray.train.step import layers_and_noise
 from lmray.train.tracking import Tracking
 
 BASE = ("source", "revision", "digest", "rope_scaling")
@@ -166,8 +167,11 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     )
     (objective,) = job.method.objectives()
     fused = Fused(placed.model) if plan.kernels == "fused" else None
+    around = layers_and_noise(job.train, placed.model, fused)
     release_heap()
-    return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, adapter=job.adapter, fused=fused)
+    return Learner(
+        placed, objective, max_grad_norm=job.train.max_grad_norm, adapter=job.adapter, fused=fused, around=around
+    )
 
 
 def _base_model(job: TrainJob, plan: Plan, prepared: Prepared, device: str) -> torch.nn.Module:
@@ -176,6 +180,7 @@ def _base_model(job: TrainJob, plan: Plan, prepared: Prepared, device: str) -> t
         plan.dtype,
         quantization=job.model.quantization,
         device=device,
+        attn_implementation=None if job.model.attn_implementation == "auto" else plan.attention,
         trust_remote_code=job.model.trust_remote_code,
         rope_scaling=job.model.rope_scaling,
     )
@@ -217,6 +222,8 @@ def _train_metrics(loop: Loop) -> dict[str, float]:
     speeds = sorted(event["train.tokens_per_s"] for event in events if "train.tokens_per_s" in event)
     metrics: dict[str, float] = {"train.steps": loop.progress.step}
     metrics |= {name: last[name] for name in ("train.loss", "eval.loss") if name in last}
+    compiling = [event["train.compile_seconds"] for event in events if "train.compile_seconds" in event]
+    metrics |= {"train.compile_seconds": sum(compiling)} if compiling else {}
     metrics |= {"train.tokens_per_s": speeds[len(speeds) // 2]} if speeds else {}
     gpu = [event["train.peak_gpu_memory_bytes"] for event in events if "train.peak_gpu_memory_bytes" in event]
     metrics |= {"train.peak_gpu_memory_bytes": max(gpu)} if gpu else {}
@@ -289,6 +296,10 @@ def _measure(
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
     tuned.eval()
+    base = _base_model(job, plan, prepared, ctx.device).to(ctx.device) if job.adapter.changes_base else tuned
+    if plan.attention not in ("eager", "sdpa"):  # others know nothing of the slots that answers are generated in
+        for model in (base, tuned):
+            model.set_attn_implementation("sdpa")  # type: ignore[operator]
 
     def measured(label: str, model: torch.nn.Module, adapter: str | None, **own: Any) -> Measured:
         return measure(
@@ -307,7 +318,6 @@ def _measure(
     handle = None if job.adapter.kept == "model" else "default"
     if not job.evaluate.base:
         return {"tuned": measured("tuned", tuned, handle, loss=loop.final_loss)}
-    base = _base_model(job, plan, prepared, ctx.device).to(ctx.device) if job.adapter.changes_base else tuned
     before = measured("base", base, None, prefix="base")
     del base
     return {"base": before, "tuned": measured("tuned", tuned, handle)}

@@ -31,7 +31,10 @@ def logits_by_example(model, rows) -> dict[tuple[int, ...], torch.Tensor]:
     return found
 
 
-@pytest.fixture(params=["eager", "sdpa", "sdpa linear", "sdpa yarn", "sdpa llama3"])
+ATTENTIONS = ["eager", "sdpa", "sdpa linear", "sdpa yarn", "sdpa llama3"]
+
+
+@pytest.fixture(params=[*ATTENTIONS, pytest.param("flex_attention", marks=pytest.mark.slow)])
 def model(request, tiny_model):
     attention, _, rope_type = request.param.partition(" ")
     config = AutoConfig.from_pretrained(tiny_model)

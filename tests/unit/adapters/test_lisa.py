@@ -19,7 +19,8 @@ from lmray.sharding.single import Single
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.tiny import tiny_model_folder
 from lmray.train.learner import Learner
-from lmray.train.plan import check_divided, make_plan
+from lmray.train.plan import make_plan
+from lmray.train.plan_steps import check_divided
 from lmray.train.prepare import prepare
 
 

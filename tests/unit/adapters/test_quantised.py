@@ -21,7 +21,8 @@ from lmray.models.shape import read_shape
 from lmray.sharding.fsdp2 import Fsdp2
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.tiny import tiny_model_folder
-from lmray.train.plan import check_quantization, make_plan
+from lmray.train.plan import make_plan
+from lmray.train.plan_steps import check_quantization
 
 pytest.importorskip("bitsandbytes")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

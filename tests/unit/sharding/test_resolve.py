@@ -17,7 +17,7 @@ from lmray.sharding.base import Need
 from lmray.sharding.fsdp2 import Fsdp2
 from lmray.sharding.single import Single
 from lmray.testing.jobs import tiny_job
-from lmray.train import plan as plans
+from lmray.train import plan_steps
 from lmray.train.memory import Rows, memory_parts
 from lmray.train.plan import continued, make_plan
 
@@ -56,7 +56,7 @@ def test_the_plan_says_which_and_why_and_takes_the_plain_kernels_where_weights_a
     assert both.sharding["name"] == "ddp" and both.kernels == "fused" and both.rows_per_step == 8
     assert any("only an adapter" in line for line in both.lines())
     small = replace(this_machine(), memory_bytes=2**20)
-    monkeypatch.setattr(plans, "this_machine", lambda: small)
+    monkeypatch.setattr(plan_steps, "this_machine", lambda: small)
     shared = make_plan(job(sharding="auto", resources={"workers": 2}))
     assert (shared.sharding["name"], shared.kernels) == ("fsdp2", "plain")
     assert "whole weights" in shared.reasons["kernels"]

@@ -1,0 +1,122 @@
+"""What the plan decides of training steps: attention, loss, kernels, sharding, and what of it goes together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lmray.errors import ConfigError
+from lmray.job import TrainArgs, TrainJob
+from lmray.models.machine import this_machine
+from lmray.models.quantised import check_library
+from lmray.models.shape import ModelShape
+from lmray.sharding.base import Need, Sharding
+from lmray.train.memory import USABLE, Rows, memory_parts
+
+QUANTISED = {
+    "nf4": "nf4 with double quantisation in the linear layers, frozen",
+    "int8": "int8 in the linear layers, frozen",
+}
+"""What weights are quantised to, for the plan."""
+
+GPU_ATTENTION = {
+    "flash_attention_2": "its kernels are a GPU's",
+    "flex_attention": "PyTorch takes its gradient on GPUs only",
+}
+"""Why an attention cannot train on a CPU."""
+
+
+def attention_asked(name: str, device: str) -> str | None:
+    """The attention a model is to be made with; None leaves it to `transformers`. Raises ConfigError for one that
+    cannot train on `device`."""
+    if device == "cpu" and name in GPU_ATTENTION:
+        found = f"`{name}` cannot train on a CPU: {GPU_ATTENTION[name]}"
+        raise ConfigError("model.attn_implementation", found, allowed="auto, eager, sdpa")
+    return None if name == "auto" else name
+
+
+def check_layers(args: TrainArgs, shape: ModelShape) -> None:
+    """Raises ConfigError where decoder layers are to be run again or compiled, and the model's code has none that
+    can."""
+    for name in ("gradient_checkpointing", "torch_compile"):
+        if getattr(args, name) and not shape.layers_again:
+            found = f"`{name}` needs decoder layers as `transformers` builds them, and this model has none"
+            raise ConfigError(f"train.{name}", found, hint="leave it out")
+
+
+def fused_conflict(job: TrainJob) -> str | None:
+    """Why fused kernels and what the job says of its steps do not go together, or None."""
+    if job.model.attn_implementation != "auto":
+        return f"attention is to be computed by `{job.model.attn_implementation}`"
+    return "`torch_compile` compiles the model's own layers" if job.train.torch_compile else None
+
+
+def step_reasons(job: TrainJob, shape: ModelShape) -> dict[str, str]:
+    """Why attention and loss are computed as they are."""
+    chosen = "what `transformers` takes for the architecture"
+    chunks = "chunk by chunk: nothing follows the output head"
+    return {
+        "attention": chosen if job.model.attn_implementation == "auto" else "as the job says",
+        "loss": chunks if shape.plain_head else "from all logits at once: something follows or adapts the head",
+    } | ({"quantization": QUANTISED[job.model.quantization]} if job.model.quantization else {})
+
+
+def sharding_of(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[str, Any]) -> tuple[Sharding, str]:
+    """The strategy that will run, and why. Machines are taken to be like this one, which its workers share."""
+    workers = job.resources.workers
+    total = memory_parts(shape, rows, **settings)["total"]
+    room = this_machine().worker_bytes(on_gpu=settings["device"] == "cuda")
+    room = room // workers if room and settings["device"] == "cpu" else room
+    fits = room is None or total <= USABLE * room
+    return job.sharding.resolve(workers=workers, need=Need(job.adapter.kept == "adapter", fits))
+
+
+def kernels_of(job: TrainJob, unfit: str | None, device: str, sharding: Sharding) -> tuple[str, str]:
+    reason = fused_conflict(job) or (unfit if device == "cpu" else "the fused functions run on CPUs")
+    if sharding.shards:
+        reason = "the fused functions need whole weights, the workers share them"
+    asked = job.model.kernels
+    if asked == "fused" and reason:
+        hint = "`kernels: auto` uses them where they fit"
+        raise ConfigError("model.kernels", f"`fused` does not fit: {reason}", allowed="auto, plain", hint=hint)
+    if asked == "auto":
+        return ("plain", reason) if reason else ("fused", "the model's parts are known to the fused functions")
+    return asked, "as the job says"
+
+
+def check_virtual_tokens(job: TrainJob) -> None:
+    """Raises ConfigError for what cannot be done with an adapter whose tokens lie before every row."""
+    if not job.adapter.virtual_tokens:
+        return
+    if job.data.packing:
+        found = f"the virtual tokens of `{job.adapter.name}` would lie before the first example of a row only"
+        raise ConfigError("data.packing", found, allowed="false")
+    if asking := [task.name for task in job.evaluate.tasks if task.needs == "answers"]:
+        found = f"`{asking[0]}` needs answers, which the native engine cannot generate with `{job.adapter.name}`"
+        raise ConfigError("evaluate.tasks", found, hint="`loss` and tasks that choose between answers need none")
+
+
+def check_divided(job: TrainJob, sharding: Sharding) -> None:
+    """Raises ConfigError where `sharding` divides weights that the job's adapter or optimizer needs whole."""
+    if not sharding.shards:
+        return
+    for field, one, has_parts in (
+        ("sharding.name", job.adapter, not job.adapter.needs_whole_weights),
+        ("train.optim", job.train.optim, job.train.optim.elementwise),
+    ):
+        if not has_parts:
+            found = f"`{sharding.name}` divides the weights, which `{one.name}` needs whole on every worker"
+            raise ConfigError(field, found, hint="with `sharding: ddp` every worker holds them whole")
+
+
+def check_quantization(job: TrainJob, sharding: Sharding) -> None:
+    """Raises ConfigError where quantised weights cannot be trained on: the library is missing, or the adapter or the
+    strategy changes or divides them."""
+    check_library()
+    if job.adapter.changes_base:
+        found = f"`{job.adapter.name}` as it is set changes the model's own weights, which stay quantised"
+        hint = "an adapter beside them, like `lora`, can be trained, or the model as it is: `model.quantization: null`"
+        raise ConfigError("model.quantization", found, hint=hint)
+    if sharding.shards:
+        found = f"`{sharding.name}` divides weights, which quantised ones cannot be"
+        raise ConfigError("model.quantization", found, allowed="sharding: single, ddp")
