@@ -126,17 +126,22 @@ def metrics_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-@cache
 def _known(include_path: str | None, tasks: tuple[str, ...]) -> TaskManager:
-    """The benchmarks there are. Those of the harness, which are many files, are read where not all of `tasks` are among
+    """The benchmarks there are. Those of the harness, thousands of files, are read where not all of `tasks` are among
     those of one's own."""
+    if include_path is not None:
+        own = _index(include_path, include_defaults=False)
+        if set(tasks) <= set(own.all_subtasks):
+            return own
+    return _index(include_path, include_defaults=True)
+
+
+@cache
+def _index(include_path: str | None, *, include_defaults: bool) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     with _quiet():
-        own = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
-        if own is not None and set(tasks) <= set(own.all_subtasks):
-            return own
-        return TaskManager(include_path=include_path)
+        return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 @contextmanager

@@ -71,3 +71,13 @@ def test_export_writes_the_adapter(cli, versions, tmp_path):
 
 def test_another_store_can_be_named(cli, versions, tmp_path):
     assert cli("artifacts", "list", "--store", tmp_path / "other").out == "nothing is kept yet\n"
+
+
+def test_a_whole_model_is_listed_as_one_and_exported_whole(cli, versions, tiny_model, tmp_path):
+    kept = Artifacts(open_store()).keep("whole", tiny_model, base=versions[0].base, kind="model")
+    kinds = {row["artifact"]: row["kind"] for row in json.loads(cli("artifacts", "list", "--json").out)["artifacts"]}
+    assert kinds == {versions[0].ref: "adapter", versions[1].ref: "adapter", kept.ref: "model"}
+    said = cli("artifacts", "export", "whole", tmp_path / "out", "--format", "peft")
+    assert said.code == 2 and "is a whole model" in said.err and "allowed: --format hf" in said.err
+    assert cli("artifacts", "export", "whole", tmp_path / "out").code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(kept.files)

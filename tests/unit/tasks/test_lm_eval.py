@@ -178,9 +178,11 @@ def test_what_is_missing_is_told_before_a_model_is_loaded(place, tmp_path, monke
     (broken / "gone.jsonl").unlink()
     with pytest.raises(DataError, match=r"cannot be loaded: .*gone"):
         check_tasks([LmEval(tasks=("gone",), include_path=str(broken))], [])
-    benchmark(broken, "code", [{"question": "q", "answer": "a"}], output_type="generate_until", unsafe_code=True)
+    (tmp_path / "unsafe").mkdir()
+    rows, fields = [{"question": "q", "answer": "a"}], {"output_type": "generate_until", "unsafe_code": True}
+    benchmark(tmp_path / "unsafe", "code", rows, **fields)
     with pytest.raises(ConfigError, match="runs code that the model writes"):
-        check_tasks([LmEval(tasks=("code",), include_path=str(broken))], [])
+        check_tasks([LmEval(tasks=("code",), include_path=str(tmp_path / "unsafe"))], [])
     monkeypatch.setattr("lmray.tasks.lm_eval.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs the package `lm_eval`") as caught:
         check_tasks([LmEval(tasks=("choosing",), include_path=own)], [])
