@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class Prepared:
     model: FoundModel
     tokenizer: Any
     held_out: HeldOut
-    solved: tuple[Example, ...]
+    solved: Sequence[Example]
     """Training examples, for the shots."""
 
 
@@ -131,9 +133,9 @@ def _told(progress: ProgressFile, label: str) -> Progress:
 
 def shortest(examples: Any, count: int) -> list[Any]:
     """The `count` shortest solved examples: what fits before every question."""
-    return sorted(examples, key=lambda one: (sum(len(message["content"]) for message in one.messages), one.where))[
-        :count
-    ]
+    return nsmallest(
+        count, examples, key=lambda one: (sum(len(message["content"]) for message in one.messages), one.where)
+    )
 
 
 def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> Path | None:

@@ -16,12 +16,12 @@ SHARE = 0.2
 
 
 class Counter:
-    """Plain lines; on a terminal, one line that is written over."""
+    """Plain lines; on a terminal, one line that is written over. `total` is None where it is not known."""
 
     def __init__(
         self,
         what: str,
-        total: int,
+        total: int | None,
         *,
         unit: str,
         stream: TextIO | None = None,
@@ -32,10 +32,11 @@ class Counter:
         self._began = clock()
         self._due = self._began + DELAY_S
 
-    def at(self, done: int) -> None:
-        """`done` of the total are done; called as often as one likes."""
+    def at(self, done: int, *, last: bool = False) -> None:
+        """`done` of the total are done; called as often as one likes. `last`: there are no more, where the total is
+        not known (None)."""
         now = self.clock()
-        shown, last = self._due > self._began + DELAY_S, done >= self.total
+        shown, last = self._due > self._began + DELAY_S, last or (self.total is not None and done >= self.total)
         if now < self._due and not (shown and last):
             return
         elapsed = now - self._began
@@ -46,6 +47,8 @@ class Counter:
 
     def _line(self, done: int, elapsed: float) -> str:
         speed = done / elapsed
+        if self.total is None:
+            return f"{self.what} {done:,} {self.unit}  {speed:,.0f} a second  {human_seconds(elapsed)} gone"
         left = human_seconds((self.total - done) / speed) if done else "?"
         facts = f"{done:,}/{self.total:,} {self.unit}  {speed:,.0f} a second"
         return f"{self.what} {facts}  {human_seconds(elapsed)} gone, {left} left"

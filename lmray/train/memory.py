@@ -11,12 +11,12 @@ keys and values repeated for every query head. Frozen matrices keep nothing but 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import psutil
 
-from lmray.data.batch import Packed
+from lmray.data import batch
 from lmray.models.shape import WIDTH, AdaptedLinear, ModelShape
 
 HEAP_SHARE = 0.5
@@ -46,11 +46,11 @@ class Rows:
     """Whether steps run by `lmray.models.fused`."""
 
 
-def worst_rows(rows: Sequence[Packed], count: int, *, fused: bool = False) -> Rows:
+def worst_rows(rows: batch.Rows, count: int, *, fused: bool = False) -> Rows:
     """The micro-batch of `count` out of `rows` that takes most memory."""
-    supervised = sorted((sum(one.num_supervised for one in row) for row in rows), reverse=True)[:count]
-    tokens = max(sum(map(len, row)) for row in rows)
-    return Rows(count, tokens, -(-sum(supervised) // len(supervised)), any(len(row) > 1 for row in rows), fused)
+    supervised = np.sort(rows.sums(rows.table.supervised))[-count:]
+    tokens = int(rows.sums(rows.table.lengths).max())
+    return Rows(count, tokens, -(-int(supervised.sum()) // len(supervised)), bool((rows.sizes > 1).any()), fused)
 
 
 def kept_bytes(shape: ModelShape, rows: Rows, dtype: str, *, device: str = "cpu") -> int:
