@@ -44,6 +44,11 @@ class Example:
         return self.rejected is not None or self.label is not None
 
     @property
+    def num_chars(self) -> int:
+        """Of what is said in it."""
+        return len(self.text or "") + sum(len(turn["content"]) for turn in self.messages)
+
+    @property
     def has_tools(self) -> bool:
         return bool(self.tools) or any(turn["role"] == "tool" or "tool_calls" in turn for turn in self.messages)
 

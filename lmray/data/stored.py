@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,7 @@ class Pool:
     """All examples of a folder that `PoolMaker` filled, in the order they came."""
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]):
-        with open(folder / ROWS, "rb") as file:
-            self._rows = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open(folder / ROWS, "rb", buffering=0)  # noqa: SIM115
         arrays = map_arrays(folder / NUMBERS)
         self._starts, self.digests = arrays["starts"], arrays["digests"]
         self.places = Places(facts["names"], arrays["files"], arrays["rows"])
@@ -39,7 +38,8 @@ class Pool:
         self._mappings = [_mapping(source["mapping"]) for source in facts["sources"]]
 
     def __getitem__(self, index: int) -> Example:
-        value = json.loads(self._rows[self._starts[index] : self._starts[index + 1]])
+        start, stop = map(int, self._starts[index : index + 2])
+        value = json.loads(os.pread(self._file.fileno(), stop - start, start))
         mapping = self._mappings[bisect_right(self._firsts, index) - 1]
         return mapping.example(Row(self.places[index], value))
 

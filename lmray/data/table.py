@@ -1,6 +1,6 @@
 """Tokenised examples side by side in a few flat arrays, in memory or on disk; an example is made when it is asked for.
 
-Shapes: N tokens, M examples of one part; S of what was tokenised.
+Shapes: N tokens, M examples of one part, each with at least a token; S of what was tokenised.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Part:
     """int64, one more than there are examples: where each starts, and the end."""
     supervised_M: np.ndarray
     """int64: tokens a loss is taken on."""
+    borders_M3: np.ndarray
+    """int32: first id, second id (-1: none) and last label, so that no page of tokens is read for them."""
     sources_M: np.ndarray
     """int64, rising: the place, among what was tokenised, of what each example was made of."""
     dropped_S: np.ndarray
@@ -85,11 +87,14 @@ class Part:
         offsets = np.cumsum([0, *map(len, examples)], dtype=np.int64)
         ids = np.concatenate([none, *(one.input_ids for one in examples)])
         labels = np.concatenate([none, *(one.labels for one in examples)])
+        starts, ends = offsets[:-1], offsets[1:]
         has_loss = labels != IGNORED
-        has_loss[offsets[:-1][np.diff(offsets) > 0]] = False  # nothing stands before an example's first token
+        has_loss[starts] = False  # nothing stands before an example's first token
         before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(has_loss)])
-        numbers = (np.array(one, dtype=np.int64) for one in (sources, dropped, truncated, empty))
-        return cls(ids, labels, offsets, np.diff(before[offsets]), *numbers)
+        second = np.where(ends - starts > 1, ids[np.minimum(starts + 1, ends - 1)], -1)
+        borders = np.stack([ids[starts], second, labels[ends - 1]], axis=1).astype(np.int32)
+        places = (np.array(one, dtype=np.int64) for one in (sources, dropped, truncated, empty))
+        return cls(ids, labels, offsets, np.diff(before[offsets]), borders, *places)
 
     @classmethod
     def joined(cls, parts: Sequence[Part]) -> Part:

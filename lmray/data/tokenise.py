@@ -29,6 +29,8 @@ __all__ = ["IGNORED", "Tokenised", "TokenisedData", "encode", "prompt_ids", "ren
 
 CHUNK = 1000
 """Examples that are rendered and encoded together."""
+CHUNK_CHARS = 4_000_000
+"""Fewer of them where they have so many characters: encoding takes a hundred times as many bytes for a moment."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,7 @@ def tokenised_parts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Examp
     """`examples` chunk by chunk. Raises DataError for one that cannot be tokenised exactly or as the rules say."""
     conventions = Conventions.of(tokenizer, rules.stop_token_ids)
     counter = Counter("tokenise", len(examples), unit="examples")
-    for first in range(0, len(examples), CHUNK):
-        chunk = examples[first : first + CHUNK]
+    for first, chunk in _chunks(examples):
         tally = _Tally()
         for index, tokens in _tokenised(tokenizer, chunk, conventions, mask_history=rules.mask_history):
             _check(tokens, chunk[index], tokenizer.bos_token_id, rules.vocab_size)
@@ -120,6 +121,20 @@ def tokenised_parts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Examp
                     tally.empty.append(first + index)
         yield Part.of(tally.kept, tally.sources, dropped=tally.dropped, truncated=tally.truncated, empty=tally.empty)
         counter.at(first + len(chunk))
+
+
+def _chunks(examples: Sequence[Example]) -> Iterator[tuple[int, list[Example]]]:
+    """`examples` in pieces, each with the place of its first."""
+    chunk: list[Example] = []
+    first = size = 0
+    for example in examples:
+        chunk.append(example)
+        size += example.num_chars
+        if len(chunk) >= CHUNK or size >= CHUNK_CHARS:
+            yield first, chunk
+            chunk, first, size = [], first + len(chunk), 0
+    if chunk:
+        yield first, chunk
 
 
 @dataclass

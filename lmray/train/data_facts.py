@@ -49,8 +49,7 @@ def data_facts(ready: Prepared, *, max_length: int) -> dict[str, Any]:
 def _stop_facts(tokenizer: Any, examples: Table) -> dict[str, Any]:
     """The stop token, and how many examples have it as their last supervised token."""
     stop = tokenizer.eos_token_id
-    last = examples.column(lambda part: part.labels_N[part.offsets_M[1:] - 1])
-    ending = int(np.count_nonzero(last == stop))
+    ending = int(np.count_nonzero(examples.column(lambda part: part.borders_M3[:, 2]) == stop))
     return {"token": tokenizer.eos_token, "id": stop, "examples": ending, "share": round(ending / len(examples), 4)}
 
 
@@ -58,10 +57,10 @@ def _bos_facts(tokenizer: Any, examples: Table) -> dict[str, Any]:
     """The token for the beginning of text: how many examples start with it, and how many with two of them."""
     bos, counts = tokenizer.bos_token_id, (0, 0)
     if bos is not None:
-        first = examples.column(lambda part: part.ids_N[part.offsets_M[:-1]]) == bos
-        second = examples.column(lambda part: part.ids_N[np.minimum(part.offsets_M[:-1] + 1, len(part.ids_N) - 1)])
-        doubled = first & (examples.lengths > 1) & (second == bos)
-        counts = int(first.sum()), int(doubled.sum())
+        first, second = (
+            examples.column(lambda part, place=place: part.borders_M3[:, place]) == bos for place in (0, 1)
+        )
+        counts = int(first.sum()), int((first & second).sum())
     return {"token": tokenizer.bos_token, "id": bos, "examples": counts[0], "doubled": counts[1]}
 
 

@@ -32,3 +32,14 @@ def test_a_long_loop_says_how_far_it_is_and_ends_with_the_whole():
 def test_on_a_terminal_one_line_is_written_over():
     text = shown([0, 1, 4, 5, 8], Terminal())
     assert text.count("\r") == 3 and text.count("\n") == 1 and text.endswith("\n")
+
+
+def test_where_the_whole_is_not_known_what_is_done_is_counted():
+    stream, clock = io.StringIO(), iter([0, 4, 6])
+    counter = Counter("read", None, unit="rows", stream=stream, clock=lambda: next(clock))
+    counter.at(1000)
+    counter.at(1500, last=True)
+    assert stream.getvalue().splitlines() == [
+        "read 1,000 rows  250 a second  4.0 s gone",
+        "read 1,500 rows  250 a second  6.0 s gone",
+    ]
