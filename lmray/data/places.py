@@ -12,7 +12,7 @@ import numpy as np
 class Places(Sequence[str]):
     """M places in the files `names`: `names[files_M[i]]`, row `rows_M[i]`. A place without a row is a name alone."""
 
-    def __init__(self, names: Sequence[str], files_M: np.ndarray, rows_M: np.ndarray):
+    def __init__(self, names: tuple[str, ...], files_M: np.ndarray, rows_M: np.ndarray):
         self.names, self.files_M, self.rows_M = names, files_M, rows_M
 
     @classmethod

@@ -33,7 +33,7 @@ class Pool:
         self._file = open(folder / ROWS, "rb", buffering=0)  # noqa: SIM115
         arrays = map_arrays(folder / NUMBERS)
         self._starts, self.digests = arrays["starts"], arrays["digests"]
-        self.places = Places(facts["names"], arrays["files"], arrays["rows"])
+        self.places = Places(tuple(facts["names"]), arrays["files"], arrays["rows"])
         self._firsts = [source["first"] for source in facts["sources"]]
         self._mappings = [_mapping(source["mapping"]) for source in facts["sources"]]
 

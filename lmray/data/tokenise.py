@@ -67,7 +67,8 @@ class TokenisedData:
             found = f"no supervised token in {times.sum()} example(s), {times[dropped].sum()} too long"
             hint = f"`max_length` is {max_length}; see whether the answers are empty"
             raise DataError(f"{rows} and after", found, allowed="at least one answer token", hint=hint)
-        return cls(table, *(int(times[one].sum()) for one in (dropped, truncated, empty)), empty_rows)
+        counts = [int(times[one].sum()) for one in (dropped, truncated, empty)]
+        return cls(table, counts[0], counts[1], counts[2], empty_rows)
 
 
 NAMED = 3
