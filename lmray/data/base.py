@@ -46,6 +46,11 @@ class Example:
         return self.rejected is not None or self.label is not None
 
     @property
+    def num_chars(self) -> int:
+        """Of what is said in it."""
+        return len(self.text or "") + sum(len(turn["content"]) for turn in self.messages)
+
+    @property
     def has_tools(self) -> bool:
         return bool(self.tools) or any(turn["role"] == "tool" or "tool_calls" in turn for turn in self.messages)
 
@@ -83,9 +88,13 @@ class Mapping(MemberConfig):
 
     def rows(self, files: tuple[Path, ...], read: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
         """All rows of a source's files, in order; `read` gives those of one. A mapping that joins files overrides
-        this."""
+        this and `reads`."""
         for file in files:
             yield from read(file)
+
+    def reads(self, files: tuple[Path, ...]) -> tuple[Path, ...]:
+        """All files that `rows` reads for `files`: where one changes, the source is read anew."""
+        return files
 
     def members(self) -> tuple[str, ...] | None:
         """For a source that names an archive and no path in it: the paths to read. None: the path must be named."""

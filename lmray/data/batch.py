@@ -57,13 +57,14 @@ class Batch:
 
 
 class Rows(Sequence[Packed]):
-    """Rows over `examples`, made when they are asked for."""
+    """R rows over the examples of `table`, made when they are asked for: row r holds those at `members`, from
+    `starts_R[r]` up to but not including `starts_R[r + 1]`."""
 
-    def __init__(self, examples: Sequence[Tokenised], members: Sequence[Sequence[int]]):
-        self.examples, self.members = examples, members
+    def __init__(self, table: Table, members: np.ndarray, starts_R: np.ndarray):
+        self.table, self.members, self.starts_R = table, members, starts_R
 
     def __len__(self) -> int:
-        return len(self.members)
+        return len(self.starts_R) - 1
 
     @overload
     def __getitem__(self, index: int) -> Packed: ...
@@ -72,35 +73,62 @@ class Rows(Sequence[Packed]):
     def __getitem__(self, index: int | slice) -> Packed | list[Packed]:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        return tuple(self.examples[one] for one in self.members[index])
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(index)
+        start, stop = self.starts_R[place : place + 2]
+        return tuple(self.table[one] for one in self.members[start:stop].tolist())
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Examples of each row."""
+        return np.diff(self.starts_R)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return self._sums(self.table.lengths)
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Tokens of each row that a loss is taken on."""
+        return self._sums(self.table.supervised)
+
+    def _sums(self, column: np.ndarray) -> np.ndarray:
+        """Of each row, the sum of `column`, which has a number for each example of the table."""
+        before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(column[self.members])])
+        return np.diff(before[self.starts_R])
 
 
 def unpacked(examples: Sequence[Tokenised]) -> Rows:
     """A row for each of `examples`."""
-    return Rows(examples, [(index,) for index in range(len(examples))])
+    return Rows(Table.of(examples), np.arange(len(examples)), np.arange(len(examples) + 1))
 
 
 def pack(examples: Sequence[Tokenised], *, max_length: int) -> Rows:
     """Rows of at most `max_length` tokens by best fit, longest first; deterministic, every example once."""
-    lengths = [len(one) for one in examples] if not isinstance(examples, Table) else examples.lengths.tolist()
-    rows: list[list[int]] = []
+    table = Table.of(examples)
+    longest_first = np.argsort(-table.lengths, kind="stable")
+    row_of = np.empty(len(table), dtype=np.int64)  # of each of `longest_first`
+    num_rows = 0
     rooms: list[int] = []  # tokens left in some row: sorted, each once
     rows_with: dict[int, list[int]] = {}  # tokens left -> heap of rows
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        place = bisect_left(rooms, lengths[index])
+    for number, length in enumerate(map(int, table.lengths[longest_first])):
+        place = bisect_left(rooms, length)
         if place == len(rooms):
-            row, left = len(rows), max_length - lengths[index]
-            rows.append([index])
+            row, left = num_rows, max_length - length
+            num_rows += 1
         else:
             room = rooms[place]
-            row, left = heappop(rows_with[room]), room - lengths[index]
-            rows[row].append(index)
+            row, left = heappop(rows_with[room]), room - length
             if not rows_with[room]:
                 rooms.pop(place)
+        row_of[number] = row
         if not rows_with.get(left):
             insort(rooms, left)
         heappush(rows_with.setdefault(left, []), row)
-    return Rows(examples, rows)
+    members = longest_first[np.argsort(row_of, kind="stable")]
+    return Rows(table, members, np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))]))
 
 
 def collate(rows: Sequence[Packed], *, pad_token_id: int, multiple_of: int = 1) -> Batch:

@@ -38,6 +38,8 @@ class Entry:
     mapping: Mapping
     adapt: Callable[[Row], Row]
     """A row of the file -> one that `mapping` reads."""
+    definition: dict[str, Any]
+    """As it is written."""
 
 
 def is_entry(source: str) -> bool:
@@ -58,7 +60,7 @@ def read_entry(source: str, asked: Mapping | None) -> Entry:
         hint = "leave `mapping` out; it may be `{name: preference, use: chosen}` for an entry with preferences"
         raise DataError(where, f"says itself how it is read; the job says `{asked.name}`", hint=hint)
     mapping = asked if asked is not None else shape.mapping
-    return Entry(_location(entry, path.parent, where), mapping, shape.adapt)
+    return Entry(_location(entry, path.parent, where), mapping, shape.adapt, entry)
 
 
 @dataclass(frozen=True)

@@ -1,109 +1,195 @@
-"""From a job's data section to examples: read every source, map its rows, hold some out, weigh the rest."""
+"""From a job's data section to examples: read every source, map its rows, hold some out, weigh the rest.
+
+Sources are read once, row by row, into an entry of the cache; what is held in memory is some forty bytes a row.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
-from lmray.artifacts.files import sha256_json
-from lmray.data.base import Example, Mapping, Row
+import numpy as np
+
+from lmray.artifacts.files import sha256_file, sha256_json
+from lmray.config import dump
+from lmray.data.base import Example, Row
+from lmray.data.base import Mapping as RowMapping
 from lmray.data.detect import NUM_ROWS, Reading, check_alike, detect
-from lmray.data.sources import open_source
+from lmray.data.entries import entry, map_arrays, save_arrays
+from lmray.data.sources import OpenSource, open_source
 from lmray.data.spec import DataSource, DataSpec, EvalData
-from lmray.errors import ConfigError, DataError
+from lmray.data.split import group_number, held_out, weighted
+from lmray.data.stored import Pool, PoolMaker, StoredExamples
+from lmray.errors import DataError
+from lmray.metrics.counter import Counter
+
+PARTS = "parts.safetensors"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known of all examples without reading them again."""
+
+    digest: str
+    has_chats: bool
 
 
 @dataclass(frozen=True)
 class Examples:
     """The examples of a job; nothing is in both parts."""
 
-    train: tuple[Example, ...]
-    eval: tuple[Example, ...]
+    train: Sequence[Example]
+    eval: Sequence[Example]
     formats: tuple[str, ...]
     """For the plan, one line a source: what it was read as, how many rows it has, and what becomes of them."""
     mixture: tuple[tuple[str, int], ...] = ()
-    """Each source, and how many of `train` it gave; they are in this order."""
+    """Each source, and how many different ones of `train` it gave; they are in this order."""
+    summary: Summary | None = None
 
     @property
     def digest(self) -> str:
-        """Of all content, in order: another digest is another run."""
-        return sha256_json([[_content(example) for example in part] for part in (self.train, self.eval)])
-
-
-@dataclass(frozen=True)
-class SourceExamples:
-    """What one source holds."""
-
-    examples: tuple[Example, ...]
-    reading: Reading
-    num_passed_over: int = 0
-    """Rows that the mapping does not take."""
+        """Of all content, in order: another digest is another run. That of the JSON of both parts' contents."""
+        return self.summary.digest if self.summary else _digest((self.train, self.eval))
 
     @property
-    def format(self) -> str:
-        """For people: `messages with tools, could also be read as text`."""
-        tools = " with tools" if any(example.has_tools for example in self.examples) else ""
-        also = f", could also be read as {', '.join(self.reading.also)}" if self.reading.also else ""
-        return f"{self.reading.mapping.name}{tools}{also}"
+    def has_chats(self) -> bool:
+        """Whether any example is a conversation, which needs a chat template."""
+        if self.summary:
+            return self.summary.has_chats
+        return any(example.text is None for example in chain(self.train, self.eval))
 
 
 def read_examples(spec: DataSpec, *, preferences: bool = False) -> Examples:
     """All examples of `spec`; with `preferences` those that hold more than one good answer too.
 
     The split is taken first, then the rest of each source is weighed (`weighted`). Raises DataError for missing,
-    malformed or empty data, naming file, row and column.
+    malformed or empty data, naming file, row and column; CapacityError where the cache cannot be written.
     """
-    read = [read_source(source) for source in spec.train]
-    eval_sources = spec.eval.sources if spec.eval is not None else ()
-    own = [read_source(source) for source in eval_sources]
-    if not preferences:
-        _check_supervised(chain.from_iterable(one.examples for one in (*read, *own)))
-    everything = tuple(chain.from_iterable(one.examples for one in read))
-    chosen = frozenset()
-    if spec.eval is not None and spec.eval.split is not None:
-        chosen = _held_out_groups(everything, spec.eval)
-    train: list[Example] = []
-    formats, mixture = [], []
-    for one, source in zip(read, spec.train, strict=True):
-        left = tuple(example for example in one.examples if not _is_in(example, chosen, spec.eval))
-        seen = weighted(left, source)
-        formats.append(_line(one, source, num_held_out=len(one.examples) - len(left), num_seen=len(seen)))
-        mixture.append((source.source, len(seen)))
-        train += seen
-    if not train:
-        raise DataError("data.train", "no example is left to train on", hint="lower `eval.split` or add data")
-    held_out = tuple(example for example in everything if _is_in(example, chosen, spec.eval))
-    for one, source in zip(own, eval_sources, strict=True):
-        formats.append(_line(one, source, num_held_out=len(one.examples), num_seen=0))
-        held_out += one.examples
-    return Examples(tuple(train), held_out, tuple(formats), tuple(mixture))
+    split = spec.eval if spec.eval is not None and spec.eval.split is not None else None
+    own = spec.eval.sources if spec.eval is not None else ()
+    reader = _Reader(spec.train, own, split, preferences=preferences)
+    return entry("examples", reader.key(), make=reader.make, read=_read)
 
 
-def read_source(source: DataSource) -> SourceExamples:
-    """All examples of one source, unweighed. Raises DataError for every way in which it can be unreadable."""
-    opened = open_source(source.source, source.mapping)
-    head = list(islice(opened.rows, NUM_ROWS))
-    if not head:
-        raise DataError(f"data source `{source.source}`", "is empty: no row in it")
-    reading = Reading(opened.mapping) if opened.mapping else detect(head)
-    examples, num_passed_over = [], 0
-    for row in chain(head, opened.rows):
-        if reading.mapping.takes(row):
-            example = _example(row, reading.mapping, is_detected=opened.mapping is None)
-            examples.append(example if source.assistant_only_loss else replace(example, assistant_only_loss=False))
-        else:
-            num_passed_over += 1
-    if not examples:
-        found = f"has no row that the mapping `{reading.mapping.name}` takes"
-        raise DataError(f"data source `{source.source}`", found, hint="see whether the rows are blank")
-    return SourceExamples(tuple(examples), reading, num_passed_over)
+def _read(folder: Path, facts: Mapping[str, Any]) -> Examples:
+    pool, parts = Pool(folder, facts), map_arrays(folder / PARTS)
+    train, held = (StoredExamples(pool, parts[name]) for name in ("train", "eval"))
+    mixture = tuple((name, count) for name, count in facts["mixture"])
+    return Examples(train, held, tuple(facts["formats"]), mixture, Summary(facts["digest"], facts["has_chats"]))
 
 
-def _example(row: Row, mapping: Mapping, *, is_detected: bool) -> Example:
+@dataclass
+class _Count:
+    """What one source holds."""
+
+    reading: Reading
+    taken: int = 0
+    passed_over: int = 0
+    """Rows that the mapping does not take."""
+    has_tools: bool = False
+
+    @property
+    def format(self) -> str:
+        """For people: `messages with tools, could also be read as text`."""
+        tools = " with tools" if self.has_tools else ""
+        also = f", could also be read as {', '.join(self.reading.also)}" if self.reading.also else ""
+        return f"{self.reading.mapping.name}{tools}{also}"
+
+
+class _Reader:
+    """Reads the sources of one data section: those to train on, then held-out ones of their own."""
+
+    def __init__(
+        self, train: Sequence[DataSource], own: Sequence[DataSource], split: EvalData | None, *, preferences: bool
+    ):
+        self.train, self.own, self.split, self.preferences = train, own, split, preferences
+        self.opened = [open_source(source.source, source.mapping) for source in (*train, *own)]
+        self.groups, self.has_chats = array("Q"), False
+
+    def key(self) -> str:
+        """Of all that decides what is read and what becomes of it."""
+        sources = [[dump(source) for source in part] for part in (self.train, self.own)]
+        split = dump(self.split) if self.split else None
+        inputs = [one.inputs for one in self.opened]
+        return sha256_json([_code_digest(), sources, inputs, split, self.preferences])
+
+    def make(self, folder: Path) -> dict[str, Any]:
+        """Fills `folder`; what `_read` needs to know of it."""
+        with Counter("read", None, unit="rows") as self.counter, PoolMaker(folder) as maker:
+            counts = [
+                self._add(opened, source, maker)
+                for opened, source in zip(self.opened, (*self.train, *self.own), strict=True)
+            ]
+            self.counter.at(len(maker))
+            parts, told = self._parts(counts)
+            facts = maker.facts()
+        save_arrays(parts, folder / PARTS)
+        pool = Pool(folder, facts)
+        digest = _digest([StoredExamples(pool, part) for part in parts.values()])
+        return facts | told | {"digest": digest, "has_chats": self.has_chats}
+
+    def _add(self, opened: OpenSource, source: DataSource, maker: PoolMaker) -> _Count:
+        head = list(islice(opened.rows, NUM_ROWS))
+        if not head:
+            raise DataError(f"data source `{source.source}`", "is empty: no row in it")
+        count = _Count(Reading(opened.mapping) if opened.mapping else detect(head))
+        mapping = count.reading.mapping
+        maker.begin(mapping, assistant_only_loss=source.assistant_only_loss)
+        for row in chain(head, opened.rows):
+            if not mapping.takes(row):
+                count.passed_over += 1
+                continue
+            example = _example(row, mapping, is_detected=opened.mapping is None)
+            example = replace(example, assistant_only_loss=source.assistant_only_loss)
+            if not self.preferences:
+                _check_supervised(example)
+            count.taken += 1
+            count.has_tools = count.has_tools or example.has_tools
+            self.has_chats = self.has_chats or example.text is None
+            self.groups.append(group_number(example, self.split) if self.split else 0)
+            maker.add(row, example)
+            self.counter.at(len(maker))
+        if not count.taken:
+            found = f"has no row that the mapping `{mapping.name}` takes"
+            raise DataError(f"data source `{source.source}`", found, hint="see whether the rows are blank")
+        return count
+
+    def _parts(self, counts: Sequence[_Count]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The examples of `train` and `eval`, by their place; what each source gave, for people and in numbers."""
+        ends = np.cumsum([count.taken for count in counts])
+        num_own = sum(count.taken for count in counts[len(self.train) :])
+        is_held = np.zeros(ends[-1] - num_own, dtype=bool)
+        if self.split:
+            is_held = held_out(np.array(self.groups, dtype=np.uint64)[: len(is_held)], self.split)
+        train, formats, mixture = [], [], []
+        for count, source, end in zip(counts, self.train, ends, strict=False):
+            left = np.flatnonzero(~is_held[end - count.taken : end]) + end - count.taken
+            train.append(weighted(left, source))
+            mixture.append((source.source, len(np.unique(train[-1]))))
+            formats.append(_line(count, source, num_held_out=count.taken - len(left), num_seen=len(train[-1])))
+        if not sum(map(len, train)):
+            raise DataError("data.train", "no example is left to train on", hint="lower `eval.split` or add data")
+        for count, source in zip(counts[len(self.train) :], self.own, strict=True):
+            formats.append(_line(count, source, num_held_out=count.taken, num_seen=0))
+        held = np.concatenate([np.flatnonzero(is_held), np.arange(len(is_held), ends[-1])])
+        return {"train": np.concatenate(train), "eval": held}, {"formats": formats, "mixture": mixture}
+
+
+@cache
+def _code_digest() -> str:
+    """Of the code that reads: where it changes, data is read anew."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return sha256_json([sha256_file(file) for file in files])
+
+
+def _example(row: Row, mapping: RowMapping, *, is_detected: bool) -> Example:
     try:
         return mapping.example(row)
     except DataError:
@@ -112,37 +198,35 @@ def _example(row: Row, mapping: Mapping, *, is_detected: bool) -> Example:
         raise
 
 
-def weighted(examples: tuple[Example, ...], source: DataSource) -> tuple[Example, ...]:
-    """What an epoch sees of `examples`: `weight` times their number, rounded half up.
-
-    Each is there as often as the whole part of the weight says; of the fraction, examples at even distances once more.
-    Nothing is drawn by chance. Raises DataError where a small weight leaves none of them.
-    """
-    total = (Decimal(str(source.weight)) * len(examples)).to_integral_value(ROUND_HALF_UP)
-    if examples and not total:
-        found = f"`weight: {source.weight}` of {len(examples)} example(s) leaves none"
-        raise DataError(f"data source `{source.source}`", found, hint="raise the weight, or leave the source out")
-    whole, count = divmod(int(total), max(1, len(examples)))
-    return examples * whole + tuple(examples[index * len(examples) // count] for index in range(count))
+def _check_supervised(example: Example) -> None:
+    if example.is_preference:
+        hint = "train on the better answers alone: `mapping: {name: preference, use: chosen}`"
+        found = "is a preference, with an answer that is not to be learnt"
+        raise DataError(example.where, found, allowed="conversations or text for supervised training", hint=hint)
 
 
-def _check_supervised(examples: Iterator[Example]) -> None:
-    for example in examples:
-        if example.is_preference:
-            hint = "train on the better answers alone: `mapping: {name: preference, use: chosen}`"
-            found = "is a preference, with an answer that is not to be learnt"
-            raise DataError(example.where, found, allowed="conversations or text for supervised training", hint=hint)
-
-
-def _line(one: SourceExamples, source: DataSource, *, num_held_out: int, num_seen: int) -> str:
-    parts = [f"{len(one.examples)} rows"]
-    if one.num_passed_over:
-        parts.append(f"{one.num_passed_over} more passed over")
+def _line(count: _Count, source: DataSource, *, num_held_out: int, num_seen: int) -> str:
+    parts = [f"{count.taken} rows"]
+    if count.passed_over:
+        parts.append(f"{count.passed_over} more passed over")
     if num_held_out:
         parts.append(f"{num_held_out} held out")
     if num_seen:
         parts.append(f"{num_seen} an epoch" + (f" (weight {source.weight})" if source.weight != 1.0 else ""))
-    return f"{source.source}: {one.format}; {', '.join(parts)}"
+    return f"{source.source}: {count.format}; {', '.join(parts)}"
+
+
+def _digest(parts: Sequence[Sequence[Example]]) -> str:
+    """`sha256_json` of the contents of `parts`, one example at a time."""
+    digest = hashlib.sha256()
+    for number, part in enumerate(parts):
+        digest.update(b",[" if number else b"[[")
+        for index, example in enumerate(part):
+            text = json.dumps(_content(example), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            digest.update(b"," * bool(index) + text.encode("utf-8", "surrogatepass"))
+        digest.update(b"]")
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _content(example: Example) -> list[Any]:
@@ -156,35 +240,3 @@ def _content(example: Example) -> list[Any]:
     }
     given = {name: value for name, value in more.items() if value is not None}
     return [*example.messages, example.accepted, *([given] if given else [])]
-
-
-def _is_in(example: Example, groups: frozenset[str], spec: EvalData | None) -> bool:
-    return bool(groups) and spec is not None and _group(example, spec) in groups
-
-
-def _group(example: Example, spec: EvalData) -> str:
-    if spec.by is None:
-        return example.where
-    if spec.by not in example.columns:
-        raise ConfigError(
-            "data.eval.by", f"no column `{spec.by}` in {example.where}", allowed=", ".join(example.columns)
-        )
-    return str(example.columns[spec.by])
-
-
-def _held_out_groups(examples: Sequence[Example], spec: EvalData) -> frozenset[str]:
-    """Whole groups, in an order fixed by their names and the seed, until `split` of all examples are held out."""
-    assert spec.split is not None
-    sizes: dict[str, int] = {}
-    for example in examples:
-        group = _group(example, spec)
-        sizes[group] = sizes.get(group, 0) + 1
-    names = {group: group if spec.by else str(index) for index, group in enumerate(sizes)}  # a path is no stable name
-    order = sorted(sizes, key=lambda group: hashlib.sha256(f"{spec.seed} {names[group]}".encode()).digest())
-    wanted, chosen, count = spec.split * len(examples), [], 0
-    for group in order:
-        if count >= wanted:
-            break
-        chosen.append(group)
-        count += sizes[group]
-    return frozenset(chosen)

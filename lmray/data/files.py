@@ -1,4 +1,7 @@
-"""Rows out of files, one at a time: JSON lines, JSON arrays, LMFlow's JSON, CSV, Parquet, plain text."""
+"""Rows out of files, one at a time: JSON lines, JSON arrays, LMFlow's JSON, CSV, Parquet, plain text.
+
+An array and LMFlow's object are in memory as a whole while they are read; of the others, a row or a batch of them is.
+"""
 
 from __future__ import annotations
 

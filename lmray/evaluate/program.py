@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Prepared:
     """By label, what each target is measured on: `model`, or one of its own."""
     tokenizer: Any
     held_out: HeldOut
-    solved: tuple[Example, ...]
+    solved: Sequence[Example]
     """Training examples, for the shots."""
 
 
@@ -178,9 +179,9 @@ def _told(progress: ProgressFile, label: str) -> Progress:
 
 def shortest(examples: Any, count: int) -> list[Any]:
     """The `count` shortest solved examples: what fits before every question."""
-    return sorted(examples, key=lambda one: (sum(len(message["content"]) for message in one.messages), one.where))[
-        :count
-    ]
+    return nsmallest(
+        count, examples, key=lambda one: (sum(len(message["content"]) for message in one.messages), one.where)
+    )
 
 
 def _model_of(job: EvaluateJob, target: Target, model: FoundModel) -> FoundModel:

@@ -13,12 +13,12 @@ DELAY_S = 3.0
 
 
 class Counter:
-    """A display for the length of a block."""
+    """A display for the length of a block. `total` is None where it is not known."""
 
     def __init__(
         self,
         what: str,
-        total: int,
+        total: int | None,
         *,
         unit: str,
         stream: TextIO | None = None,
@@ -37,6 +37,6 @@ class Counter:
         """`done` of the total are done; called as often as one likes."""
         elapsed = self.clock() - self._began
         if elapsed >= DELAY_S:
-            left_s = (self.total - done) * elapsed / done if done else None
+            left_s = (self.total - done) * elapsed / done if done and self.total is not None else None
             facts = f"{done / elapsed:,.0f} {self.unit} a second"
             self._display.show(Standing(self.what, done, self.total, facts, left_s))

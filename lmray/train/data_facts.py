@@ -4,15 +4,13 @@ and examples as the model sees them."""
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from lmray.data.table import Table
-from lmray.data.tokenise import IGNORED, Tokenised
+from lmray.data.table import IGNORED, Table, Tokenised
 from lmray.train.prepare import Prepared
 
 PERCENTILES = {"tokens_median": 50, "tokens_p90": 90, "tokens_p95": 95, "tokens_p99": 99, "tokens_max": 100}
@@ -24,9 +22,9 @@ FEW_SUPERVISED = 0.01
 def data_facts(ready: Prepared, *, max_length: int) -> dict[str, Any]:
     """Counts of examples, rows and tokens, and the special tokens around answers; JSON types."""
     examples = ready.train.examples
-    lengths = sorted(map(len, examples))
-    tokens, supervised = sum(lengths), sum(one.num_supervised for one in examples)
-    percentiles = {name: lengths[-(-len(lengths) * share // 100) - 1] for name, share in PERCENTILES.items()}
+    lengths = np.sort(examples.lengths)
+    tokens, supervised = int(lengths.sum()), int(examples.supervised.sum())
+    percentiles = {name: int(lengths[-(-len(lengths) * share // 100) - 1]) for name, share in PERCENTILES.items()}
     return {
         "digest": ready.digest,
         "formats": list(ready.examples.formats),
@@ -39,7 +37,7 @@ def data_facts(ready: Prepared, *, max_length: int) -> dict[str, Any]:
         "max_length": max_length,
         "train_tokens": tokens,
         "mixture": _mixture(ready),
-        "eval_tokens": sum(map(len, ready.eval.examples)),
+        "eval_tokens": int(ready.eval.examples.lengths.sum()),
         "supervised_tokens": supervised,
         "supervised_share": round(supervised / tokens, 4),
         **percentiles,
@@ -52,7 +50,7 @@ def data_facts(ready: Prepared, *, max_length: int) -> dict[str, Any]:
 def _mixture(ready: Prepared) -> dict[str, int]:
     """Tokens an epoch by source, where there are several."""
     table, given = ready.train.examples, ready.examples.mixture
-    if len(given) < 2 or not isinstance(table, Table):
+    if len(given) < 2:
         return {}
     ends = np.cumsum([count for _, count in given])
     tokens = np.bincount(np.searchsorted(ends, table.sources, side="right"), table.lengths, minlength=len(ends))
@@ -62,19 +60,22 @@ def _mixture(ready: Prepared) -> dict[str, int]:
     return found
 
 
-def _stop_facts(tokenizer: Any, examples: Sequence[Tokenised]) -> dict[str, Any]:
+def _stop_facts(tokenizer: Any, examples: Table) -> dict[str, Any]:
     """The stop token, and how many examples have it as their last supervised token."""
     stop = tokenizer.eos_token_id
-    ending = sum(bool(one.labels[-1] == stop) for one in examples)
+    ending = int(np.count_nonzero(examples.column(lambda part: part.borders_M3[:, 2]) == stop))
     return {"token": tokenizer.eos_token, "id": stop, "examples": ending, "share": round(ending / len(examples), 4)}
 
 
-def _bos_facts(tokenizer: Any, examples: Sequence[Tokenised]) -> dict[str, Any]:
+def _bos_facts(tokenizer: Any, examples: Table) -> dict[str, Any]:
     """The token for the beginning of text: how many examples start with it, and how many with two of them."""
-    bos = tokenizer.bos_token_id
-    starting = [one for one in examples if bos is not None and one.input_ids[0] == bos]
-    doubled = sum(len(one) > 1 and bool(one.input_ids[1] == bos) for one in starting)
-    return {"token": tokenizer.bos_token, "id": bos, "examples": len(starting), "doubled": doubled}
+    bos, counts = tokenizer.bos_token_id, (0, 0)
+    if bos is not None:
+        first, second = (
+            examples.column(lambda part, place=place: part.borders_M3[:, place]) == bos for place in (0, 1)
+        )
+        counts = int(first.sum()), int((first & second).sum())
+    return {"token": tokenizer.bos_token, "id": bos, "examples": counts[0], "doubled": counts[1]}
 
 
 def data_warnings(facts: dict[str, Any]) -> list[str]:
@@ -107,7 +108,7 @@ def preview(ready: Prepared, count: int = 2, *, max_chars: int = 400) -> list[li
     """`count` training examples as the model sees them: the first, then of spread lengths; each stretch shortened to
     about `max_chars`."""
     examples = ready.train.examples
-    by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
+    by_length = np.argsort(examples.lengths, kind="stable").tolist()
     spread = [by_length[(place * len(by_length)) // max(count, 1)] for place in range(1, count)]
     chosen = list(dict.fromkeys([0, *spread]))[:count]
     return [_pieces(ready.tokenizer, examples[index], max_chars) for index in chosen]

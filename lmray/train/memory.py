@@ -12,12 +12,13 @@ they multiply it with; frozen matrices keep nothing but themselves. Fused steps 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import psutil
 
-from lmray.data.batch import Packed
+from lmray.data import batch
+from lmray.data.stream import Stream
 from lmray.models.shape import WIDTH, AdaptedLinear, ModelShape
 from lmray.ops.linear_cross_entropy import chunk_rows
 
@@ -52,11 +53,11 @@ class Rows:
     """Whether layers keep their inputs only, and all else of one at a time."""
 
 
-def worst_rows(rows: Sequence[Packed], count: int, *, fused: bool = False) -> Rows:
+def worst_rows(rows: batch.Rows | Stream, count: int, *, fused: bool = False) -> Rows:
     """The micro-batch of `count` out of `rows` that takes most memory."""
-    supervised = sorted((sum(one.num_supervised for one in row) for row in rows), reverse=True)[:count]
-    tokens = max(sum(map(len, row)) for row in rows)
-    return Rows(count, tokens, -(-sum(supervised) // len(supervised)), any(len(row) > 1 for row in rows), fused)
+    supervised = np.sort(rows.supervised)[-count:]
+    tokens = int(rows.lengths.max())
+    return Rows(count, tokens, -(-int(supervised.sum()) // len(supervised)), bool((rows.sizes > 1).any()), fused)
 
 
 def kept_bytes(shape: ModelShape, rows: Rows, dtype: str, *, device: str = "cpu") -> int:

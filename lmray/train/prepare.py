@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lmray.artifacts.files import sha256_json
-from lmray.data.batch import Packed, pack, unpacked
+from lmray.data.batch import Rows, pack, unpacked
 from lmray.data.cache import tokenise_cached, tokenizer_digest
 from lmray.data.examples import Examples, read_examples
 from lmray.data.rules import Rules
@@ -32,9 +31,9 @@ class Prepared:
     examples: Examples
     train: TokenisedData
     eval: TokenisedData
-    rows: Sequence[Packed]
+    rows: Rows | Stream
     """Rows of the training data, in file order; the sampler shuffles them."""
-    eval_rows: Sequence[Packed]
+    eval_rows: Rows
 
     @property
     def digest(self) -> str:
@@ -50,8 +49,7 @@ def prepare(job: TrainJob) -> Prepared:
     check_positions(config, job.data.max_length, spec.rope_scaling)
     examples = read_examples(job.data)
     check_tasks(job.evaluate.tasks, examples.eval)
-    chats = any(example.text is None for example in (*examples.train, *examples.eval))
-    tokenizer = load_tokenizer(model.folder, chat=chats, trust_remote_code=job.model.trust_remote_code)
+    tokenizer = load_tokenizer(model.folder, chat=examples.has_chats, trust_remote_code=job.model.trust_remote_code)
     rules = Rules.of(job.data, model.folder, trust_remote_code=job.model.trust_remote_code)
     whole = replace(rules, max_length=None) if job.method.joins else rules
     train, held_out = (
@@ -65,7 +63,7 @@ def prepare(job: TrainJob) -> Prepared:
     return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows)
 
 
-def _rows(job: TrainJob, train: TokenisedData) -> Sequence[Packed]:
+def _rows(job: TrainJob, train: TokenisedData) -> Rows | Stream:
     length, joins = job.data.max_length, job.method.joins
     if joins is not None:
         return Stream(train.examples, max_length=length, apart=joins == "apart")

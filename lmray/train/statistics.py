@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lmray.data.tokenise import Tokenised
+import numpy as np
+
+from lmray.data.table import Table
 from lmray.train.prepare import Prepared
 
 NUM_BINS = 20
@@ -21,31 +23,28 @@ def data_statistics(prepared: Prepared) -> dict[str, Any]:
     return {name: _part(examples) for name, examples in parts.items() if examples}
 
 
-def _part(examples: Sequence[Tokenised]) -> dict[str, Any]:
-    files = {one.where.rpartition(":")[0] for one in examples}
-    by_folder = len(files) > MAX_FILES
-    sources: dict[str, list[Tokenised]] = {}
-    for one in examples:
-        file = one.where.rpartition(":")[0]
-        sources.setdefault(str(Path(file).parent) if by_folder else file, []).append(one)
-    counts = {name: _counts(those) for name, those in sorted(sources.items())}
-    return _counts(examples) | {"lengths": histogram([len(one) for one in examples]), "sources": counts}
+def _part(examples: Table) -> dict[str, Any]:
+    whole = {"examples": np.ones(len(examples), np.int64), "tokens": examples.lengths}
+    whole["supervised_tokens"] = examples.supervised
+    file_of = examples.places.files_M[examples.sources]
+    names = examples.places.names
+    used = np.unique(file_of).tolist()
+    by_folder = len(used) > MAX_FILES
+    sources: dict[str, dict[str, int]] = {}
+    by_file = {name: np.bincount(file_of, column, len(names)) for name, column in whole.items()}
+    for index in used:
+        source = str(Path(names[index]).parent) if by_folder else names[index]
+        counts = sources.setdefault(source, dict.fromkeys(whole, 0))
+        for name, sums in by_file.items():
+            counts[name] += int(sums[index])
+    totals = {name: int(column.sum()) for name, column in whole.items()}
+    return totals | {"lengths": histogram(examples.lengths), "sources": dict(sorted(sources.items()))}
 
 
-def _counts(examples: Sequence[Tokenised]) -> dict[str, int]:
-    return {
-        "examples": len(examples),
-        "tokens": sum(map(len, examples)),
-        "supervised_tokens": sum(one.num_supervised for one in examples),
-    }
-
-
-def histogram(lengths: Sequence[int]) -> dict[str, list[int]]:
+def histogram(lengths: Sequence[int] | np.ndarray) -> dict[str, list[int]]:
     """`counts[i]` of `lengths` are from `edges[i]` up to but not including `edges[i + 1]`; at most NUM_BINS of equal
     width."""
-    low, high = min(lengths), max(lengths)
+    low, high = int(np.min(lengths)), int(np.max(lengths))
     width = max(1, -(-(high - low + 1) // NUM_BINS))
-    counts = [0] * ((high - low) // width + 1)
-    for length in lengths:
-        counts[(length - low) // width] += 1
+    counts = np.bincount((np.asarray(lengths) - low) // width).tolist()
     return {"edges": [low + width * index for index in range(len(counts) + 1)], "counts": counts}

@@ -32,10 +32,13 @@ class Bfcl(Mapping):
 
     def rows(self, files: tuple[Path, ...], read: Callable[[Path], Iterator[Row]]) -> Iterator[Row]:
         for file in files:
-            answered = read(file.parent / "possible_answer" / file.name)
+            answered = read(_answers(file))
             answers = {str(row.value.get("id")): row.value.get("ground_truth") for row in answered}
             for row in read(file):
                 yield Row(row.where, {**row.value, "ground_truth": answers.get(str(row.value.get("id")))})
+
+    def reads(self, files: tuple[Path, ...]) -> tuple[Path, ...]:
+        return (*files, *map(_answers, files))
 
     def example(self, row: Row) -> Example:
         try:
@@ -55,6 +58,10 @@ class Bfcl(Mapping):
         )
         columns = {**row.value, "function": name, "question": request, "id": identity}
         return Example(messages, row.where, columns, {"name": name, "arguments": accepted})
+
+
+def _answers(file: Path) -> Path:
+    return file.parent / "possible_answer" / file.name
 
 
 def _first(accepted: dict[str, list[Any]]) -> dict[str, Any]:

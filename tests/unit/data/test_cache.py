@@ -9,8 +9,9 @@ from transformers import ByT5Tokenizer
 from lmray.config.places import cache_root
 from lmray.data import cache
 from lmray.data.base import Example
-from lmray.data.cache import examples_digest, tokenise_cached, tokenizer_digest
+from lmray.data.cache import tokenise_cached, tokenizer_digest
 from lmray.data.rules import Rules
+from lmray.data.stored import examples_digest
 from lmray.data.tokenise import tokenise_all
 from lmray.errors import CapacityError, DataError
 from lmray.testing.jobs import tiny_job, tiny_rows, write_jsonl
@@ -33,9 +34,9 @@ def made(monkeypatch) -> list[int]:
     """One entry for each time that something was tokenised."""
     counted, tokenised_parts = [], cache.tokenised_parts
 
-    def counting(tokenizer, examples, rules, tally):
+    def counting(tokenizer, examples, rules):
         counted.append(len(examples))
-        return tokenised_parts(tokenizer, examples, rules, tally)
+        return tokenised_parts(tokenizer, examples, rules)
 
     monkeypatch.setattr(cache, "tokenised_parts", counting)
     return counted

@@ -135,7 +135,7 @@ def test_descriptions_that_are_none(tmp_path, content, message):
 
 def test_an_entry_on_the_hub_is_asked_for_by_its_id(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr("lmray.data.sources.open_dataset", lambda source: asked.append(source) or iter(()))
+    monkeypatch.setattr("lmray.data.hub.open_dataset", lambda source: asked.append(source) or (iter(()), ""))
     with pytest.raises(DataError, match="is empty"):
         read(folder, ":hub")
     assert asked == ["hf:owner/set:part:test"]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lmray.data.base import Example
+from lmray.data.places import Places
 from lmray.data.table import IGNORED, Part, Table, Tokenised
 
 
@@ -23,10 +23,10 @@ def test_examples_of_several_parts_are_one_sequence():
 
 
 def test_examples_say_what_they_were_made_of():
-    table = Table(PARTS, [Example((), "file:1"), Example((), "file:2")])
+    table = Table(PARTS, Places.of(["file:1", "file:2"]))
     assert [one.where for one in table] == ["file:1", "file:1", "file:2"]
     assert [one.where for one in Table(PARTS)] == ["", "", ""]
-    joined = Table([Part.joined(PARTS)], table.made_of)
+    joined = Table([Part.joined(PARTS)], table.places)
     assert list(joined) == list(table) and [one.where for one in joined] == [one.where for one in table]
 
 

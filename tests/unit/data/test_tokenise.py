@@ -1,7 +1,8 @@
 import pytest
 
 from lmray.data.base import Example
-from lmray.data.tokenise import IGNORED, prompt_ids, tokenise, tokenise_all
+from lmray.data.rules import Rules
+from lmray.data.tokenise import IGNORED, prompt_ids, tokenise, tokenise_all, tokenised_parts
 from lmray.errors import DataError
 from lmray.testing.tiny import tiny_tokenizer
 
@@ -76,3 +77,10 @@ def test_nothing_to_learn_from_is_an_error_with_rows():
     with pytest.raises(DataError, match="no supervised token in 1 example") as caught:
         tokenise_all(tiny_tokenizer(), [long_question], max_length=50, over_long="truncate")
     assert "file:1" in caught.value.where
+
+
+def test_long_examples_are_encoded_fewer_at_a_time(monkeypatch):
+    monkeypatch.setattr("lmray.data.tokenise.CHUNK_CHARS", 100)
+    texts = [Example((), f"file:{number}", text="x" * length) for number, length in enumerate((10, 89, 1, 300, 5), 1)]
+    parts = list(tokenised_parts(tiny_tokenizer(), texts, Rules(max_length=1000)))
+    assert [part.sources_M.tolist() for part in parts] == [[0, 1, 2], [3], [4]]

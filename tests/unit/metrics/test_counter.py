@@ -32,3 +32,14 @@ def test_a_long_loop_says_how_far_it_is_and_ends_with_the_whole():
 def test_a_terminal_gets_a_bar():
     text = shown([1, 4, 5, 8], Terminal())
     assert "tokenise" in text and "4/4" in text and "gone" not in text
+
+
+def test_where_the_whole_is_not_known_what_is_done_is_counted():
+    stream, now = io.StringIO(), 0.0
+    with Counter("read", None, unit="rows", stream=stream, clock=lambda: now) as counter:
+        for done, now in ((1000, 4.0), (1500, 6.0)):  # noqa: B007
+            counter.at(done)
+    assert stream.getvalue().splitlines() == [
+        "read 1,000/?  250 rows a second  4.0 s gone",
+        "read 1,500/?  250 rows a second  6.0 s gone",
+    ]

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from lmray.data.tokenise import IGNORED, Tokenised, TokenisedData
+from lmray.data.table import IGNORED, Table, Tokenised
+from lmray.data.tokenise import TokenisedData
 from lmray.testing.jobs import tiny_job, write_jsonl
 from lmray.train.data_facts import data_facts, data_warnings, preview, visible
 from lmray.train.prepare import prepare
@@ -14,7 +15,7 @@ def ready(tiny_model, tiny_data, tmp_path):
 
 
 def with_examples(ready, examples, **counts):
-    return type(ready)(**{**vars(ready), "train": TokenisedData(tuple(examples), **counts)})
+    return type(ready)(**{**vars(ready), "train": TokenisedData(Table.of(examples), **counts)})
 
 
 def test_lengths_are_nearest_rank_percentiles(ready):

@@ -12,7 +12,7 @@ from lmray.adapters.base import Adapter
 from lmray.adapters.full import Full
 from lmray.adapters.lora import Lora
 from lmray.adapters.partial import Partial
-from lmray.data.batch import collate
+from lmray.data.batch import collate, pack, unpacked
 from lmray.data.tokenise import IGNORED, Tokenised
 from lmray.methods.sft import sft_loss
 from lmray.models.fused import Fused
@@ -42,7 +42,7 @@ def saved_bytes(folder, adapter: Adapter, rows, dtype: str, *, fused: bool = Fal
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor, so that its place is not used again
         return tensor
 
-    batch = collate([tuple(chain.from_iterable(rows))] if fused else rows, pad_token_id=0)
+    batch = collate([tuple(chain.from_iterable(rows))] if fused else list(rows), pad_token_id=0)
     run = Fused(model).running(batch.position_ids_BT) if fused else computing(model)
     weights |= {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), run:
@@ -64,7 +64,7 @@ def saved_bytes(folder, adapter: Adapter, rows, dtype: str, *, fused: bool = Fal
     ids=repr,
 )
 def test_what_is_kept_of_a_layer_is_what_autograd_saves(tmp_path, dtype, packed, adapter):
-    rows = [(example(20), example(28)) if packed else (example(48),)] * 2
+    rows = pack([example(20), example(28)] * 2, max_length=48) if packed else unpacked([example(48)] * 2)
     sizes, sums = [], []
     for layers in (2, 6):  # the difference: what layers keep, without embedding and head
         folder = tiny_model_folder(tmp_path / str(layers), num_hidden_layers=layers)
@@ -76,7 +76,7 @@ def test_what_is_kept_of_a_layer_is_what_autograd_saves(tmp_path, dtype, packed,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_kept_of_a_fused_layer_is_what_autograd_saves(tmp_path, dtype):
-    rows = [(example(32), example(32)), (example(32), example(32))]  # of one round length: nothing is padded inside
+    rows = pack([example(32)] * 4, max_length=64)  # of one round length: nothing is padded inside
     sizes, sums = [], []
     for layers in (2, 6):
         folder = tiny_model_folder(tmp_path / str(layers), num_hidden_layers=layers)
