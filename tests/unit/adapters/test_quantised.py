@@ -62,9 +62,15 @@ def test_linear_layers_are_quantised_and_the_plan_knows_their_size(wide, quantiz
     assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_quantised_run_learns_resumes_exactly_and_exports_into_the_base_as_it_was(job, tmp_path, wide, quantization):
-    changes = {"model__quantization": quantization, "evaluate": {"tasks": ["loss", "json_match"], "max_new_tokens": 4}}
+@pytest.mark.parametrize(("quantization", "dtype"), [("nf4", "bfloat16"), ("nf4", "float32"), ("int8", "float32")])
+def test_a_quantised_run_learns_resumes_exactly_and_exports_into_the_base_as_it_was(
+    job, tmp_path, wide, quantization, dtype
+):
+    changes = {
+        "model__quantization": quantization,
+        "model__dtype": dtype,
+        "evaluate": {"tasks": ["loss", "json_match"], "max_new_tokens": 4},
+    }
     straight, broken = job("straight", **changes, output={"artifact": "q"}), job("broken", **changes)
     result = run_here(straight, tmp_path / "scratch")
     run_here(broken, tmp_path / "scratch", stop_at=3)
