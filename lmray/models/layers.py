@@ -27,7 +27,7 @@ def checkpoint_layers(model: Any, again: Callable[[], AbstractContextManager[obj
     """From now on training keeps the inputs of decoder layers only. `again`: what must hold while one runs again,
     besides random numbers and autocast, which PyTorch sees to; None where layers are compiled, for then what runs again
     is part of the compiled code."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     settings: dict[str, Any] = {"use_reentrant": False}
     if again is not None:
         settings["context_fn"] = lambda: (nullcontext(), again())

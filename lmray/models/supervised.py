@@ -59,7 +59,7 @@ def _from_head(
     def forward(hidden_BTD: torch.Tensor) -> torch.Tensor:
         return loss(_predicting(hidden_BTD, picked_BT), head.weight, targets_N, head.bias)
 
-    head.forward = forward
+    head.forward = forward  # type: ignore[method-assign]
     try:
         return model(**inputs, use_cache=False).logits
     finally:

@@ -12,7 +12,7 @@ Shapes: N rows, M rows of a chunk, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def linear_cross_entropy_sum(
     """Summed negative log-likelihood in nats of `targets_N` under the logits `hidden @ weight.T + bias`, a float32
     scalar. Rows whose target is IGNORED count nothing. Products are of the weight's type, sums float32."""
     rows = num_chunk_rows or chunk_rows(len(weight_VD), weight_VD.device.type)
-    return _LinearCrossEntropy.apply(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V, targets_N, rows)  # type: ignore[return-value]
+    return _LinearCrossEntropy.apply(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V, targets_N.split(rows))  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -54,18 +54,20 @@ def linear_cross_entropy_per_token(
 ) -> torch.Tensor:
     """The same of each row, (N,), without a gradient."""
     rows = num_chunk_rows or chunk_rows(len(weight_VD), weight_VD.device.type)
-    chunks = _chunks(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V, targets_N, rows)
-    return torch.cat([losses_M for _, losses_M, _, _ in chunks] or [hidden_ND.new_zeros(0, dtype=torch.float32)])
+    chunks = _chunks(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V, targets_N.split(rows))
+    return torch.cat([losses_M for _, losses_M, _, _ in chunks])
 
 
 def _chunks(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor, rows: int
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets: Sequence[torch.Tensor]
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Of each chunk: where it lies, its losses (M,), e - s [i = t] (M, V) and 1 / s (M, 1), which is 0 for IGNORED."""
+    """Of each chunk of `targets`: where it lies, its losses (M,), e - s [i = t] (M, V) and 1 / s (M, 1), the last 0 for
+    IGNORED."""
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        for start in range(0, len(hidden_ND), rows):
-            place = slice(start, start + rows)
-            given_M1 = targets_N[place, None]
+        stop = 0
+        for targets_M in targets:
+            stop, given_M1 = stop + len(targets_M), targets_M[:, None]
+            place = slice(stop - len(targets_M), stop)
             targets_M1, counted_M1 = given_M1.clamp(min=0), given_M1 != IGNORED
             exp_MV = _above_maximum(hidden_ND[place], weight_VD, bias_V)
             target_M1 = exp_MV.gather(1, targets_M1)
@@ -89,15 +91,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
-        targets_N: torch.Tensor,
-        rows: int,
+        targets: Sequence[torch.Tensor],
     ) -> torch.Tensor:
         of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         dhidden_ND = torch.empty_like(hidden_ND) if of_hidden else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if of_weight else None
         dbias_V = torch.zeros_like(bias_V, dtype=torch.float32) if of_bias and bias_V is not None else None
-        for place, losses_M, dlogits_MV, share_M1 in _chunks(hidden_ND, weight_VD, bias_V, targets_N, rows):
+        for place, losses_M, dlogits_MV, share_M1 in _chunks(hidden_ND, weight_VD, bias_V, targets):
             loss += losses_M.sum()
             if dbias_V is not None:
                 dbias_V += torch.mv(dlogits_MV.T, share_M1[:, 0])
@@ -119,6 +120,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if dhidden_ND is None else dhidden_ND.mul_(grads[0]),
             None if dweight_VD is None else dweight_VD.mul_(grads[0]).to(weight_type),
             None if dbias_V is None else dbias_V.mul_(grads[0]).to(bias_type),
-            None,
             None,
         )

@@ -8,6 +8,8 @@ size.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from transformers.optimization import Adafactor as _Adafactor
 
@@ -22,4 +24,4 @@ class Adafactor(OptimizerConfig):
         return _Adafactor(split, lr=learning_rate, scale_parameter=False, relative_step=False)
 
     def state_bytes(self, shapes: Shapes) -> int:
-        return sum(4 * (shape[-2] + shape[-1] if len(shape) > 1 else shape[0]) for shape in shapes)
+        return sum(4 * (shape[-2] + shape[-1] if len(shape) > 1 else prod(shape)) for shape in shapes)

@@ -24,5 +24,6 @@ class ApolloAdamw(Projected):
         from apollo_torch.apollo import AdamW
         from apollo_torch.random_projector import GradientProjector
 
-        made = AdamW(self.groups(groups, weight_decay), lr=learning_rate)
+        split: Any = self.groups(groups, weight_decay)
+        made = AdamW(split, lr=learning_rate)
         return keep_projectors(made, GradientProjector, ("ortho_matrix", "seed"))

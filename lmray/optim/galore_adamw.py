@@ -28,5 +28,6 @@ class GaloreAdamw(Projected):
         from galore_torch.adamw import AdamW
         from galore_torch.galore_projector import GaLoreProjector
 
-        made = AdamW(self.groups(groups, weight_decay), lr=learning_rate, no_deprecation_warning=True)
+        split: Any = self.groups(groups, weight_decay)
+        made = AdamW(split, lr=learning_rate, no_deprecation_warning=True)
         return keep_projectors(made, GaLoreProjector, ("ortho_matrix",))
