@@ -9,7 +9,7 @@ import torch.distributed as dist
 def have_group() -> None:
     """Makes a process group of this process alone where none was set up."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:
