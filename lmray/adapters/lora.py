@@ -6,6 +6,7 @@ library. Differs from the paper in: nothing; B starts at zero, A as `peft` start
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -48,12 +49,12 @@ class Lora(Adapter):
             except ValueError as error:
                 raise ConfigError("adapter.target_modules", str(error), hint="`all-linear` fits every model") from None
 
-    def save(self, model: torch.nn.Module, folder: Path) -> None:
+    def save(self, model: torch.nn.Module, folder: Path, *, state: Mapping[str, torch.Tensor] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config = model.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
         config["inference_mode"] = True
         write_json(folder / "adapter_config.json", _plain(config))
-        save_tensors(get_peft_model_state_dict(model), folder / "adapter_model.safetensors")
+        save_tensors(get_peft_model_state_dict(model, state_dict=state), folder / "adapter_model.safetensors")
 
     def load(self, model: torch.nn.Module, folder: Path) -> None:
         path = folder / "adapter_model.safetensors"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from lmray.sharding.base import Placed, Sharding
+from lmray.sharding.base import MakeOptimizer, Placed, Sharding
 from lmray.sharding.single import Single
 
 
@@ -17,6 +15,6 @@ class Auto(Sharding):
         return Single().resolve(workers=workers)
 
     def place(
-        self, model: torch.nn.Module, make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer], device: str
+        self, model: torch.nn.Module, make_optimizer: MakeOptimizer, device: str, *, dtype: str = "float32"
     ) -> Placed:
         raise AssertionError("`auto` is resolved in the plan before a model is placed")

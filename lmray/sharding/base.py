@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lmray.config import MemberConfig
@@ -11,19 +12,48 @@ from lmray.config import MemberConfig
 if TYPE_CHECKING:
     import torch
 
+MakeOptimizer = Callable[["torch.nn.Module"], "torch.optim.Optimizer"]
+
 
 class Placed(Protocol):
-    """A model on this worker with its optimizer."""
+    """A model on this worker with its optimizer. Every call but `model` and `optimizer` is made by all ranks together
+    and in the same order, whether or not a rank has rows."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    whole: bool
+    """Whether every rank holds all weights; then the adapter saves and loads them, and `save` and `load` do the
+    optimizer's state only."""
 
     def all_sum(self, value: float) -> float:
         """`value` summed over all ranks."""
         ...
 
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Adds the gradient of `loss`. After the `last` micro-batch of a step the gradients are summed over all ranks:
+        a sum, never a mean, for the learner has divided by the count of all ranks."""
+        ...
+
     def clip_grad_norm(self, max_norm: float) -> float:
         """Scales the gradients to at most `max_norm`; returns their norm over all ranks before that."""
+        ...
+
+    def apply(self) -> None:
+        """The optimizer's step; the gradients are gone after it."""
+        ...
+
+    def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:
+        """The model's `state_dict` in full, on the CPU of rank 0 (None elsewhere): what is trained, or everything."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's part of a checkpoint into its own `folder`. The folders of all ranks become one, so no two
+        ranks write a file of the same name."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Sets weights and optimizer to those in `folder`, which all ranks have saved, at whatever world size. Raises
+        CheckpointError where it holds another model's or another strategy's."""
         ...
 
 
@@ -37,7 +67,8 @@ class Sharding(MemberConfig):
 
     @abstractmethod
     def place(
-        self, model: torch.nn.Module, make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer], device: str
+        self, model: torch.nn.Module, make_optimizer: MakeOptimizer, device: str, *, dtype: str = "float32"
     ) -> Placed:
-        """Puts `model` on `device` and makes its optimizer, in the order the strategy needs."""
+        """Puts `model` on `device`, to be computed with in `dtype`, and makes its optimizer, in the order the strategy
+        needs."""
         raise NotImplementedError

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import torch
+from safetensors.torch import load_file
 
 from lmray.errors import CapacityError
-from lmray.sharding.base import Placed, Sharding
+from lmray.models.tensors import save_tensors
+from lmray.sharding._optimizer_state import optimizer_tensors, set_optimizer_tensors
+from lmray.sharding.base import MakeOptimizer, Placed, Sharding
+
+OPTIMIZER = "optimizer.safetensors"
 
 
 class Single(Sharding):
@@ -22,20 +28,45 @@ class Single(Sharding):
         return self, "one worker"
 
     def place(
-        self, model: torch.nn.Module, make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer], device: str
+        self, model: torch.nn.Module, make_optimizer: MakeOptimizer, device: str, *, dtype: str = "float32"
     ) -> Placed:
         model.to(device)
-        return _Placed(model, make_optimizer(model))
+        return WholePlaced(model, make_optimizer(model))
 
 
 @dataclass
-class _Placed:
+class WholePlaced:
+    """A model that lies whole on its rank, which is the only one."""
+
+    whole: ClassVar[bool] = True
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
+
+    @property
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def all_sum(self, value: float) -> float:
         return value
 
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        loss.backward()
+
     def clip_grad_norm(self, max_norm: float) -> float:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return float(torch.nn.utils.clip_grad_norm_(trained, max_norm))
+        return float(torch.nn.utils.clip_grad_norm_(self.trained, max_norm))
+
+    def apply(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:
+        kept = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        state = {name: tensor.to("cpu") for name, tensor in self.model.state_dict().items()}
+        return {name: tensor for name, tensor in state.items() if name in kept} if trained_only else state
+
+    def save(self, folder: Path) -> None:
+        save_tensors(optimizer_tensors(self.optimizer), folder / OPTIMIZER)
+
+    def load(self, folder: Path) -> None:
+        path = folder / OPTIMIZER
+        set_optimizer_tensors(self.optimizer, load_file(path), str(path))

@@ -1,6 +1,8 @@
-"""A checkpoint: adapter, optimizer, random state and place in the data; safetensors and JSON, manifest last.
+"""A checkpoint: weights, optimizer, random states and place in the data; the manifest is written last.
 
-Written by rank 0 into a scratch folder; the context commits that folder. Nothing in it is ever unpickled.
+Every rank writes its part into a scratch folder of its own; the context makes one committed folder of them. The
+adapter, an optimizer that is not sharded, random states and progress are safetensors and JSON. What a sharded model
+writes is read only once the manifest's digests are checked.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from lmray.adapters.base import Adapter
 from lmray.artifacts.files import read_sealed, seal, write_json
 from lmray.errors import ArtifactError, CheckpointError
 from lmray.models.tensors import save_tensors
+from lmray.sharding.base import Placed
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,29 @@ class Progress:
     """State of the run's `Watch`."""
 
 
-def save_checkpoint(
-    folder: Path, progress: Progress, model: torch.nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer
-) -> None:
-    """Writes a whole checkpoint into the empty or new `folder`."""
-    adapter.save(model, folder / "adapter")
-    state = optimizer.state_dict()["state"]
-    tensors = {
-        f"{index}.{key}": torch.as_tensor(value) for index, facts in state.items() for key, value in facts.items()
-    }
-    save_tensors(tensors, folder / "optimizer.safetensors")
-    save_tensors({"cpu": torch.get_rng_state()}, folder / "rng.safetensors")
-    write_json(folder / "progress.json", asdict(progress))
+def save_checkpoint(folder: Path, progress: Progress, placed: Placed, adapter: Adapter, rank: int) -> None:
+    """Writes this rank's part of a checkpoint into the empty or new `folder`; called on all ranks together."""
+    if placed.whole:
+        save_weights(folder / "adapter", placed, adapter, rank)
+    placed.save(folder)
+    save_tensors(_random_state(), folder / _random_file(rank))
+    if rank == 0:
+        write_json(folder / "progress.json", asdict(progress))
     seal(folder, step=progress.step, run_key=progress.run_key)
 
 
-def load_checkpoint(
-    folder: Path, run_key: str, model: torch.nn.Module, adapter: Adapter, optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Sets model, optimizer and random state to those in `folder`. Raises CheckpointError where a file is missing or
-    not what the manifest says, or the checkpoint is another run's."""
+def save_weights(folder: Path, placed: Placed, adapter: Adapter, rank: int) -> bool:
+    """Writes what the adapter keeps of the model into `folder`, on rank 0, which alone gets True; called on all ranks
+    together."""
+    state = None if placed.whole else placed.gathered_state(trained_only=adapter.kept == "adapter")
+    if rank == 0:
+        adapter.save(placed.model, folder, state=state)
+    return rank == 0
+
+
+def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter, rank: int) -> Progress:
+    """Sets model, optimizer and random state to those in `folder`; called on all ranks together. Raises CheckpointError
+    where a file is missing or not what the manifest says, or the checkpoint is another run's or another strategy's."""
     try:
         manifest = read_sealed(folder)
     except ArtifactError as error:
@@ -65,11 +71,27 @@ def load_checkpoint(
         raise CheckpointError(
             str(folder), "belongs to another run", allowed=run_key[:12], hint="give the job another name"
         )
-    adapter.load(model, folder / "adapter")
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(folder / "optimizer.safetensors").items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(load_file(folder / "rng.safetensors")["cpu"])
+    if placed.whole and (folder / "adapter").is_dir():
+        adapter.load(placed.model, folder / "adapter")
+    placed.load(folder)
+    _set_random_state(folder / _random_file(rank))
     return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+
+
+def _random_file(rank: int) -> str:
+    return f"rng-{rank:05d}.safetensors" if rank else "rng.safetensors"
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _set_random_state(path: Path) -> None:
+    """A rank that the run did not have before keeps the state it began with."""
+    if not path.is_file():
+        return
+    state = load_file(path)
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])

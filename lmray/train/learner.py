@@ -61,20 +61,20 @@ class Learner:
     def step(self, batches: Sequence[Batch], *, learning_rate: float) -> StepReport:
         """One optimizer step over this rank's micro-batches, already on the device. Not applied where the loss or the
         gradient norm it reports is not finite."""
-        optimizer = self.placed.optimizer
-        for group in optimizer.param_groups:
+        for group in self.placed.optimizer.param_groups:
             group["lr"] = learning_rate
         count = self.placed.all_sum(sum(self.objective.count(batch) for batch in batches))
         self.model.train()
         total = 0.0
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             with self._computing(batch):
                 loss_sum = self.objective.loss(self.model, batch)
-            (loss_sum / count).backward()
+            self.placed.backward(loss_sum / count, last=number == len(batches))
             total += float(loss_sum.detach())
         grad_norm, loss = self.placed.clip_grad_norm(self.max_grad_norm), self.placed.all_sum(total) / count
         if math.isfinite(grad_norm) and math.isfinite(loss):  # on every rank alike; else the weights stay as they were
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            self.placed.apply()
+        else:
+            self.placed.optimizer.zero_grad(set_to_none=True)
         num_tokens = self.placed.all_sum(sum(batch.num_tokens for batch in batches))
         return StepReport(loss, grad_norm, int(count), int(num_tokens))

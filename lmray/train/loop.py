@@ -21,7 +21,7 @@ from lmray.evaluate.loss import held_out_loss
 from lmray.job import TrainJob
 from lmray.models.load import pad_token_id
 from lmray.optim.schedule import learning_rate
-from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from lmray.train.learner import Learner, StepReport
 from lmray.train.peak import peak_memory_bytes
 from lmray.train.plan import Plan
@@ -164,15 +164,14 @@ class Loop:
     def _save(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        if self.ctx.rank != 0:
-            return
+        placed, adapter = self.learner.placed, self.job.adapter
         if self.job.train.load_best_model_at_end and self.watch.best_step == self.progress.step:
             # Before the checkpoint that names it: what a committed checkpoint calls the best is always there.
             best = self.ctx.scratch / "best"
             shutil.rmtree(best, ignore_errors=True)
-            self.job.adapter.save(self.learner.model, best)
-            replace_folder(best, self._best_folder())
-        save_checkpoint(folder, self.progress, self.learner.model, self.job.adapter, self.learner.placed.optimizer)
+            if save_weights(best, placed, adapter, self.ctx.rank):
+                replace_folder(best, self._best_folder())
+        save_checkpoint(folder, self.progress, placed, adapter, self.ctx.rank)
 
     def _best_folder(self) -> Path:
         return self.ctx.folder / f"best-{self.watch.best_step:08d}"
@@ -188,6 +187,4 @@ class Loop:
         folder = self.ctx.resume_from()
         if folder is None:
             return Progress(self.plan.run_key, 0, 0, 0.0)
-        return load_checkpoint(
-            folder, self.plan.run_key, self.learner.model, self.job.adapter, self.learner.placed.optimizer
-        )
+        return load_checkpoint(folder, self.plan.run_key, self.learner.placed, self.job.adapter, self.ctx.rank)
