@@ -82,7 +82,7 @@ class DeepspeedPlaced:
     def _gathered(self, tensor: torch.Tensor, **changes: Any):
         if not hasattr(tensor, "ds_id"):
             return nullcontext()
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         return GatheredParameters([tensor], **changes)
 
@@ -121,17 +121,18 @@ class DeepspeedPlaced:
             opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
             found = {name: file for file in opened for name in file.keys()}
             self._check(folder, {name.rpartition("/")[0] for name in found if "/" in name})
+            for name, parameter in self.trained.items():
+                stored = f"{name}/{WEIGHT}"
+                self._set_weight(parameter, found[stored].get_tensor(stored) if stored in found else parameter.detach())
             if found:
                 self._make_state()
             keys, numbers = self._state()
             for name, parameter in self.trained.items():
                 for key in keys:
                     self._set(parameter, key, found[f"{name}/{key}"].get_tensor(f"{name}/{key}"))
-                stored = f"{name}/{WEIGHT}"
-                self._set_weight(parameter, found[stored].get_tensor(stored) if stored in found else parameter.detach())
             for key in numbers:
                 for facts in self.optimizer.state.values():
-                    facts[key] = torch.as_tensor(found[key].get_tensor(key)).to(facts[key].device)
+                    facts[key] = found[key].get_tensor(key).to(facts[key].device, copy=True)
 
     def _check(self, folder: Path, names: set[str]) -> None:
         other = sorted(names ^ set(self.trained))
