@@ -6,13 +6,16 @@ A program knows this protocol and nothing of Ray. `LocalContext` runs it in this
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from lmray.artifacts.checkpoints import checkpoint_name, commit, newest_good, remove_old, tidy
 from lmray.artifacts.patience import Patience, passing
 from lmray.metrics.events import EventLog
+
+T = TypeVar("T")
 
 
 class RunContext(Protocol):
@@ -32,16 +35,27 @@ class RunContext(Protocol):
     """What the program does its own writes with."""
 
     def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
-        """Records `metrics` of optimizer step `step`. With `checkpoint`, returns once that folder is committed: a
-        process killed after the call finds it in `resume_from`."""
+        """Records `metrics` of optimizer step `step`. With `checkpoint`, this rank's part of one, sealed, returns once
+        the parts of all ranks are committed as one folder: a process killed after the call finds it in
+        `resume_from`."""
         ...
 
     def should_stop(self) -> bool:
-        """True once the run was asked to end early; the program saves and returns."""
+        """True once the run was asked to end early; the program saves and returns. The same on all ranks, which ask
+        together."""
         ...
 
     def resume_from(self) -> Path | None:
         """The last committed checkpoint's folder, or None at a fresh start."""
+        ...
+
+    def agreed(self, act: Callable[[], T]) -> T:
+        """What `act` gives or raises on rank 0, where alone it is done, on every rank."""
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """An LmrayError that a block raises on one rank is raised on every rank at the block's end: a rank that went on
+        alone would wait for the others for ever."""
         ...
 
 
@@ -70,6 +84,7 @@ class LocalContext:
 
     rank: int = 0
     world_size: int = 1
+    _make_checkpoint = staticmethod(commit)
 
     def __init__(
         self,
@@ -105,7 +120,7 @@ class LocalContext:
     def _commit(self, step: int, checkpoint: Path) -> None:
         # Events first: one without its checkpoint is dropped at the resume, a checkpoint without its event is a gap.
         self._events.flush(durable=True)
-        commit(checkpoint, self.folder, step)
+        self._make_checkpoint(checkpoint, self.folder, step)
         self._away = False  # Patience has said so
 
     def _try_events(self) -> None:
@@ -143,3 +158,9 @@ class LocalContext:
 
         self._last = self.patience(f"reading {self.folder}", found, hint=self.standing())
         return self._last
+
+    def agreed(self, act: Callable[[], T]) -> T:
+        return act()
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()

@@ -7,12 +7,13 @@ whoever was killed meanwhile. A folder that is not is set aside as `rejected-che
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lmray.artifacts.files import MANIFEST, read_sealed, replace_folder, temporary_beside
+from lmray.artifacts.files import MANIFEST, fsync, read_sealed, replace_folder, temporary_beside, write_json
 from lmray.errors import ArtifactError, CheckpointError
 
 CHECKPOINTS_KEPT = 2
@@ -37,6 +38,48 @@ def commit(source: Path, folder: Path, step: int) -> None:
     if not folder.is_dir():
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     replace_folder(source, folder / checkpoint_name(step))
+
+
+def staging_for(folder: Path, step: int) -> Path:
+    """Where the ranks of the run in `folder` put their parts of the checkpoint of `step`; `tidy` removes what is left
+    of it."""
+    return temporary_beside(folder / checkpoint_name(step))
+
+
+def add_part(part: Path, staging: Path, rank: int) -> None:
+    """Copies the sealed folder `part` of `rank` into `staging`, its manifest under the rank's name; done again, it
+    gives the same. Raises OSError where it cannot, also where the run folder is gone."""
+    staging.mkdir(exist_ok=True)
+    for source in sorted(path for path in part.rglob("*") if path.is_file()):
+        name = source.relative_to(part)
+        target = staging / (_part_manifest(rank) if name == Path(MANIFEST) else name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        fsync(target)
+
+
+def commit_parts(staging: Path, folder: Path, step: int) -> None:
+    """Makes `staging`, to which every rank has added its part, the checkpoint of `step`; done again, it goes on where
+    it failed. Raises OSError where it cannot."""
+    target = folder / checkpoint_name(step)
+    parts = sorted(staging.glob(_part_manifest("*")))
+    if not (staging / MANIFEST).is_file():
+        manifests = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
+        files = [item for one in manifests for item in one["files"].items()]
+        assert len(dict(files)) == len(files), "two ranks wrote a file of the same name"
+        write_json(staging / MANIFEST, {**manifests[0], "files": dict(sorted(files))})
+    for path in parts:
+        path.unlink()
+    for path in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
+        fsync(path)
+    if target.exists():
+        _remove(target)
+    os.replace(staging, target)
+    fsync(folder)
+
+
+def _part_manifest(rank: int | str) -> str:
+    return f"part-{rank:05d}.json" if isinstance(rank, int) else f"part-{rank}.json"
 
 
 def newest_good(folder: Path, say: Callable[[str], None]) -> Path | None:

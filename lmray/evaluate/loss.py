@@ -41,8 +41,21 @@ def example_losses(
 
 
 def held_out_loss(
-    model: torch.nn.Module, rows: Sequence[Packed], *, batch_size: int, pad_token_id: int, device: str
+    model: torch.nn.Module,
+    rows: Sequence[Packed],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    device: str,
+    share: tuple[int, int] = (0, 1),
+    all_sum: Callable[[float], float] = lambda value: value,
 ) -> float:
-    """Mean loss in nats over the supervised tokens of `rows`, which must hold at least one."""
-    found = example_losses(model, rows, batch_size=batch_size, pad_token_id=pad_token_id, device=device)
-    return sum(loss for loss, _ in found) / sum(count for _, count in found)
+    """Mean loss in nats over the supervised tokens of `rows`, which must hold at least one. `share`: this rank and how
+    many there are; each takes its part of the rows in as many forward passes as the others, and `all_sum` adds up."""
+    rank, ranks = share
+    mine = rows[rank::ranks]
+    filler = rows[: -(-len(rows) // ranks) - len(mine)]
+    found = example_losses(model, [*mine, *filler], batch_size=batch_size, pad_token_id=pad_token_id, device=device)[
+        : sum(map(len, mine))
+    ]
+    return all_sum(sum(loss for loss, _ in found)) / all_sum(sum(count for _, count in found))

@@ -16,7 +16,7 @@ from typing import Any
 import ray.train
 from ray._raylet import PlacementGroupID
 from ray.exceptions import RayActorError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from lmray.artifacts.files import check_writable, only_writer
@@ -28,6 +28,7 @@ from lmray.metrics.progress import follow
 from lmray.on_ray.cluster import check_resources, cluster_resources, connected
 from lmray.on_ray.context import STOP, RayContext
 from lmray.on_ray.notices import heard
+from lmray.train.group import backend_for
 from lmray.train.plan import check_same_run, make_plan
 from lmray.train.program import finished
 from lmray.train.program import train as train_program
@@ -70,6 +71,7 @@ def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
     return TorchTrainer(
         _worker,
         train_loop_config={"job": job},
+        torch_config=TorchConfig(backend=backend_for("cuda" if resources.gpus_per_worker else "cpu")),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -85,7 +87,7 @@ def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
 
 def _worker(config: dict[str, Any]) -> Result | LmrayError:
     job: TrainJob = config["job"]
-    device = "cuda" if job.resources.gpus_per_worker else "cpu"
+    device = str(get_device()) if job.resources.gpus_per_worker else "cpu"
     context = RayContext(run_folder(job), device=device, threads=job.resources.cpus_per_worker or 1)
     try:
         context.open()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from lmray.config import MemberConfig
 
@@ -13,6 +14,16 @@ if TYPE_CHECKING:
     import torch
 
 MakeOptimizer = Callable[["torch.nn.Module"], "torch.optim.Optimizer"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is to be placed."""
+
+    adapter_only: bool
+    """The model's own weights are frozen."""
+    fits: bool
+    """All of it fits into one worker's memory."""
 
 
 class Placed(Protocol):
@@ -60,9 +71,13 @@ class Placed(Protocol):
 class Sharding(MemberConfig):
     """Base of `lmray/sharding/*.py`."""
 
+    shards: ClassVar[bool] = False
+    """Whether the workers share the weights among them: none holds the whole model."""
+
     @abstractmethod
-    def resolve(self, *, workers: int) -> tuple[Sharding, str]:
-        """The strategy that will run on so many workers, and why. Raises CapacityError where none can."""
+    def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:
+        """The strategy that will run on so many workers, and why; `need` is what it is to place, where that is known.
+        Raises CapacityError where none can."""
         raise NotImplementedError
 
     @abstractmethod

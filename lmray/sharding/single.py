@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from safetensors.torch import load_file
 
-from lmray.errors import CapacityError
+from lmray.errors import CapacityError, CheckpointError
 from lmray.models.tensors import save_tensors
 from lmray.sharding._optimizer_state import optimizer_tensors, set_optimizer_tensors
-from lmray.sharding.base import MakeOptimizer, Placed, Sharding
+from lmray.sharding._shards import SHARDS, load_shards
+from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -20,10 +21,13 @@ OPTIMIZER = "optimizer.safetensors"
 class Single(Sharding):
     """The whole model on one worker."""
 
-    def resolve(self, *, workers: int) -> tuple[Sharding, str]:
+    def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:
         if workers != 1:
             raise CapacityError(
-                "sharding", f"`single` runs on one worker, the job asks for {workers}", allowed="resources.workers: 1"
+                "sharding",
+                f"`single` runs on one worker, the job asks for {workers}",
+                allowed="resources.workers: 1",
+                hint="`sharding: auto` takes the strategy that fits the workers",
             )
         return self, "one worker"
 
@@ -68,5 +72,12 @@ class WholePlaced:
         save_tensors(optimizer_tensors(self.optimizer), folder / OPTIMIZER)
 
     def load(self, folder: Path) -> None:
+        if (folder / SHARDS).is_dir():
+            load_shards(self.model, self.optimizer, folder)
+            return
         path = folder / OPTIMIZER
+        if not path.is_file():
+            raise CheckpointError(
+                str(folder), "was saved by another strategy", hint="go on with the `sharding` it began with"
+            )
         set_optimizer_tensors(self.optimizer, load_file(path), str(path))

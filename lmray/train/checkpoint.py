@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from lmray.adapters.base import Adapter
 from lmray.artifacts.files import read_sealed, seal, write_json
+from lmray.context import RunContext
 from lmray.errors import ArtifactError, CheckpointError
 from lmray.models.tensors import save_tensors
 from lmray.sharding.base import Placed
@@ -58,9 +59,18 @@ def save_weights(folder: Path, placed: Placed, adapter: Adapter, rank: int) -> b
     return rank == 0
 
 
-def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter, rank: int) -> Progress:
+def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter, ctx: RunContext) -> Progress:
     """Sets model, optimizer and random state to those in `folder`; called on all ranks together. Raises CheckpointError
     where a file is missing or not what the manifest says, or the checkpoint is another run's or another strategy's."""
+    ctx.agreed(lambda: _check(folder, run_key))
+    if placed.whole and (folder / "adapter").is_dir():
+        adapter.load(placed.model, folder / "adapter")
+    placed.load(folder)
+    _set_random_state(folder / _random_file(ctx.rank))
+    return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+
+
+def _check(folder: Path, run_key: str) -> None:
     try:
         manifest = read_sealed(folder)
     except ArtifactError as error:
@@ -71,11 +81,6 @@ def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter
         raise CheckpointError(
             str(folder), "belongs to another run", allowed=run_key[:12], hint="give the job another name"
         )
-    if placed.whole and (folder / "adapter").is_dir():
-        adapter.load(placed.model, folder / "adapter")
-    placed.load(folder)
-    _set_random_state(folder / _random_file(rank))
-    return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
 
 
 def _random_file(rank: int) -> str:

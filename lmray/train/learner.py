@@ -58,17 +58,19 @@ class Learner:
     def _computing(self, batch: Batch) -> AbstractContextManager[None]:
         return self.fused.running(batch.position_ids_BT) if self.fused else computing(self.model)
 
-    def step(self, batches: Sequence[Batch], *, learning_rate: float) -> StepReport:
+    def step(self, batches: Sequence[Batch], *, learning_rate: float, num_idle: int = 0) -> StepReport:
         """One optimizer step over this rank's micro-batches, already on the device. Not applied where the loss or the
-        gradient norm it reports is not finite."""
+        gradient norm it reports is not finite. The last `num_idle` count nothing: every rank runs as many forward and
+        backward passes, whether or not it has rows for them."""
+        counted = batches[: len(batches) - num_idle]
         for group in self.placed.optimizer.param_groups:
             group["lr"] = learning_rate
-        count = self.placed.all_sum(sum(self.objective.count(batch) for batch in batches))
+        count = self.placed.all_sum(sum(self.objective.count(batch) for batch in counted))
         self.model.train()
         total = 0.0
         for number, batch in enumerate(batches, 1):
             with self._computing(batch):
-                loss_sum = self.objective.loss(self.model, batch)
+                loss_sum = self.objective.loss(self.model, batch) * (number <= len(counted))
             self.placed.backward(loss_sum / count, last=number == len(batches))
             total += float(loss_sum.detach())
         grad_norm, loss = self.placed.clip_grad_norm(self.max_grad_norm), self.placed.all_sum(total) / count
@@ -76,5 +78,5 @@ class Learner:
             self.placed.apply()
         else:
             self.placed.optimizer.zero_grad(set_to_none=True)
-        num_tokens = self.placed.all_sum(sum(batch.num_tokens for batch in batches))
+        num_tokens = self.placed.all_sum(sum(batch.num_tokens for batch in counted))
         return StepReport(loss, grad_norm, int(count), int(num_tokens))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,10 +57,29 @@ class Loop:
             self._step(save=stopping)
             if stopping and not self.done:
                 return False
-        if self.job.train.load_best_model_at_end and self.watch.best_step not in (None, self.progress.step):
-            self.job.adapter.load(self.learner.model, self._best_folder())
+        if self.best_folder is not None:
+            if self.learner.placed.whole:
+                self.job.adapter.load(self.learner.model, self.best_folder)
             self.final_loss = self.watch.best_loss
         return True
+
+    @property
+    def best_folder(self) -> Path | None:
+        """Where the weights of the result are, where they are not those of the last step."""
+        earlier = self.watch.best_step not in (None, self.progress.step)
+        return self._best_folder() if self.job.train.load_best_model_at_end and earlier else None
+
+    def gathered(self) -> Path | None:
+        """Where rank 0 finds the result's weights, saved by the adapter, where no rank holds the whole model; called on
+        all ranks together."""
+        placed = self.learner.placed
+        if placed.whole:
+            return None
+        if self.best_folder is not None:
+            return self.best_folder
+        folder = self.ctx.scratch / "result"
+        save_weights(folder, placed, self.job.adapter, self.ctx.rank)
+        return folder
 
     def peaks_by_worker(self) -> list[float]:
         """Largest resident memory of every rank's process, in bytes; called on all ranks together."""
@@ -79,7 +98,8 @@ class Loop:
             warmup_ratio=args.warmup_ratio,
             shape=args.lr_scheduler_type,
         )
-        report = self.learner.step(list(self._batches(stop)), learning_rate=rate)
+        batches, num_idle = self._batches(stop)
+        report = self.learner.step(batches, learning_rate=rate, num_idle=num_idle)
         seconds = time.perf_counter() - start
         rows = self.sampler.rows(self.progress.samples, stop)
         self.progress = Progress(self.plan.run_key, step, stop, self.progress.seconds + seconds)
@@ -118,26 +138,32 @@ class Loop:
         return {"eval.loss": loss, "eval.seconds": time.perf_counter() - start}
 
     def held_out_loss(self) -> float:
-        """Mean loss over the held-out tokens with the model as it is."""
+        """Mean loss over the held-out tokens with the model as it is; every rank takes its share of the rows."""
         return held_out_loss(
             self.learner.model,
             self.prepared.eval_rows,
             batch_size=self.job.train.per_device_train_batch_size,
             pad_token_id=pad_token_id(self.prepared.tokenizer),
             device=self.ctx.device,
+            share=(self.ctx.rank, self.ctx.world_size),
+            all_sum=self.learner.placed.all_sum,
         )
 
-    def _batches(self, stop: int) -> Iterator[Batch]:
-        """This rank's micro-batches of the samples up to `stop`."""
+    def _batches(self, stop: int) -> tuple[list[Batch], int]:
+        """This rank's micro-batches of the samples up to `stop`, as many on every rank; and how many at the end are
+        only there for that: the first row again."""
         rows = self.sampler.rows(self.progress.samples, stop)
         mine = rows[self.ctx.rank :: self.ctx.world_size]
         size = self.job.train.per_device_train_batch_size
+        parts = [mine[first : first + size] for first in range(0, len(mine), size)]
+        most = -(-len(rows) // self.ctx.world_size)  # rank 0's
+        num_idle = -(-most // size) - len(parts)
+        return [self._batch(part) for part in [*parts, *[rows[:1]] * num_idle]], num_idle
+
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        packed = self.learner.joined([self.prepared.rows[row] for row in rows])
         pad = pad_token_id(self.prepared.tokenizer)
-        for first in range(0, len(mine), size):
-            packed = [self.prepared.rows[row] for row in mine[first : first + size]]
-            yield collate(self.learner.joined(packed), pad_token_id=pad, multiple_of=self.learner.multiple_of).to(
-                self.ctx.device
-            )
+        return collate(packed, pad_token_id=pad, multiple_of=self.learner.multiple_of).to(self.ctx.device)
 
     def _metrics(self, report: StepReport, rate: float, seconds: float) -> dict[str, float]:
         return {
@@ -187,4 +213,4 @@ class Loop:
         folder = self.ctx.resume_from()
         if folder is None:
             return Progress(self.plan.run_key, 0, 0, 0.0)
-        return load_checkpoint(folder, self.plan.run_key, self.learner.placed, self.job.adapter, self.ctx.rank)
+        return load_checkpoint(folder, self.plan.run_key, self.learner.placed, self.job.adapter, self.ctx)

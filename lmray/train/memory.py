@@ -90,16 +90,21 @@ def _follows_attention(one: AdaptedLinear, shape: ModelShape) -> bool:
     return is_output and shape.query_width != shape.hidden
 
 
-def memory_parts(shape: ModelShape, rows: Rows, dtype: str, *, device: str, process_bytes: int) -> dict[str, int]:
-    """Bytes by part and in `total`. Logits: of supervised tokens only, as they leave the head, and in float32 with
-    their gradient. Bfloat16 models also multiply with bfloat16 copies of the adapter's weights."""
+def memory_parts(
+    shape: ModelShape, rows: Rows, dtype: str, *, device: str, process_bytes: int, shards: int = 1
+) -> dict[str, int]:
+    """Bytes by part and in `total`. `shards`: how many workers share weights, gradients and optimizer state; then each
+    also holds the embedding and two blocks, gathered. Logits: of supervised tokens only, as they leave the head, and in
+    float32 with their gradient. Bfloat16 models also multiply with bfloat16 copies of the adapter's weights."""
     width = WIDTH[dtype]
     copies = shape.trained * width if width < 4 else 0
     activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype)
+    block = (shape.weights_bytes(dtype) - shape.embedding * width) // shape.layers
+    gathered = shape.embedding * width + 2 * block if shards > 1 else 0
     parts = {
-        "weights": shape.weights_bytes(dtype),
-        "gradients": shape.trained * 4,
-        "optimizer": shape.trained * 8,
+        "weights": -(-shape.weights_bytes(dtype) // shards) + gathered,
+        "gradients": -(-shape.trained * 4 // shards),
+        "optimizer": -(-shape.trained * 8 // shards),
         "activations": activations + copies,
         "logits": logits,
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from lmray.artifacts.files import sha256_json
 from lmray.config import dump
 from lmray.errors import ConfigError
 from lmray.job import TrainJob
+from lmray.models.machine import this_machine
 from lmray.models.precision import resolve_dtype
 from lmray.models.shape import ModelShape, read_shape
+from lmray.sharding.base import Need, Sharding
 from lmray.train.data_facts import data_facts, data_warnings
 from lmray.train.duration import forward_flops, step_flops
-from lmray.train.memory import bytes_per_row, memory_parts, process_bytes, worst_rows
+from lmray.train.memory import USABLE, Rows, bytes_per_row, memory_parts, process_bytes, worst_rows
 from lmray.train.prepare import Prepared, prepare
 from lmray.units import human_bytes, human_count
 
-PLACEMENT = ("name", "storage", "resources", "output", "report_to")
+PLACEMENT = ("name", "storage", "sharding", "resources", "output", "report_to")
 """Fields of a job that are not part of what it computes."""
 WATCHED = ("train.divergence_factor",)
 """Fields below those that decide when a run is given up, not what it computes: a run may go on under another value."""
@@ -122,13 +124,15 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     ready = prepared or prepare(job)
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
-    sharding, sharding_reason = job.sharding.resolve(workers=job.resources.workers)
     shape = read_shape(
         ready.model.folder,
         lambda model: job.adapter.attach(model, seed=0),
         trust_remote_code=job.model.trust_remote_code,
     )
-    kernels, kernels_reason = _kernels(job, shape.unfit, device)
+    rows = worst_rows(ready.rows, job.train.per_device_train_batch_size)
+    settings: dict[str, Any] = {"dtype": dtype, "device": device, "process_bytes": process_bytes()}
+    sharding, sharding_reason = _sharding(job, shape, rows, settings)
+    kernels, kernels_reason = _kernels(job, shape.unfit, device, sharding)
     rows_per_step = (
         job.train.per_device_train_batch_size * job.train.gradient_accumulation_steps * job.resources.workers
     )
@@ -138,8 +142,8 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         samples = steps * rows_per_step
     model = {"source": job.model.source, "revision": job.model.revision, "digest": ready.model.digest}
     data = data_facts(ready, max_length=job.data.max_length)
-    rows = worst_rows(ready.rows, job.train.per_device_train_batch_size, fused=kernels == "fused")
-    settings = {"dtype": dtype, "device": device}
+    rows = replace(rows, fused=kernels == "fused")
+    shards = job.resources.workers if sharding.shards else 1
     fields = _flat({key: value for key, value in dump(job).items() if key not in PLACEMENT})
     fields = {key: value for key, value in fields.items() if key not in WATCHED}
     return Plan(
@@ -156,8 +160,8 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
-        memory_bytes=memory_parts(shape, rows, **settings, process_bytes=process_bytes()),
-        row_bytes=bytes_per_row(shape, rows, **settings),
+        memory_bytes=memory_parts(shape, rows, **settings, shards=shards),
+        row_bytes=bytes_per_row(shape, rows, dtype, device=device),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
         warnings=(*_trust_warnings(job), *data_warnings(data)),
     )
@@ -184,8 +188,30 @@ def check_same_run(plan: Plan, folder: Path) -> None:
     raise ConfigError(f"run `{plan.name}`", "is already there with other content: " + "; ".join(changed), hint=hint)
 
 
-def _kernels(job: TrainJob, unfit: str | None, device: str) -> tuple[str, str]:
+def continued(plan: Plan, folder: Path) -> Plan:
+    """`plan` with the steps that the run in `folder` began with: at another number of workers they stay what they
+    were, so that the curve does."""
+    path = folder / "plan.json"
+    if not path.is_file():
+        return plan
+    before = json.loads(path.read_text(encoding="utf-8"))
+    return replace(plan, **{name: before[name] for name in ("rows_per_step", "samples", "steps")})
+
+
+def _sharding(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[str, Any]) -> tuple[Sharding, str]:
+    """Machines are taken to be like this one, which its workers share."""
+    workers = job.resources.workers
+    total = memory_parts(shape, rows, **settings)["total"]
+    room = this_machine().worker_bytes(on_gpu=settings["device"] == "cuda")
+    room = room // workers if room and settings["device"] == "cpu" else room
+    fits = room is None or total <= USABLE * room
+    return job.sharding.resolve(workers=workers, need=Need(job.adapter.kept == "adapter", fits))
+
+
+def _kernels(job: TrainJob, unfit: str | None, device: str, sharding: Sharding) -> tuple[str, str]:
     reason = unfit if device == "cpu" else "the fused functions run on CPUs"
+    if sharding.shards:
+        reason = "the fused functions need whole weights, the workers share them"
     asked = job.model.kernels
     if asked == "fused" and reason:
         hint = "`kernels: auto` uses them where they fit"

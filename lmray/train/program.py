@@ -18,19 +18,20 @@ import yaml
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.files import write_atomic, write_json
 from lmray.artifacts.store import open_store
-from lmray.config import dump
+from lmray.config import Member, dump
 from lmray.context import Result, RunContext
-from lmray.errors import DivergenceError
+from lmray.errors import CapacityError, DataError, DivergenceError
 from lmray.evaluate.measure import HeldOut, Measured, measure
 from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
 from lmray.models.fused import Fused
 from lmray.models.load import load_model
 from lmray.optim.adamw import make_adamw
+from lmray.registry import SHARDINGS
 from lmray.trackers.base import TrackedRun
 from lmray.train.learner import Learner
 from lmray.train.loop import Loop
-from lmray.train.plan import Plan, check_same_run, make_plan
+from lmray.train.plan import Plan, check_same_run, continued, make_plan
 from lmray.train.preflight import run_cost
 from lmray.train.prepare import Prepared, prepare
 from lmray.train.record import DATA, DIVERGED, JOB, PLAN, RESULT
@@ -55,23 +56,57 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
     """
     started = time.time()
     torch.set_num_threads(ctx.threads)
-    prepared = prepare(job)
+    with ctx.together():
+        _check_workers(job, ctx)
+        prepared = prepare(job)
+    begun = ctx.agreed(lambda: _begin(job, prepared, ctx))
+    if isinstance(begun, Result):
+        return begun
+    with ctx.together():
+        _check_same_data(begun, prepared, ctx)
+    loop = Loop(job, begun, prepared, make_learner(job, begun, prepared, ctx), ctx)
+    ctx.agreed(lambda: _forget_events_after(loop.progress.step, ctx))
+    with Tracking(job.report_to if ctx.rank == 0 else (), _tracked(job, begun, ctx)) as tracking:
+        tracking.result = _run(job, begun, prepared, loop, started=started)
+    return tracking.result
+
+
+def _begin(job: TrainJob, prepared: Prepared, ctx: RunContext) -> Plan | Result:
+    """Rank 0's plan, which is every rank's, in the run folder; or the result of a run that is done."""
     plan = make_plan(job, prepared)
     check_same_run(plan, ctx.folder)
     if (done := finished(ctx.folder)) is not None:
         return done
-    again = f"once {ctx.folder} can be written, the same command goes on"
-    if ctx.rank == 0:
-        ctx.patience(
-            f"writing {ctx.folder}/plan.json", lambda: _open_folder(job, plan, prepared, ctx.folder), hint=again
+    plan = continued(plan, ctx.folder)
+    ctx.patience(
+        f"writing {ctx.folder}/plan.json", lambda: _open_folder(job, plan, prepared, ctx.folder), hint=_again(ctx)
+    )
+    return plan
+
+
+def _check_workers(job: TrainJob, ctx: RunContext) -> None:
+    if ctx.world_size != job.resources.workers:
+        raise CapacityError(
+            "resources.workers",
+            f"the job asks for {job.resources.workers}, {ctx.world_size} were started",
+            allowed=f"{ctx.world_size}",
         )
-    loop = Loop(job, plan, prepared, make_learner(job, plan, prepared, ctx), ctx)
-    if ctx.rank == 0:
-        events = EventLog(ctx.folder / "events.jsonl")
-        ctx.patience(f"writing {events.path}", lambda: events.truncate_after(loop.progress.step), hint=again)
-    with Tracking(job.report_to if ctx.rank == 0 else (), _tracked(job, plan, ctx)) as tracking:
-        tracking.result = _run(job, plan, prepared, loop, started=started)
-    return tracking.result
+
+
+def _check_same_data(plan: Plan, prepared: Prepared, ctx: RunContext) -> None:
+    if prepared.model.digest != plan.model["digest"] or prepared.digest != plan.data["digest"]:
+        what = "model" if prepared.model.digest != plan.model["digest"] else "data"
+        hint = "put it where every worker sees the same: a URL, or a path that all machines share"
+        raise DataError(f"run `{plan.name}`", f"worker {ctx.rank} reads another {what} than worker 0", hint=hint)
+
+
+def _forget_events_after(step: int, ctx: RunContext) -> None:
+    events = EventLog(ctx.folder / "events.jsonl")
+    ctx.patience(f"writing {events.path}", lambda: events.truncate_after(step), hint=_again(ctx))
+
+
+def _again(ctx: RunContext) -> str:
+    return f"once {ctx.folder} can be written, the same command goes on"
 
 
 def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
@@ -79,19 +114,21 @@ def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: 
     if not _ran(loop):
         return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     peaks = loop.peaks_by_worker()
-    if ctx.rank != 0:
-        return Result("succeeded", str(ctx.folder))
     if ctx.should_stop():  # what was trained is committed; measuring may take longer than who stops it waits
         return Result("stopped", str(ctx.folder), seconds=time.time() - started)
+    gathered = loop.gathered()
+    if ctx.rank != 0:  # from here on rank 0 works alone, and nobody waits for it in a collective
+        return Result("succeeded", str(ctx.folder))
+    model = loop.learner.model if gathered is None else _whole_model(job, plan, prepared, ctx, gathered)
     times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
     measuring = time.time()
-    measured = _measure(job, prepared, loop)
+    measured = _measure(job, prepared, loop, model)
     held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(ctx.folder / "events.jsonl").read())
     times["run.evaluate_seconds"] = held_out_s + time.time() - measuring
     return ctx.patience(
         f"keeping the result of {ctx.folder}",
-        lambda: _finish(job, plan, loop, measured=measured, peaks=peaks, times=times, started=started),
-        hint=f"once {ctx.folder} can be written, the same command goes on",
+        lambda: _finish(loop, model, measured=measured, peaks=peaks, times=times, started=started),
+        hint=_again(ctx),
     )
 
 
@@ -102,21 +139,34 @@ def _tracked(job: TrainJob, plan: Plan, ctx: RunContext) -> TrackedRun:
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
     """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
-    model = load_model(prepared.model.folder, plan.dtype, trust_remote_code=job.model.trust_remote_code)
-    model.requires_grad_(False)
-    adapted = job.adapter.attach(model, seed=job.train.seed)
-    torch.manual_seed(job.train.seed)
-    sharding, _ = job.sharding.resolve(workers=ctx.world_size)
+    with ctx.together():
+        adapted = _adapted_model(job, plan, prepared)
+    torch.manual_seed(job.train.seed + ctx.rank)  # dropout: workers see other rows
+    sharding: Any = Member(SHARDINGS).decode(plan.sharding)
     placed = sharding.place(
         adapted,
         lambda placed_model: make_adamw(
             placed_model, learning_rate=job.train.learning_rate, weight_decay=job.train.weight_decay
         ),
         ctx.device,
+        dtype=plan.dtype,
     )
     (objective,) = job.method.objectives()
     fused = Fused(placed.model) if plan.kernels == "fused" else None
     return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, fused=fused)
+
+
+def _adapted_model(job: TrainJob, plan: Plan, prepared: Prepared) -> torch.nn.Module:
+    model = load_model(prepared.model.folder, plan.dtype, trust_remote_code=job.model.trust_remote_code)
+    model.requires_grad_(False)
+    return job.adapter.attach(model, seed=job.train.seed)
+
+
+def _whole_model(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext, weights: Path) -> torch.nn.Module:
+    """A model that lies whole on this rank, with the trained `weights` of one that is sharded."""
+    model = _adapted_model(job, plan, prepared)
+    job.adapter.load(model, weights)
+    return model.to(ctx.device)
 
 
 def _ran(loop: Loop) -> bool:
@@ -154,9 +204,8 @@ def _train_metrics(loop: Loop) -> dict[str, float]:
 
 
 def _finish(
-    job: TrainJob,
-    plan: Plan,
     loop: Loop,
+    model: torch.nn.Module,
     *,
     measured: Mapping[str, Measured],
     peaks: Sequence[float],
@@ -164,7 +213,7 @@ def _finish(
     started: float,
 ) -> Result:
     """Keeps and reports, `result.json` last; done again, it gives the same."""
-    folder, model = loop.ctx.folder, loop.learner.model
+    job, plan, folder = loop.job, loop.plan, loop.ctx.folder
     folder.stat()  # a store that is gone is not made anew below its mount
     for label, one in measured.items():
         if one.answers:
@@ -199,12 +248,12 @@ def _finish(
     return result
 
 
-def _measure(job: TrainJob, prepared: Prepared, loop: Loop) -> Mapping[str, Measured]:
+def _measure(job: TrainJob, prepared: Prepared, loop: Loop, model: torch.nn.Module) -> Mapping[str, Measured]:
     """`base` (where asked for) and `tuned`."""
     if not job.evaluate.tasks:
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
-    model, settings = loop.learner.model, {"device": loop.ctx.device, "threads": loop.ctx.threads}
+    settings = {"device": loop.ctx.device, "threads": loop.ctx.threads}
     model.eval()
     measured = {}
     if job.evaluate.base:

@@ -1,0 +1,135 @@
+"""Weights, gradients and optimizer state are shared among the workers, block by block, through torch's `fully_shard`.
+
+Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", arXiv 2304.11277, in its second form
+(a DTensor a parameter). Every worker computes its share of the rows with one block's weights gathered at a time.
+Differs from the paper in: gradients are summed, not averaged, for the learner divides by the tokens of all workers;
+they are summed after every micro-batch, so that no worker ever holds those of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lmray.errors import ConfigError
+from lmray.sharding._ranks import have_group, sum_over_ranks
+from lmray.sharding._shards import load_shards, save_shards
+from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
+
+
+class Fsdp2(Sharding):
+    """A share of the model on every worker."""
+
+    shards: ClassVar[bool] = True
+    cpu_offload: bool = False
+    """Shares of weights, gradients and optimizer state live in the CPU's memory, and the optimizer steps there."""
+    activation_checkpointing: bool = False
+    """The backward pass computes every block again instead of keeping what it computed: less memory, a third more
+    time."""
+    reshard_after_forward: bool = True
+    """Gathered weights are let go between forward and backward pass. Off: faster, but the backward pass begins with all
+    of them in memory."""
+    fp32_master_weights: bool = True
+    """Trained weights are kept and stepped in float32 where the model computes in bfloat16: small steps are not rounded
+    away."""
+
+    def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:
+        return self, "as the job says"
+
+    def place(
+        self, model: torch.nn.Module, make_optimizer: MakeOptimizer, device: str, *, dtype: str = "float32"
+    ) -> Placed:
+        have_group()
+        blocks = _blocks(model)
+        if self.activation_checkpointing:
+            _base(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.fp32_master_weights:
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        kind = torch.device(device).type
+        settings = {
+            "mesh": init_device_mesh(kind, (dist.get_world_size(),)),
+            "reshard_after_forward": self.reshard_after_forward,
+            "mp_policy": _precision(dtype),
+            "offload_policy": CPUOffloadPolicy(pin_memory=kind == "cuda") if self.cpu_offload else OffloadPolicy(),
+        }
+        for module in (*blocks, model):
+            fully_shard(module, **settings)
+        _sum_gradients(model.modules())
+        return _FsdpPlaced(model, make_optimizer(model), torch.device(device))
+
+
+@dataclass
+class _FsdpPlaced:
+    whole: ClassVar[bool] = False
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+    def all_sum(self, value: float) -> float:
+        return sum_over_ranks(value, self.device)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def clip_grad_norm(self, max_norm: float) -> float:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def apply(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+        state = get_model_state_dict(self.model, options=options)
+        if dist.get_rank() != 0:
+            return None
+        kept = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in state.items() if name in kept or not trained_only}
+
+    def save(self, folder: Path) -> None:
+        save_shards(self.model, self.optimizer, folder)
+
+    def load(self, folder: Path) -> None:
+        load_shards(self.model, self.optimizer, folder)
+
+
+def _base(model: torch.nn.Module) -> torch.nn.Module:
+    """The `transformers` model below an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks. Raises ConfigError where the architecture does not name them."""
+    names = set(getattr(_base(model), "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        found = f"{type(_base(model)).__name__} does not say which of its modules are blocks (`_no_split_modules`)"
+        raise ConfigError("sharding", found, allowed="ddp, single")
+    return blocks
+
+
+def _precision(dtype: str) -> MixedPrecisionPolicy:
+    """Gradients are summed in float32 whatever is computed in."""
+    if dtype == "float32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+
+
+def _sum_gradients(modules: Iterable[torch.nn.Module]) -> None:
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
