@@ -61,8 +61,9 @@ def job_says(train: Mapping[str, Any], *, workers: int, dtype: str) -> dict[str,
     """What a file may repeat: for a key its value in the job and the field it comes from. `train`: the job's section
     of that name."""
     size, steps = train["per_device_train_batch_size"], train["gradient_accumulation_steps"]
-    low = {name: (dtype == "bfloat16", "model.dtype") for name in ("bf16.enabled", "bfloat16.enabled")}
-    return low | {
+    return {
+        "bf16.enabled": (dtype == "bfloat16", "model.dtype"),
+        "bfloat16.enabled": (dtype == "bfloat16", "model.dtype"),
         "fp16.enabled": (dtype == "float16", "model.dtype"),
         "train_batch_size": (size * steps * workers, ROWS),
         "train_micro_batch_size_per_gpu": (size, DECIDED["train_micro_batch_size_per_gpu"]),
@@ -81,14 +82,17 @@ def check_config(config: Mapping[str, Any], says: Mapping[str, tuple[Any, str]],
     problems = []
     for key, found in _leaves(config):
         section = key.partition(".")[0]
-        if found == AUTO or key in says and found == says[key][0] or key in FIXED and found == FIXED[key]:
-            continue
         if key in says:
-            value, field = says[key]
-            allowed = f'{json.dumps(value)} as `{field}` says, "auto", or no such key'
-        elif key in FIXED or section in DECIDED:
-            allowed = f"{json.dumps(FIXED[key])}, or no such key" if key in FIXED else '"auto", or no such key'
+            expected, field = says[key]
+            allowed = f'{json.dumps(expected)} as `{field}` says, "auto", or no such key'
+        elif key in FIXED:
+            expected = FIXED[key]
+            allowed = f'{json.dumps(expected)}, "auto", or no such key'
+        elif section in DECIDED:
+            expected, allowed = AUTO, '"auto", or no such key'
         else:
+            continue
+        if found in (AUTO, expected):
             continue
         hint = f"change the job: `{DECIDED[section]}`" if section in DECIDED else None
         problems.append(Problem(f"{where}: {key}", f"{json.dumps(found)} contradicts the job", allowed, hint))
@@ -129,5 +133,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _without_auto(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_auto(value) if isinstance(value, Mapping) else value for key, value in tree.items() if value != AUTO
+        key: _without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if value != AUTO
     }

@@ -1,8 +1,8 @@
 """A model in a DeepSpeed engine, as the learner uses it. Runs on every rank.
 
 A checkpoint holds whole tensors, those of one parameter in the file of one rank, so that it loads at any world size
-and stage: `NAME/weight` (where no adapter's file holds it), `NAME/KEY` of the optimizer's state (`exp_avg`), and
-`KEY` alone for a number of the whole optimizer (`step`).
+and stage: `NAME/weight`, `NAME/KEY` of the optimizer's state (`exp_avg`), and `KEY` alone for a number of the whole
+optimizer (`step`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from safetensors import safe_open
 
 from lmray.errors import CheckpointError
 from lmray.models.tensors import save_tensors
+from lmray.sharding._ranks import sum_over_ranks
 
 WEIGHT = "weight"
 
@@ -24,7 +26,8 @@ WEIGHT = "weight"
 class DeepspeedPlaced:
     """See `Placed`. The model is the module inside the engine: its own class, with the engine's hooks."""
 
-    def __init__(self, engine: Any):
+    def __init__(self, deepspeed: ModuleType, engine: Any):
+        self._deepspeed: Any = deepspeed
         self.engine, self.model, self.optimizer = engine, engine.module, engine.optimizer
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.whole: bool = engine.zero_optimization_stage() < 3
@@ -35,9 +38,7 @@ class DeepspeedPlaced:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def all_sum(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64, device=self.engine.device)
-        torch.distributed.all_reduce(total)
-        return total.item()
+        return sum_over_ranks(value, self.engine.device)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -54,13 +55,12 @@ class DeepspeedPlaced:
         return norm
 
     def _norm(self) -> float:
-        from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
-
+        measures = self._deepspeed.runtime.utils
         if self.whole:
             norm = self.optimizer.scaled_global_norm()
         else:
-            norm = combine_grad_norm_groups(self.optimizer._get_norm_groups())
-        return math.nan if is_invalid_grad_norm(norm) else float(norm)
+            norm = measures.combine_grad_norm_groups(self.optimizer._get_norm_groups())
+        return math.nan if measures.is_invalid_grad_norm(norm) else float(norm)
 
     def apply(self) -> None:
         self.engine.step()
@@ -80,21 +80,18 @@ class DeepspeedPlaced:
         return gathered if self.rank == 0 else None
 
     def _gathered(self, tensor: torch.Tensor, **changes: Any):
-        if not hasattr(tensor, "ds_id"):
-            return nullcontext()
-        from deepspeed.runtime.zero import GatheredParameters
-
-        return GatheredParameters([tensor], **changes)
+        """`tensor` in full inside, where it is a weight that is split."""
+        return (
+            self._deepspeed.zero.GatheredParameters([tensor], **changes) if hasattr(tensor, "ds_id") else nullcontext()
+        )
 
     def save(self, folder: Path) -> None:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
+        full = self._deepspeed.utils
         keys, numbers = self._state()
         mine = {key: torch.as_tensor(value) for key, value in numbers.items()} if self.rank == 0 else {}
         for index, (name, parameter) in enumerate(self.trained.items()):
-            state = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
-            if not self.whole or parameter.dtype != torch.float32:
-                state[WEIGHT] = safe_get_full_fp32_param(parameter)
+            state = {key: full.safe_get_full_optimizer_state(parameter, key) for key in keys}
+            state[WEIGHT] = full.safe_get_full_fp32_param(parameter)
             if index % self.world_size == self.rank:
                 mine |= {f"{name}/{key}": tensor.to("cpu") for key, tensor in state.items()}
         save_tensors(mine, folder / f"deepspeed-{self.rank:05d}.safetensors")
@@ -102,12 +99,9 @@ class DeepspeedPlaced:
     def _state(self) -> tuple[list[str], dict[str, Any]]:
         """The optimizer's state of any one piece: keys of its tensors, and its numbers, the same for all pieces."""
         if self.whole:  # the engine itself finds the pieces of the first parameter group only
-            from deepspeed.utils import lazy_init_hp_params_optimizer_state as link
-
-            for group, piece in zip(
-                self.optimizer.bit16_groups, self.optimizer.single_partition_of_fp32_groups, strict=True
-            ):
-                link(group, piece, self.optimizer.state)
+            pieces = self.optimizer.single_partition_of_fp32_groups
+            for group, piece in zip(self.optimizer.bit16_groups, pieces, strict=True):
+                self._deepspeed.utils.lazy_init_hp_params_optimizer_state(group, piece, self.optimizer.state)
         facts = next(iter(self.optimizer.state.values()), {})
         numbers = {key: value for key, value in facts.items() if not torch.is_tensor(value) or value.dim() == 0}
         return [key for key in facts if key not in numbers], numbers
@@ -115,28 +109,26 @@ class DeepspeedPlaced:
     def load(self, folder: Path) -> None:
         files = sorted(folder.glob("deepspeed-*.safetensors"))
         if not files:
-            hint = "resume with the sharding it was written with, or give the job another name"
-            raise CheckpointError(str(folder), "holds no state of `deepspeed`", hint=hint)
+            hint = "go on with the `sharding` it began with"
+            raise CheckpointError(str(folder), "was saved by another strategy than `deepspeed`", hint=hint)
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
-            found = {name: file for file in opened for name in file.keys()}
+            found = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
             self._check(folder, {name.rpartition("/")[0] for name in found if "/" in name})
             for name, parameter in self.trained.items():
-                stored = f"{name}/{WEIGHT}"
-                self._set_weight(parameter, found[stored].get_tensor(stored) if stored in found else parameter.detach())
-            if found:
+                self._set_weight(parameter, found[f"{name}/{WEIGHT}"].get_tensor(f"{name}/{WEIGHT}"))
+            if len(found) > len(self.trained):  # it was saved after a step
                 self._make_state()
             keys, numbers = self._state()
             for name, parameter in self.trained.items():
                 for key in keys:
                     self._set(parameter, key, found[f"{name}/{key}"].get_tensor(f"{name}/{key}"))
             for key in numbers:
-                for facts in self.optimizer.state.values():
+                for facts in self.optimizer.state.values():  # a tensor each: they count on
                     facts[key] = found[key].get_tensor(key).to(facts[key].device, copy=True)
 
     def _check(self, folder: Path, names: set[str]) -> None:
-        other = sorted(names ^ set(self.trained))
-        if names and other:
+        if other := sorted(names ^ set(self.trained)):
             raise CheckpointError(str(folder), f"holds the state of other parameters, first at {other[0]}")
 
     def _make_state(self) -> None:
@@ -153,18 +145,17 @@ class DeepspeedPlaced:
 
     def _set(self, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:
         """Sets this rank's piece of the optimizer's `key`, WEIGHT being its own float32 copy, to that of `value`."""
-        from deepspeed import utils
-
+        setters = self._deepspeed.utils
         value = value.to(self.engine.device)
         arguments = () if key == WEIGHT else (key,)
         if not self.whole:
             size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             padded = torch.nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel()))
             piece = padded.narrow(0, size * self.rank, size)
-            setter = utils.safe_set_local_optimizer_state if arguments else utils.safe_set_local_fp32_param
+            setter = setters.safe_set_local_optimizer_state if arguments else setters.safe_set_local_fp32_param
             setter(parameter, piece, *arguments)
         else:
-            setter = utils.safe_set_full_optimizer_state if arguments else utils.safe_set_full_fp32_param
+            setter = setters.safe_set_full_optimizer_state if arguments else setters.safe_set_full_fp32_param
             setter(parameter, value, *arguments)
 
     def _set_weight(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:

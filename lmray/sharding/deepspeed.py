@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal
@@ -21,7 +22,8 @@ from pydantic import model_validator
 from lmray.errors import CapacityError, ConfigError
 from lmray.sharding._deepspeed_config import check_config, engine_config, flat, job_says, read_config
 from lmray.sharding._deepspeed_placed import DeepspeedPlaced
-from lmray.sharding.base import MakeOptimizer, Placed, Sharding
+from lmray.sharding._ranks import have_group
+from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
 
 Place = Literal["none", "cpu", "nvme"]
 SPLIT = {1: "the optimizer's state is", 2: "gradients and the optimizer's state are", 3: "weights and all else are"}
@@ -54,13 +56,17 @@ class Deepspeed(Sharding):
             raise ValueError("`nvme` and `nvme_path` go together; hint: set both, or neither")
         return self
 
-    def resolve(self, *, workers: int) -> tuple[Sharding, str]:
+    @property
+    def shards(self) -> bool:  # type: ignore[override]
+        return self.stage == 3
+
+    def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:
         if find_spec("deepspeed") is None:
             hint = 'pip install "lmray[deepspeed]", here and on the workers, or `sharding: fsdp2`'
             raise CapacityError("sharding", "`deepspeed` needs the package `deepspeed`", hint=hint)
         return self, f"ZeRO stage {self.stage}: {SPLIT[self.stage]} split over {workers} workers"
 
-    def check(self, train: dict[str, Any], *, workers: int, dtype: str) -> None:
+    def check(self, train: Mapping[str, Any], *, workers: int, dtype: str) -> None:
         if self.config is not None:
             says = job_says(train, workers=workers, dtype=dtype)
             says |= {key: (value, f"sharding.{key.split('.')[1]}") for key, value in flat(self._zero()).items()}
@@ -73,13 +79,15 @@ class Deepspeed(Sharding):
         optimizer = make_optimizer(model)  # first of all: it tells matrices by shapes that stage 3 takes away
         if type(optimizer) not in ELEMENTWISE:
             allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE)
-            raise ConfigError("train.optim", f"{type(optimizer).__name__} cannot be split by `deepspeed`", allowed=allowed)
+            raise ConfigError(
+                "train.optim", f"{type(optimizer).__name__} cannot be split by `deepspeed`", allowed=allowed
+            )
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         config = engine_config(read_config(self.config) if self.config else {}, self._zero(), num_trained=trained)
         if self.stage == 3:  # each weight is split as it moves: no worker's device ever holds all of them
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-        return DeepspeedPlaced(engine)
+        return DeepspeedPlaced(deepspeed, engine)
 
     def _zero(self) -> dict[str, Any]:
         path = {"nvme_path": self.nvme_path} if self.nvme_path else {}
@@ -93,16 +101,13 @@ def _imported(device: str) -> ModuleType:
     kind, index = torch.device(device).type, torch.device(device).index
     os.environ["DS_ACCELERATOR"] = kind
     os.environ["LOCAL_RANK"] = str(index or 0)  # which of the devices it sees
-    if not torch.distributed.is_initialized():
-        backend = "nccl" if kind == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    have_group(device)
     import deepspeed
-    import deepspeed.ops
 
     # Else minutes of compiling, for an operation of inference over shared memory alone.
     deepspeed.ops.__compatible_ops__ = {}
     for handler in logging.getLogger("DeepSpeed").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)

@@ -201,6 +201,7 @@ def continued(plan: Plan, folder: Path) -> Plan:
 def _sharding(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[str, Any]) -> tuple[Sharding, str]:
     """Machines are taken to be like this one, which its workers share."""
     workers = job.resources.workers
+    job.sharding.check(dump(job.train), workers=workers, dtype=settings["dtype"])
     total = memory_parts(shape, rows, **settings)["total"]
     room = this_machine().worker_bytes(on_gpu=settings["device"] == "cuda")
     room = room // workers if room and settings["device"] == "cpu" else room
