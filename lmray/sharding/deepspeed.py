@@ -75,13 +75,13 @@ class Deepspeed(Sharding):
     def place(
         self, model: torch.nn.Module, make_optimizer: MakeOptimizer, device: str, *, dtype: str = "float32"
     ) -> Placed:
-        deepspeed = _imported(device)
         optimizer = make_optimizer(model)  # first of all: it tells matrices by shapes that stage 3 takes away
         if type(optimizer) not in ELEMENTWISE:
             allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE)
             raise ConfigError(
                 "train.optim", f"{type(optimizer).__name__} cannot be split by `deepspeed`", allowed=allowed
             )
+        deepspeed = _imported(device)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         config = engine_config(read_config(self.config) if self.config else {}, self._zero(), num_trained=trained)
         if self.stage == 3:  # each weight is split as it moves: no worker's device ever holds all of them

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from lmray.errors import CapacityError, ConfigError
 from lmray.registry import SHARDINGS
@@ -145,6 +146,12 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path, text, found):
 def test_settings_that_do_not_go_together_are_refused(fields, found):
     with pytest.raises(ValueError, match=found):
         Deepspeed(**fields)
+
+
+def test_an_optimizer_that_needs_whole_tensors_is_refused():
+    with pytest.raises(ConfigError, match="Adafactor cannot be split") as caught:
+        Deepspeed().place(torch.nn.Linear(2, 2), lambda model: torch.optim.Adafactor(model.parameters()), "cpu")
+    assert "AdamW" in caught.value.allowed
 
 
 def test_without_the_package_the_plan_says_what_to_install(monkeypatch):
