@@ -1,11 +1,11 @@
-"""What an adapter does: attach itself to a model, give and take its state, merge. State on disk is PEFT's layout."""
+"""What an adapter does: say which weights of a model are trained, give and take them, and follow the training."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lmray.config import MemberConfig
 
@@ -17,20 +17,41 @@ class Adapter(MemberConfig):
     """Base of `lmray/adapters/*.py`."""
 
     kept: ClassVar[Literal["adapter", "model"]] = "adapter"
-    """What a saved folder holds: PEFT's layout, or a whole model in Hugging Face's."""
+    """What a saved folder holds: PEFT's layout, to be put on the base, or a whole model in Hugging Face's."""
 
     @abstractmethod
     def attach(self, model: torch.nn.Module, *, seed: int) -> torch.nn.Module:
-        """`model` with fresh trainable weights beside its frozen ones. Equal seeds give equal weights."""
+        """`model`, whose weights are all frozen, ready to be trained: what learns has `requires_grad`, and fresh
+        weights are a function of `seed`. Also for a model on the meta device, of which the plan counts the weights."""
         raise NotImplementedError
 
     @abstractmethod
     def save(self, model: torch.nn.Module, folder: Path, *, state: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Writes `adapter_config.json` and `adapter_model.safetensors` into `folder`. `state`: the model's gathered
-        `state_dict` where the model is sharded."""
+        """Writes what is kept into `folder`. `state`: the model's whole `state_dict` on the CPU, where it is
+        sharded."""
         raise NotImplementedError
 
     @abstractmethod
     def load(self, model: torch.nn.Module, folder: Path) -> None:
-        """Sets the attached weights to those in `folder`. Raises CheckpointError where names or shapes differ."""
+        """Sets the trained weights to those in `folder`. Raises CheckpointError where names or shapes differ."""
         raise NotImplementedError
+
+    def trained(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        """By name, every parameter that learns at some step of the run: with `resume_state` all that a checkpoint
+        needs of the model."""
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """What the optimizer is made of. A group with `lr_scale` has its learning rate multiplied by it."""
+        return [{"params": list(self.trained(model).values())}]
+
+    def after_step(self, model: torch.nn.Module, step: int) -> None:
+        """Called after optimizer step `step` (1, 2, ...), while its gradients are still there. The optimizer's state of
+        weights that are frozen in here is freed."""
+
+    def resume_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What a resumed run needs besides the trained weights."""
+        return {}
+
+    def resume(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor], *, step: int) -> None:
+        """Goes on after step `step`, whose weights are set already, with what `resume_state` gave there."""

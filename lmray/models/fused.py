@@ -32,8 +32,10 @@ MASKLESS = "lmray_packed"
 def unfit(model: torch.nn.Module) -> str | None:
     """Why `model` with its adapter cannot run fused on a CPU, or None; needs no weights."""
     if not isinstance(model, PeftModel):
-        return "no adapter is attached"
+        return "weights of the model itself are trained"
     base = model.get_base_model()
+    if any(parameter.requires_grad and ".lora_" not in name for name, parameter in base.named_parameters()):
+        return "weights besides LoRA's are trained"
     layers = [module for module in base.modules() if isinstance(module, LoraLayer)]
     parts = [part for module in base.modules() if _kind(module) in ("Attention", "MLP") for part in module.children()]
     grouped = {layer for layer in parts if isinstance(layer, LoraLayer)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -27,13 +28,26 @@ def resolve_dtype(dtype: str, device: str) -> tuple[str, str]:
 
 @contextmanager
 def computing(model: torch.nn.Module) -> Iterator[None]:
-    """Forward passes inside multiply in the type of the base weights, whatever the adapter's own weights are kept in.
+    """Forward passes inside multiply in the type that the model was loaded in, whatever trained weights are kept in.
 
-    A bfloat16 base carries float32 adapter weights, so that small optimizer steps are not rounded away; without this,
-    `peft` lifts every activation to float32 for the side path, which costs most of a step's time and memory.
+    What is trained of a bfloat16 model is kept in float32, so that small optimizer steps are not rounded away; without
+    this, `peft` lifts every activation to float32 for the side path, which costs most of a step's time and memory.
     """
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     casting = disable_input_dtype_casting(model) if isinstance(model, PeftModel) else nullcontext()
-    low = weight.dtype != torch.float32
+    low = compute_dtype(model) != torch.float32
     with casting if low else nullcontext(), torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=low):
         yield
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """The type that `model` was loaded in and multiplies in."""
+    weight = model.get_input_embeddings().weight
+    stated = model.config.dtype if weight.dtype == torch.float32 else weight.dtype
+    return stated if isinstance(stated, torch.dtype) else torch.float32
+
+
+def keep_masters(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Keeps `parameters` in float32 from now on; `computing` goes on multiplying in the model's own type."""
+    for parameter in parameters:
+        parameter.data = parameter.data.float()

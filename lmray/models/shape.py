@@ -5,7 +5,7 @@ T tokens of a row, D hidden width, Q width of all query heads, K width of all ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ WIDTH = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class AdaptedLinear:
-    """A linear layer with a trained side path of rank `r`."""
+    """A linear layer with a trained side path of rank `r`, or whose own weight is trained (`r` 0)."""
 
     parent: str
     """Dotted path of the block it belongs to: layers of one block that are as wide share their input."""
@@ -35,10 +35,14 @@ class AdaptedLinear:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Widths are of one layer; `base` parameters are loaded, `trained` ones learn."""
+    """Widths are of one layer; `base` parameters are loaded, `added` ones come with the adapter, `trained` ones
+    learn."""
 
     base: int
+    added: int
     trained: int
+    trained_bytes: int
+    """Of the trained parameters, in the type they are trained in."""
     embedding: int
     """Parameters of token embedding and head; once where they are tied."""
     layers: int
@@ -49,17 +53,24 @@ class ModelShape:
     key_value_width: int
     vocabulary: int
     adapted: tuple[AdaptedLinear, ...] = ()
+    trained_norms: int = 0
+    """Widths of all norms whose own weight is trained, summed."""
     unfit: str | None = None
     """Why its training steps cannot run fused; see `lmray.models.fused`."""
 
     @property
     def total(self) -> int:
         """Parameters with those of the adapter."""
-        return self.base + self.trained
+        return self.base + self.added
+
+    @property
+    def trained_fraction(self) -> float:
+        """Of the base."""
+        return (self.trained - self.added) / self.base
 
     def weights_bytes(self, dtype: str) -> int:
-        """Of the base in `dtype`; the adapter's weights are float32."""
-        return self.base * WIDTH[dtype] + self.trained * 4
+        """Of what is frozen, in `dtype`, and of what is trained."""
+        return (self.total - self.trained) * WIDTH[dtype] + self.trained_bytes
 
     def cache_bytes(self, dtype: str, *, rows: int, tokens: int) -> int:
         """Keys and values of `rows` sequences of `tokens` tokens."""
@@ -70,14 +81,17 @@ def read_shape(
     folder: Path,
     attach: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
     *,
+    dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> ModelShape:
-    """The shape of the model in `folder`, with the adapter that `attach` gives it; no weight is read. Raises what
-    `attach` raises."""
+    """The shape of the model in `folder` as loaded in `dtype`, with the adapter that `attach` gives it; no weight is
+    read. Raises what `attach` raises."""
     with quiet():
         config = load_config(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            )
             model.requires_grad_(False)
             base = sum(parameter.numel() for parameter in model.parameters())
             ends = {id(end.weight): end.weight.numel() for end in _ends(model)}
@@ -86,9 +100,12 @@ def read_shape(
     facts = config.get_text_config()
     heads = facts.num_attention_heads
     size = getattr(facts, "head_dim", None) or facts.hidden_size // heads
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return ModelShape(
         base=base,
-        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        added=sum(parameter.numel() for parameter in model.parameters()) - base,
+        trained=sum(parameter.numel() for parameter in trained),
+        trained_bytes=sum(parameter.nbytes for parameter in trained),
         embedding=sum(ends.values()),
         layers=facts.num_hidden_layers,
         hidden=facts.hidden_size,
@@ -97,7 +114,8 @@ def read_shape(
         query_width=heads * size,
         key_value_width=(getattr(facts, "num_key_value_heads", None) or heads) * size,
         vocabulary=facts.vocab_size,
-        adapted=_adapted(model),
+        adapted=_adapted(model, ends),
+        trained_norms=sum(one.numel() for name, one in model.named_parameters() if _is_trained_norm(name, one)),
         unfit=unfit(model),
     )
 
@@ -107,15 +125,27 @@ def _ends(model: Any) -> list[Any]:
     return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
 
 
-def _adapted(model: torch.nn.Module) -> tuple[AdaptedLinear, ...]:
-    """The layers that carry a low-rank side path, as `peft` builds it."""
+def _is_trained_norm(name: str, parameter: torch.nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.dim() == 1 and name.endswith("norm.weight")
+
+
+def _adapted(model: torch.nn.Module, ends: Container[int]) -> tuple[AdaptedLinear, ...]:
+    """The layers that carry a low-rank side path, as `peft` builds it, and those whose weight is trained. `ends`: by
+    id, the weights of embedding and head, which keep nothing of every token."""
     found = []
     for name, module in model.named_modules():
+        parent, _, _ = name.rpartition(".")
+        if (
+            isinstance(module, torch.nn.Linear)
+            and module.weight.requires_grad
+            and id(module.weight) not in ends
+            and "lora_" not in name
+        ):
+            found.append(AdaptedLinear(parent, module.in_features, module.out_features, r=0, dropout=False))
         for side in getattr(module, "lora_A", {}).values():
             dropouts = getattr(module, "lora_dropout", {}).values()
             dropout = any(not isinstance(one, torch.nn.Identity) for one in dropouts)
             linear: Any = module
-            parent, _, _ = name.rpartition(".")
             found.append(
                 AdaptedLinear(parent, linear.in_features, linear.out_features, r=side.out_features, dropout=dropout)
             )

@@ -281,9 +281,11 @@ def _keep(job: SweepJob, store: Store, best: Trial) -> str | None:
         return None
     metric, _ = objective_of(job)
     metrics = {metric: best.objective} if best.objective is not None else {}
+    kind = best.details.get("kind", "adapter")
     artifact = Artifacts(store).keep(
         job.job.output.artifact,
-        Path(best.details["adapter"]),
+        Path(best.details[kind]),
+        kind=kind,
         base=best.details["base"],
         run_key=best.details["run_key"],
         metrics=metrics,

@@ -33,8 +33,7 @@ class Placed(Protocol):
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     whole: bool
-    """Whether every rank holds all weights; then the adapter saves and loads them, and `save` and `load` do the
-    optimizer's state only."""
+    """Whether every rank holds all weights."""
 
     def all_sum(self, value: float) -> float:
         """`value` summed over all ranks."""
@@ -49,17 +48,18 @@ class Placed(Protocol):
         """Scales the gradients to at most `max_norm`; returns their norm over all ranks before that."""
         ...
 
-    def apply(self) -> None:
-        """The optimizer's step; the gradients are gone after it."""
+    def apply(self, *, then: Callable[[], None] | None = None) -> None:
+        """The optimizer's step; `then` is called after it, and then the gradients are gone."""
         ...
 
     def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:
-        """The model's `state_dict` in full, on the CPU of rank 0 (None elsewhere): what is trained, or everything."""
+        """The model's `state_dict` in full, on the CPU of rank 0 (None elsewhere): what the optimizer holds, or
+        everything."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Writes this rank's part of a checkpoint into its own `folder`. The folders of all ranks become one, so no two
-        ranks write a file of the same name."""
+        """Writes this rank's part of trained weights and optimizer state into its own `folder`. The folders of all
+        ranks become one, so no two ranks write a file of the same name."""
         ...
 
     def load(self, folder: Path) -> None:

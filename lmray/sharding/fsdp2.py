@@ -8,7 +8,7 @@ they are summed after every micro-batch, so that no worker ever holds those of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from lmray.errors import ConfigError
 from lmray.sharding._ranks import have_group, sum_over_ranks
-from lmray.sharding._shards import load_shards, save_shards
+from lmray.sharding._state import load_state, save_shared, step_and_forget, trained_weights
 from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
 
 
@@ -38,9 +38,6 @@ class Fsdp2(Sharding):
     reshard_after_forward: bool = True
     """Gathered weights are let go between forward and backward pass. Off: faster, but the backward pass begins with all
     of them in memory."""
-    fp32_master_weights: bool = True
-    """Trained weights are kept and stepped in float32 where the model computes in bfloat16: small steps are not rounded
-    away."""
 
     def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:
         return self, "as the job says"
@@ -52,10 +49,6 @@ class Fsdp2(Sharding):
         blocks = _blocks(model)
         if self.activation_checkpointing:
             _base(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.fp32_master_weights:
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
         kind = torch.device(device).type
         settings = {
             "mesh": init_device_mesh(kind, (dist.get_world_size(),)),
@@ -87,23 +80,22 @@ class _FsdpPlaced:
         norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def apply(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def apply(self, *, then: Callable[[], None] | None = None) -> None:
+        step_and_forget(self.optimizer, then)
 
     def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
         state = get_model_state_dict(self.model, options=options)
         if dist.get_rank() != 0:
             return None
-        kept = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        kept = trained_weights(self.model, self.optimizer)
         return {name: tensor for name, tensor in state.items() if name in kept or not trained_only}
 
     def save(self, folder: Path) -> None:
-        save_shards(self.model, self.optimizer, folder)
+        save_shared(self.model, self.optimizer, folder)
 
     def load(self, folder: Path) -> None:
-        load_shards(self.model, self.optimizer, folder)
+        load_state(self.model, self.optimizer, folder)
 
 
 def _base(model: torch.nn.Module) -> torch.nn.Module:

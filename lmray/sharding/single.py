@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors.torch import load_file
 
-from lmray.errors import CapacityError, CheckpointError
-from lmray.models.tensors import save_tensors
-from lmray.sharding._optimizer_state import optimizer_tensors, set_optimizer_tensors
-from lmray.sharding._shards import SHARDS, load_shards
+from lmray.errors import CapacityError
+from lmray.sharding._state import load_state, save_whole, step_and_forget, trained_weights
 from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
-
-OPTIMIZER = "optimizer.safetensors"
 
 
 class Single(Sharding):
@@ -59,25 +55,15 @@ class WholePlaced:
     def clip_grad_norm(self, max_norm: float) -> float:
         return float(torch.nn.utils.clip_grad_norm_(self.trained, max_norm))
 
-    def apply(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def apply(self, *, then: Callable[[], None] | None = None) -> None:
+        step_and_forget(self.optimizer, then)
 
     def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:
-        kept = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        state = {name: tensor.to("cpu") for name, tensor in self.model.state_dict().items()}
-        return {name: tensor for name, tensor in state.items() if name in kept} if trained_only else state
+        state = trained_weights(self.model, self.optimizer) if trained_only else self.model.state_dict()
+        return {name: tensor.detach().to("cpu") for name, tensor in state.items()}
 
     def save(self, folder: Path) -> None:
-        save_tensors(optimizer_tensors(self.optimizer), folder / OPTIMIZER)
+        save_whole(self.model, self.optimizer, folder)
 
     def load(self, folder: Path) -> None:
-        if (folder / SHARDS).is_dir():
-            load_shards(self.model, self.optimizer, folder)
-            return
-        path = folder / OPTIMIZER
-        if not path.is_file():
-            raise CheckpointError(
-                str(folder), "was saved by another strategy", hint="go on with the `sharding` it began with"
-            )
-        set_optimizer_tensors(self.optimizer, load_file(path), str(path))
+        load_state(self.model, self.optimizer, folder)

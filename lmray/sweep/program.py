@@ -40,7 +40,7 @@ class Trial:
     """Time between its first and its last report."""
     error: str = ""
     details: Mapping[str, Any] | None = None
-    """Of a finished trial: `adapter`, `base`, `run_key`."""
+    """Of a finished trial: `kind`, the folder under that name, `base`, `run_key`."""
 
 
 def objective_of(sweep: SweepJob) -> tuple[str, str]:

@@ -1,8 +1,7 @@
-"""A checkpoint: weights, optimizer, random states and place in the data; the manifest is written last.
+"""A checkpoint: trained weights, optimizer, random states and place in the data; the manifest is written last.
 
-Every rank writes its part into a scratch folder of its own; the context makes one committed folder of them. The
-adapter, an optimizer that is not sharded, random states and progress are safetensors and JSON. What a sharded model
-writes is read only once the manifest's digests are checked.
+Every rank writes its part into a scratch folder of its own; the context makes one committed folder of them. It is
+safetensors and JSON, but for what a sharded model writes, which is read only once the manifest's digests are checked.
 """
 
 from __future__ import annotations
@@ -41,11 +40,10 @@ class Progress:
 
 def save_checkpoint(folder: Path, progress: Progress, placed: Placed, adapter: Adapter, rank: int) -> None:
     """Writes this rank's part of a checkpoint into the empty or new `folder`; called on all ranks together."""
-    if placed.whole:
-        save_weights(folder / "adapter", placed, adapter, rank)
     placed.save(folder)
     save_tensors(_random_state(), folder / _random_file(rank))
     if rank == 0:
+        save_tensors(adapter.resume_state(placed.model), folder / "adapter.safetensors")
         write_json(folder / "progress.json", asdict(progress))
     seal(folder, step=progress.step, run_key=progress.run_key)
 
@@ -63,11 +61,11 @@ def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter
     """Sets model, optimizer and random state to those in `folder`; called on all ranks together. Raises CheckpointError
     where a file is missing or not what the manifest says, or the checkpoint is another run's or another strategy's."""
     ctx.agreed(lambda: _check(folder, run_key))
-    if placed.whole and (folder / "adapter").is_dir():
-        adapter.load(placed.model, folder / "adapter")
+    progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
     placed.load(folder)
+    adapter.resume(placed.model, load_file(folder / "adapter.safetensors"), step=progress.step)
     _set_random_state(folder / _random_file(ctx.rank))
-    return Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
+    return progress
 
 
 def _check(folder: Path, run_key: str) -> None:

@@ -2,7 +2,7 @@
 
 A trained parameter costs 6 operations a token (2 forward, 4 backward: Kaplan et al., arXiv 2001.08361, section 2.1);
 a frozen one 4, for no gradient of it is taken. Attention adds 12 T Q a token and layer (T tokens of a row, Q width
-of the queries), the head 4 operations a weight and supervised token.
+of the queries), the head the same a weight and supervised token.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ EFFICIENCY = (0.1, 0.25, 0.5)
 
 def step_flops(shape: ModelShape, *, tokens: float, supervised: float, row_tokens: float) -> float:
     """Operations of one optimizer step over `tokens`, of which `supervised` reach the head."""
-    head = shape.hidden * shape.vocabulary
-    matrices = 4 * (shape.base - shape.embedding) + 6 * shape.trained
+    in_base = 4 + 2 * shape.trained_fraction
+    matrices = in_base * (shape.base - shape.embedding) + 6 * shape.added
     attention = 12 * shape.layers * row_tokens * shape.query_width
-    return tokens * (matrices + attention) + supervised * 4 * head
+    return tokens * (matrices + attention) + supervised * in_base * shape.hidden * shape.vocabulary
 
 
 def forward_flops(shape: ModelShape, *, tokens: float) -> float:
     """Operations of one pass without a gradient."""
-    return tokens * 2 * (shape.base - shape.embedding + shape.trained)
+    return tokens * 2 * (shape.base - shape.embedding + shape.added)
 
 
 def seconds(flops: float, flops_per_s: float) -> tuple[float, float, float]:

@@ -14,6 +14,7 @@ from itertools import chain
 
 import torch
 
+from lmray.adapters.base import Adapter
 from lmray.data.batch import Batch, Packed
 from lmray.methods.base import Objective
 from lmray.models.fused import Fused
@@ -37,10 +38,20 @@ class StepReport:
 
 
 class Learner:
-    """A placed model with what it minimises. `fused`: its steps take micro-batches of one row (see `joined`)."""
+    """A placed model with what it minimises. `adapter`: told of every step. `fused`: its steps take micro-batches of
+    one row (see `joined`)."""
 
-    def __init__(self, placed: Placed, objective: Objective, *, max_grad_norm: float, fused: Fused | None = None):
-        self.placed, self.objective, self.max_grad_norm, self.fused = placed, objective, max_grad_norm, fused
+    def __init__(
+        self,
+        placed: Placed,
+        objective: Objective,
+        *,
+        max_grad_norm: float,
+        adapter: Adapter | None = None,
+        fused: Fused | None = None,
+    ):
+        self.placed, self.objective, self.max_grad_norm = placed, objective, max_grad_norm
+        self.adapter, self.fused = adapter, fused
 
     @property
     def model(self) -> torch.nn.Module:
@@ -58,13 +69,13 @@ class Learner:
     def _computing(self, batch: Batch) -> AbstractContextManager[None]:
         return self.fused.running(batch.position_ids_BT) if self.fused else computing(self.model)
 
-    def step(self, batches: Sequence[Batch], *, learning_rate: float, num_idle: int = 0) -> StepReport:
-        """One optimizer step over this rank's micro-batches, already on the device. Not applied where the loss or the
-        gradient norm it reports is not finite. The last `num_idle` count nothing: every rank runs as many forward and
-        backward passes, whether or not it has rows for them."""
+    def step(self, batches: Sequence[Batch], *, learning_rate: float, step: int = 0, num_idle: int = 0) -> StepReport:
+        """Optimizer step number `step` over this rank's micro-batches, already on the device. Not applied where the
+        loss or the gradient norm it reports is not finite. The last `num_idle` count nothing: every rank runs as many
+        forward and backward passes, whether or not it has rows for them."""
         counted = batches[: len(batches) - num_idle]
         for group in self.placed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         count = self.placed.all_sum(sum(self.objective.count(batch) for batch in counted))
         self.model.train()
         total = 0.0
@@ -75,8 +86,17 @@ class Learner:
             total += float(loss_sum.detach())
         grad_norm, loss = self.placed.clip_grad_norm(self.max_grad_norm), self.placed.all_sum(total) / count
         if math.isfinite(grad_norm) and math.isfinite(loss):  # on every rank alike; else the weights stay as they were
-            self.placed.apply()
+            self.placed.apply(then=lambda: self._follow(step))
         else:
             self.placed.optimizer.zero_grad(set_to_none=True)
         num_tokens = self.placed.all_sum(sum(batch.num_tokens for batch in counted))
         return StepReport(loss, grad_norm, int(count), int(num_tokens))
+
+    def _follow(self, step: int) -> None:
+        """Tells the adapter of the step, and frees the optimizer's state of what is frozen now."""
+        if self.adapter is None:
+            return
+        self.adapter.after_step(self.model, step)
+        state = self.placed.optimizer.state
+        for parameter in [one for one in state if not one.requires_grad]:
+            del state[parameter]

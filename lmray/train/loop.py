@@ -99,7 +99,7 @@ class Loop:
             shape=args.lr_scheduler_type,
         )
         batches, num_idle = self._batches(stop)
-        report = self.learner.step(batches, learning_rate=rate, num_idle=num_idle)
+        report = self.learner.step(batches, learning_rate=rate, step=step, num_idle=num_idle)
         seconds = time.perf_counter() - start
         rows = self.sampler.rows(self.progress.samples, stop)
         self.progress = Progress(self.plan.run_key, step, stop, self.progress.seconds + seconds)

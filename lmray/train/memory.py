@@ -4,7 +4,8 @@ Of every layer and token autograd keeps (D hidden, Q queries, K keys, I MLP, w b
 the inputs of the adapters' first matrices (layers that share an input keep it once) and their r outputs; queries,
 keys, values and the output of attention, with one float32 a head; the float32 inputs of two norms; of the gated MLP
 gate, activated gate and up. A row that several examples share also needs a mask of T numbers a token, and on a CPU
-keys and values repeated for every query head. Frozen matrices keep nothing but themselves. Fused steps keep what
+keys and values repeated for every query head. Norms whose weight is trained also keep what
+they multiply it with; frozen matrices keep nothing but themselves. Fused steps keep what
 `_fused_bytes` lists.
 `tests/unit/train/test_memory.py` holds this sum to what `saved_tensors_hooks` counts.
 """
@@ -63,7 +64,7 @@ def kept_bytes(shape: ModelShape, rows: Rows, dtype: str, *, device: str = "cpu"
     layer += 2 * (4 * shape.hidden + 4)
     if rows.packed:
         layer += width * rows.tokens
-    return rows.count * rows.tokens * (shape.layers * layer + _adapter_bytes(shape, width))
+    return rows.count * rows.tokens * (shape.layers * layer + 4 * shape.trained_norms + _adapter_bytes(shape, width))
 
 
 def _fused_bytes(shape: ModelShape, width: int) -> int:
@@ -81,6 +82,8 @@ def _adapter_bytes(shape: ModelShape, width: int) -> int:
     inner = sum(one.r for one in shape.adapted) * width
     if any(one.dropout for one in shape.adapted):
         return inner + 2 * width * sum(one.in_features for one in shape.adapted)
+    if shape.trained_norms and width < 4:  # norms give float32 then, of which every layer makes a copy of its own
+        return inner + width * (sum(one.in_features for one in shape.adapted) - shape.layers * shape.query_width)
     shared = {(one.parent, one.in_features) for one in shape.adapted if not _follows_attention(one, shape)}
     return inner + width * sum(in_features for _, in_features in shared)
 
@@ -95,16 +98,17 @@ def memory_parts(
 ) -> dict[str, int]:
     """Bytes by part and in `total`. `shards`: how many workers share weights, gradients and optimizer state; then each
     also holds the embedding and two blocks, gathered. Logits: of supervised tokens only, as they leave the head, and in
-    float32 with their gradient. Bfloat16 models also multiply with bfloat16 copies of the adapter's weights."""
-    width = WIDTH[dtype]
-    copies = shape.trained * width if width < 4 else 0
+    float32 with their gradient. Bfloat16 models also multiply with bfloat16 copies of weights that are trained in
+    float32."""
+    copies = shape.trained * WIDTH[dtype] if shape.trained_bytes > shape.trained * WIDTH[dtype] else 0
     activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype)
-    block = (shape.weights_bytes(dtype) - shape.embedding * width) // shape.layers
-    gathered = shape.embedding * width + 2 * block if shards > 1 else 0
+    if shards > 1:  # gathered in the type that is multiplied in
+        blocks = (shape.base - shape.embedding) // shape.layers * 2
+        copies = (shape.embedding + blocks) * WIDTH[dtype]
     parts = {
-        "weights": -(-shape.weights_bytes(dtype) // shards) + gathered,
-        "gradients": -(-shape.trained * 4 // shards),
-        "optimizer": -(-shape.trained * 8 // shards),
+        "weights": -(-shape.weights_bytes(dtype) // shards),
+        "gradients": -(-shape.trained_bytes // shards),
+        "optimizer": -(-2 * shape.trained_bytes // shards),
         "activations": activations + copies,
         "logits": logits,
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lmray.adapters.base import Adapter
 from lmray.artifacts.files import sha256_json
 from lmray.config import dump
 from lmray.errors import ConfigError
@@ -127,6 +128,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     shape = read_shape(
         ready.model.folder,
         lambda model: job.adapter.attach(model, seed=0),
+        dtype=dtype,
         trust_remote_code=job.model.trust_remote_code,
     )
     rows = worst_rows(ready.rows, job.train.per_device_train_batch_size)
@@ -206,7 +208,11 @@ def _sharding(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[st
     room = this_machine().worker_bytes(on_gpu=settings["device"] == "cuda")
     room = room // workers if room and settings["device"] == "cpu" else room
     fits = room is None or total <= USABLE * room
-    return job.sharding.resolve(workers=workers, need=Need(job.adapter.kept == "adapter", fits))
+    sharding, reason = job.sharding.resolve(workers=workers, need=Need(job.adapter.kept == "adapter", fits))
+    if sharding.shards and type(job.adapter).after_step is not Adapter.after_step:
+        found = f"`{job.adapter.name}` changes weights between steps; `{sharding.name}` leaves no worker a whole one"
+        raise ConfigError("sharding", found, allowed="ddp, single")
+    return sharding, reason
 
 
 def _kernels(job: TrainJob, unfit: str | None, device: str, sharding: Sharding) -> tuple[str, str]:

@@ -1,7 +1,8 @@
-"""The training program: from a job to a kept adapter. Runs on every rank; rank 0 writes the run folder.
+"""The training program: from a job to a kept adapter or model. Runs on every rank; rank 0 writes the run folder.
 
-Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, checkpoints, `adapter/`, `answers-*.jsonl`,
-`loss.png`, `report.html`, and last `result.json`. A run whose folder holds `result.json` is done and is not run again.
+Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, checkpoints, `adapter/` or `model/`,
+`answers-*.jsonl`, `loss.png`, `report.html`, and last `result.json`. A run whose folder holds `result.json` is done and
+is not run again.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: 
     model = loop.learner.model if gathered is None else _whole_model(job, plan, prepared, ctx, gathered)
     times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
     measuring = time.time()
-    measured = _measure(job, prepared, loop, model)
+    measured = _measure(job, plan, prepared, loop, model)
     held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(ctx.folder / "events.jsonl").read())
     times["run.evaluate_seconds"] = held_out_s + time.time() - measuring
     return ctx.patience(
@@ -146,19 +147,24 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     placed = sharding.place(
         adapted,
         lambda placed_model: make_adamw(
-            placed_model, learning_rate=job.train.learning_rate, weight_decay=job.train.weight_decay
+            job.adapter.parameter_groups(placed_model),
+            learning_rate=job.train.learning_rate,
+            weight_decay=job.train.weight_decay,
         ),
         ctx.device,
         dtype=plan.dtype,
     )
     (objective,) = job.method.objectives()
     fused = Fused(placed.model) if plan.kernels == "fused" else None
-    return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, fused=fused)
+    return Learner(placed, objective, max_grad_norm=job.train.max_grad_norm, adapter=job.adapter, fused=fused)
+
+
+def _base_model(job: TrainJob, plan: Plan, prepared: Prepared) -> torch.nn.Module:
+    return load_model(prepared.model.folder, plan.dtype, trust_remote_code=job.model.trust_remote_code)
 
 
 def _adapted_model(job: TrainJob, plan: Plan, prepared: Prepared) -> torch.nn.Module:
-    model = load_model(prepared.model.folder, plan.dtype, trust_remote_code=job.model.trust_remote_code)
-    model.requires_grad_(False)
+    model = _base_model(job, plan, prepared).requires_grad_(False)
     return job.adapter.attach(model, seed=job.train.seed)
 
 
@@ -218,9 +224,10 @@ def _finish(
     for label, one in measured.items():
         if one.answers:
             one.save_answers(folder / f"answers-{label}.jsonl")
-    adapter = folder / "adapter"
-    job.adapter.save(model, adapter)
-    loop.prepared.tokenizer.save_pretrained(adapter)
+    kind = job.adapter.kept
+    tuned = folder / kind
+    job.adapter.save(model, tuned)
+    loop.prepared.tokenizer.save_pretrained(tuned)
     sizes = {
         "model.parameters": plan.model["parameters"],
         "model.trainable_parameters": plan.model["trainable_parameters"],
@@ -234,12 +241,13 @@ def _finish(
     if job.resources.price_per_worker_hour is not None:
         metrics["run.cost"] = round(run_cost(job.resources, metrics["run.seconds"]), 6)
     base = {name: plan.model[name] for name in ("source", "revision", "digest")}
-    details: dict[str, Any] = {"adapter": str(adapter), "base": base, "run_key": plan.run_key}
+    details: dict[str, Any] = {"kind": kind, kind: str(tuned), "base": base, "run_key": plan.run_key}
     details["peak_memory_bytes_by_worker"] = list(peaks)
     kept = None
     if job.output is not None:
         artifacts = Artifacts(open_store(job.storage))
-        artifact = artifacts.keep(job.output.artifact, adapter, base=base, run_key=plan.run_key, metrics=metrics)
+        facts = {"kind": kind, "base": base, "run_key": plan.run_key, "metrics": metrics}
+        artifact = artifacts.keep(job.output.artifact, tuned, **facts)
         metrics["model.bytes"] = artifact.num_bytes
         kept = artifact.ref
     result = Result("succeeded", str(folder), kept, metrics, time.time() - started, details)
@@ -248,19 +256,24 @@ def _finish(
     return result
 
 
-def _measure(job: TrainJob, prepared: Prepared, loop: Loop, model: torch.nn.Module) -> Mapping[str, Measured]:
-    """`base` (where asked for) and `tuned`."""
+def _measure(
+    job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, model: torch.nn.Module
+) -> Mapping[str, Measured]:
+    """`base` (where asked for) and `tuned`. An adapter is switched off to measure its base; where the model's own
+    weights were trained, the base is loaded again."""
     if not job.evaluate.tasks:
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
     settings = {"device": loop.ctx.device, "threads": loop.ctx.threads}
     model.eval()
-    measured = {}
+    measured, whole = {}, job.adapter.kept == "model"
     if job.evaluate.base:
+        base = _base_model(job, plan, prepared).to(loop.ctx.device) if whole else model
         measured["base"] = measure(
-            model, prepared.tokenizer, held_out, job.evaluate, adapter=None, prefix="base", **settings
+            base, prepared.tokenizer, held_out, job.evaluate, adapter=None, prefix="base", **settings
         )
+    handle = None if whole else "default"
     measured["tuned"] = measure(
-        model, prepared.tokenizer, held_out, job.evaluate, adapter="default", loss=loop.final_loss, **settings
+        model, prepared.tokenizer, held_out, job.evaluate, adapter=handle, loss=loop.final_loss, **settings
     )
     return measured

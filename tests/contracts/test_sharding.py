@@ -20,9 +20,12 @@ def strategy(request):
 
 
 def place(strategy, folder):
-    return strategy.place(
-        load_model(folder, "float32"), lambda model: make_adamw(model, learning_rate=0.1, weight_decay=0.0), "cpu"
-    )
+    return strategy.place(load_model(folder, "float32"), optimizer, "cpu")
+
+
+def optimizer(model):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return make_adamw([{"params": trained}], learning_rate=0.1, weight_decay=0.0)
 
 
 def values(placed) -> dict[str, torch.Tensor]:
@@ -58,10 +61,7 @@ def test_a_saved_state_goes_on_as_the_one_that_was_not_interrupted(strategy, tin
     straight, broken = place(strategy, tiny_model), place(strategy, tiny_model)
     step(straight), step(broken)
     broken.save(tmp_path)
-    weights = broken.gathered_state(trained_only=False)
     again = place(strategy, tiny_model)
-    if again.whole:
-        again.model.load_state_dict(weights)
     again.load(tmp_path)
     step(straight), step(again)
     for name, tensor in values(straight).items():
@@ -74,15 +74,15 @@ def test_a_state_of_other_parameters_is_refused(strategy, tiny_model, tmp_path):
     placed.save(tmp_path)
     model = load_model(tiny_model, "float32").requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
-    other = strategy.place(model, lambda one: make_adamw(one, learning_rate=0.1, weight_decay=0.0), "cpu")
-    with pytest.raises(CheckpointError, match="other parameters"):
+    other = strategy.place(model, optimizer, "cpu")
+    with pytest.raises(CheckpointError, match="does not fit"):
         other.load(tmp_path)
 
 
 def test_only_what_is_trained_is_gathered_unless_asked(strategy, tiny_model):
     model = load_model(tiny_model, "float32").requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
-    placed = strategy.place(model, lambda one: make_adamw(one, learning_rate=0.1, weight_decay=0.0), "cpu")
+    placed = strategy.place(model, optimizer, "cpu")
     assert set(placed.gathered_state()) == {"model.norm.weight"}
     assert set(model.state_dict()) == set(placed.gathered_state(trained_only=False))
 

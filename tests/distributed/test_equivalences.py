@@ -29,7 +29,8 @@ def job(tiny_model, tiny_data, tmp_path):
 
 
 def weights(job) -> dict:
-    return load_file(run_folder(job) / "adapter" / "adapter_model.safetensors")
+    (path,) = (run_folder(job) / job.adapter.kept).glob("*model.safetensors")
+    return load_file(path)
 
 
 def assert_same(one, expected, *, atol: float = 1e-5) -> None:
@@ -39,12 +40,21 @@ def assert_same(one, expected, *, atol: float = 1e-5) -> None:
         assert (weights(one)[name] - tensor).abs().max() < 10 * atol
 
 
-def test_adapters_learn_the_same_on_two_ranks(job, tmp_path):
-    alone = job("alone")
+ADAPTERS = {
+    "lora": {},
+    "full": {"adapter": "full", "train__learning_rate": 1e-3},
+    "partial": {"adapter": {"name": "partial", "last_n": 1}},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_same_is_learnt_on_two_ranks(job, tmp_path, adapter):
+    changes = ADAPTERS[adapter]
+    alone = job("alone", **changes)
     result = run_here(alone, tmp_path / "scratch")
     assert curve(alone)[-1] < curve(alone)[0] - 0.05, "the curve must move, else equality says nothing"
     for sharding in ("ddp", "fsdp2"):
-        both = job(sharding, 2, sharding)
+        both = job(sharding, 2, sharding, **changes)
         found = train_ranks(both)
         assert_same(both, alone)
         for name in ("eval.loss", "base.loss"):
@@ -64,6 +74,18 @@ def test_how_steps_are_cut_and_how_rows_fall_on_the_ranks_changes_nothing(job, t
     train_ranks(one)
     assert json.loads((run_folder(one) / "plan.json").read_text())["samples"] % 15 == 1
     assert_same(one, alone)
+
+
+def test_what_one_held_whole_goes_on_shared_by_two(job, tmp_path):
+    changes = {"adapter": "full", "train__learning_rate": 1e-3}
+    straight, broken = job("straight", **changes), job("broken", **changes)
+    run_here(straight, tmp_path / "scratch")
+    assert run_here(broken, tmp_path / "scratch", stop_at=2).status == "stopped"
+    again = broken.changed({"resources.workers": 2})
+    assert train_ranks(again).status == "succeeded"
+    plan = json.loads((run_folder(again) / "plan.json").read_text(encoding="utf-8"))
+    assert plan["sharding"]["name"] == "fsdp2" and plan["rows_per_step"] == 8
+    assert_same(again, straight)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

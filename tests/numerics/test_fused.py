@@ -160,7 +160,8 @@ def rows() -> list[Packed]:
 
 
 def learner(model, *, fused: bool) -> Learner:
-    placed = Single().place(model, lambda it: make_adamw(it, learning_rate=1e-2, weight_decay=0.0), "cpu")
+    groups = Lora().parameter_groups(model)
+    placed = Single().place(model, lambda _: make_adamw(groups, learning_rate=1e-2, weight_decay=0.0), "cpu")
     (objective,) = Sft().objectives()
     return Learner(placed, objective, max_grad_norm=1.0, fused=Fused(placed.model) if fused else None)
 

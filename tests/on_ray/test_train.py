@@ -66,6 +66,33 @@ def test_a_killed_worker_loses_nothing_and_the_curve_is_the_local_one(ray_cluste
     assert train(remote, progress=False).status == "already-done"
 
 
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_two_workers_give_the_curve_of_one_also_when_one_is_killed(ray_cluster, job, tmp_path, sharding):
+    changes = {"train__max_steps": 24, "train__save_steps": 4, "evaluate": {"tasks": ["loss"]}}
+    local = job("local", **changes, train__per_device_train_batch_size=8)
+    remote = job("remote", **changes).changed({"sharding": sharding, "resources.workers": 2})
+    alone = run_here(local, tmp_path / "scratch")
+    events = run_folder(remote) / "events.jsonl"
+    earlier = set(worker_pids())
+    outcome = {}
+    runner = threading.Thread(target=lambda: outcome.update(result=train(remote, progress=False)))
+    runner.start()
+    wait_until(lambda: len(read_events(events)) >= 6 or not runner.is_alive(), "six steps")
+    pids = set(worker_pids()) - earlier
+    assert len(pids) == 2 and len(read_events(events)) < 24, "killed in the middle, else the test says nothing"
+    os.kill(max(pids), signal.SIGKILL)
+    runner.join()
+    result = outcome["result"]
+    assert result.status == "succeeded"
+    assert curve(remote) == pytest.approx(curve(local), abs=1e-5)
+    assert [event["step"] for event in read_events(events)] == list(range(1, 25))
+    for name in ("eval.loss", "base.loss"):
+        assert result.metrics[name] == pytest.approx(alone.metrics[name], abs=1e-5)
+    for name, tensor in adapter(local).items():
+        assert (adapter(remote)[name] - tensor).abs().max() < 1e-4
+    assert not list(run_folder(remote).glob(".*.tmp"))
+
+
 def test_asked_to_stop_it_saves_and_the_same_job_goes_on(ray_cluster, job, tmp_path):
     remote = job("remote", name="実験", train__max_steps=30, train__save_steps=1000)
     local = job("local", train__max_steps=30, train__save_steps=1000)
@@ -111,8 +138,8 @@ def test_whole_checkpoints_that_nobody_registered_are_taken_up_and_spoilt_ones_a
     folder = run_folder(remote)
     register(folder, known="checkpoint-00000004")  # which is removed already
     shutil.copytree(folder / "checkpoint-00000010", folder / "checkpoint-00000012")
-    (folder / "checkpoint-00000012" / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
-    (folder / "checkpoint-00000016" / "adapter").mkdir(parents=True)
+    (folder / "checkpoint-00000012" / "weights.safetensors").write_bytes(b"half")
+    (folder / "checkpoint-00000016").mkdir(parents=True)
     earlier = set(processes("TrainController"))
     outcome = {}
     runner = threading.Thread(target=lambda: outcome.update(result=train(remote, progress=False)))

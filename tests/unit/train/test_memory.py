@@ -8,7 +8,10 @@ from itertools import chain
 import pytest
 import torch
 
+from lmray.adapters.base import Adapter
+from lmray.adapters.full import Full
 from lmray.adapters.lora import Lora
+from lmray.adapters.partial import Partial
 from lmray.data.batch import collate
 from lmray.data.tokenise import IGNORED, Tokenised
 from lmray.methods.sft import sft_loss
@@ -25,7 +28,7 @@ def example(length: int, supervised: int = 4) -> Tokenised:
     return Tokenised(ids, (IGNORED,) * (length - supervised) + ids[length - supervised :])
 
 
-def saved_bytes(folder, adapter: Lora, rows, dtype: str, *, fused: bool = False) -> int:
+def saved_bytes(folder, adapter: Adapter, rows, dtype: str, *, fused: bool = False) -> int:
     """Bytes of every tensor autograd keeps of a forward pass, weights and their copies left out."""
     model = adapter.attach(load_model(folder, dtype).requires_grad_(False), seed=0).train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -49,15 +52,24 @@ def saved_bytes(folder, adapter: Lora, rows, dtype: str, *, fused: bool = False)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj"), ("down_proj",)])
-def test_what_is_kept_of_a_layer_is_what_autograd_saves(tmp_path, dtype, packed, targets):
-    adapter = Lora(r=4, target_modules=targets)
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        Lora(r=4),
+        Lora(r=4, target_modules=("q_proj", "v_proj")),
+        Lora(r=4, target_modules=("down_proj",)),
+        Full(),
+        Partial(train_layers=("*.mlp",)),
+    ],
+    ids=repr,
+)
+def test_what_is_kept_of_a_layer_is_what_autograd_saves(tmp_path, dtype, packed, adapter):
     rows = [(example(20), example(28)) if packed else (example(48),)] * 2
     sizes, sums = [], []
     for layers in (2, 6):  # the difference: what layers keep, without embedding and head
         folder = tiny_model_folder(tmp_path / str(layers), num_hidden_layers=layers)
         sizes.append(saved_bytes(folder, adapter, rows, dtype))
-        shape = read_shape(folder, lambda model: adapter.attach(model, seed=0))
+        shape = read_shape(folder, lambda model: adapter.attach(model, seed=0), dtype=dtype)
         sums.append(kept_bytes(shape, worst_rows(rows, 2), dtype))
     assert sums[1] - sums[0] == pytest.approx(sizes[1] - sizes[0], rel=0.03)
 

@@ -80,7 +80,7 @@ def test_the_plan_counts_what_is_trained(job):
 
 
 def spoil(checkpoint):
-    path = checkpoint / "adapter" / "adapter_model.safetensors"
+    path = checkpoint / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     return path
 

@@ -1,0 +1,177 @@
+"""Ranks that decide alike: what one finds wrong ends all, what one saves of a checkpoint is part of one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lmray.artifacts.checkpoints import committed
+from lmray.artifacts.files import read_sealed, seal
+from lmray.artifacts.patience import Patience
+from lmray.artifacts.store import run_folder
+from lmray.errors import CapacityError, CheckpointError, DataError
+from lmray.metrics.events import read_events
+from lmray.sharding.ddp import Ddp
+from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
+from lmray.testing.ranks import RankDiedError, outcomes, run_ranks, train_ranks
+from lmray.train import group
+from lmray.train.group import torchrun_context
+from lmray.train.program import train
+
+
+@pytest.fixture
+def job(tiny_model, tiny_data, tmp_path):
+    def make(**changes):
+        changes = {"sharding": "ddp", "resources": {"workers": 2}, "train__save_steps": 2, **changes}
+        return tiny_job(tiny_model, tiny_data, tmp_path / "store", **changes)
+
+    return make
+
+
+def part(folder: Path, rank: int, *, step: int = 3) -> Path:
+    """A rank's part of a checkpoint; the first's is larger."""
+    path = folder / f"part-{rank}"
+    (path / "shards").mkdir(parents=True)
+    (path / "shards" / f"__{rank}_0").write_bytes(bytes([rank]))
+    if rank == 0:
+        (path / "progress.json").write_text("{}", encoding="utf-8")
+    seal(path, step=step, run_key="key")
+    return path
+
+
+def _report(rank: int, folder: Path, parts: Path) -> tuple[str | None, list[bool]]:
+    asked = iter([False, rank == 0])  # only rank 0 is asked, or its word counts
+    with torchrun_context(folder, stop=lambda: next(asked)) as ctx:
+        assert ctx.resume_from() is None
+        stops = [ctx.should_stop() for _ in range(2)]
+        ctx.report(1, {"train.loss": 1.0})
+        ctx.report(3, {"train.loss": 0.5}, part(parts, rank))
+        found = ctx.resume_from()
+        return (found and found.name), stops
+
+
+def test_parts_of_all_ranks_become_one_checkpoint_and_all_ranks_hear_the_same(tmp_path):
+    found = run_ranks(3, _report, tmp_path / "run", tmp_path)
+    assert found == [("checkpoint-00000003", [False, True])] * 3
+    (checkpoint,) = committed(tmp_path / "run")
+    manifest = read_sealed(checkpoint)
+    assert (manifest["step"], manifest["run_key"]) == (3, "key")
+    assert list(manifest["files"]) == ["progress.json", "shards/__0_0", "shards/__1_0", "shards/__2_0"]
+    assert {path.name for path in checkpoint.iterdir()} == {"manifest.json", "progress.json", "shards"}
+    assert [event["step"] for event in read_events(tmp_path / "run" / "events.jsonl")] == [1, 3]
+    assert sorted(path.name for path in (tmp_path / "run").glob(".*.tmp")) == []
+
+
+def test_a_part_that_cannot_be_written_ends_all_ranks_and_leaves_the_checkpoint_before(tmp_path):
+    found = outcomes(2, _full_disk, tmp_path / "run", tmp_path)
+    assert [type(one) for one in found] == [CheckpointError, CheckpointError]
+    assert all("No space left" in str(one) and "checkpoint-00000003 is good" in str(one) for one in found)
+    assert [path.name for path in committed(tmp_path / "run")] == ["checkpoint-00000003"]
+
+
+def _full_disk(rank: int, folder: Path, parts: Path) -> None:
+    with torchrun_context(folder, patience=Patience(total_s=0)) as ctx:
+        ctx.report(3, {}, part(parts, rank))
+        if rank == 1:
+            group.add_part = _no_space
+        ctx.report(4, {}, part(parts, rank + 10, step=4))
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _apart(rank: int, job) -> None:
+    """Rank 1 reads other data, as from a folder of its own machine."""
+    if rank == 1:
+        rows = write_jsonl(Path(job.storage).parent / "other.jsonl", tiny_rows(20))
+        job = job.changed({"data.train": [{"source": str(rows)}]})
+    with torchrun_context(run_folder(job)) as ctx:
+        train(job, ctx)
+
+
+def test_ranks_that_read_other_data_end_with_an_error_on_every_rank(job):
+    found = outcomes(2, _apart, job())
+    assert [type(one) for one in found] == [DataError, DataError]
+    assert "worker 1 reads another data than worker 0" in str(found[0])
+
+
+def _missing(rank: int, job) -> None:
+    if rank == 1:
+        job = job.changed({"model.source": str(Path(job.storage).parent / "nowhere")})
+    with torchrun_context(run_folder(job)) as ctx:
+        train(job, ctx)
+
+
+def test_what_one_rank_lacks_ends_all(job):
+    found = outcomes(2, _missing, job())
+    assert type(found[0]) is type(found[1]) and "nowhere" in str(found[0]) == str(found[1])
+    assert not (run_folder(job()) / "plan.json").exists()
+
+
+def _too_few(rank: int, job) -> None:
+    with torchrun_context(run_folder(job)) as ctx:
+        train(job, ctx)
+
+
+def test_another_number_of_ranks_than_the_job_asks_for(job):
+    for one in outcomes(2, _too_few, job(resources={"workers": 3})):
+        assert isinstance(one, CapacityError) and "3, 2 were started" in str(one)
+
+
+def _dying(rank: int, job, step: int) -> None:
+    with torchrun_context(run_folder(job)) as ctx:
+        report = ctx.report
+
+        def dies(at: int, *rest) -> None:
+            if rank == 1 and at == step:
+                os._exit(9)
+            report(at, *rest)
+
+        ctx.report = dies
+        train(job, ctx)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(job, tmp_path, sharding):
+    one = job(sharding=sharding, name="killed")
+    straight = job(sharding="single", resources={"workers": 1}, name="straight", train__per_device_train_batch_size=8)
+    run_here(straight, tmp_path / "scratch")
+    survivor, dead = outcomes(2, _dying, one, 4)  # before it adds its part of the checkpoint of step 4
+    assert isinstance(dead, RankDiedError) and isinstance(survivor, Exception)
+    assert [path.name for path in committed(run_folder(one))] == ["checkpoint-00000002"]
+    assert train_ranks(one).status == "succeeded"
+    assert curve(one) == pytest.approx(curve(straight), abs=1e-5)
+    assert [event["step"] for event in read_events(run_folder(one) / "events.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert not list(run_folder(one).glob(".*.tmp"))
+
+
+def _gradients(rank: int) -> dict:
+    dist.init_process_group("gloo")
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(3)) for name in ("both", "one", "none")})
+    placed = Ddp().place(model, lambda it: torch.optim.SGD(it.parameters(), lr=1.0), "cpu")
+    for last in (False, True):
+        loss = model["both"].sum() * (rank + 1) + (model["one"].sum() * 5 if rank == 1 else 0)
+        placed.backward(loss, last=last)
+    found = {name: None if one.grad is None else one.grad.tolist() for name, one in model.items()}
+    dist.destroy_process_group()
+    return found
+
+
+def test_gradients_are_summed_once_also_of_what_only_one_rank_used():
+    expected = {"both": [6.0] * 3, "one": [10.0] * 3, "none": None}
+    assert run_ranks(2, _gradients) == [expected] * 2
+
+
+def test_the_plan_at_another_number_of_workers_keeps_the_steps(job):
+    one = job(train__max_steps=4)
+    assert train_ranks(one, stop_at=2).status == "stopped"
+    again = one.changed({"resources.workers": 1, "sharding": "single"})
+    assert train_ranks(again).status == "succeeded"
+    plan = json.loads((run_folder(again) / "plan.json").read_text(encoding="utf-8"))
+    assert (plan["rows_per_step"], plan["steps"], len(curve(again))) == (8, 4, 4)
