@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lmray.errors import CheckpointError
@@ -48,7 +50,7 @@ def save_shared(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder
     """Writes this rank's part into `folder`, which is its own; called on all ranks together."""
     weights = {f"model.{name}": one.detach() for name, one in trained_weights(model, optimizer).items()}
     state = {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()}
-    dcp.save({**weights, **state}, checkpoint_id=folder / SHARDS)
+    save_distributed({**weights, **state}, checkpoint_id=folder / SHARDS)
 
 
 @torch.no_grad()
@@ -75,7 +77,7 @@ def _load_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder
 
 
 def _load_shared(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
     kept = {name: facts for name, facts in stored.items() if isinstance(facts, TensorStorageMetadata)}
     weights = {f"model.{name}": one.detach() for name, one in trained_weights(model, optimizer).items()}
     found = {name: torch.empty(facts.size, device="meta") for name, facts in kept.items() if name.startswith("model.")}
@@ -86,7 +88,7 @@ def _load_shared(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path:
         for name, facts in kept.items()
         if name.startswith("optimizer.")
     }
-    dcp.load({**weights, **state}, checkpoint_id=path)
+    load_distributed({**weights, **state}, checkpoint_id=path)
     named = {name.removeprefix("optimizer."): tensor for name, tensor in state.items()}
     set_optimizer_tensors(optimizer, named, str(path))
 

@@ -32,8 +32,11 @@ class Placed(Protocol):
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    whole: bool
-    """Whether every rank holds all weights."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank holds all weights."""
+        ...
 
     def all_sum(self, value: float) -> float:
         """`value` summed over all ranks."""

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from lmray.sharding._ranks import have_group, sum_over_ranks
+from lmray.sharding._whole import WholePlaced
 from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
-from lmray.sharding.single import WholePlaced
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients are exchanged in pieces of about this size: fewer pieces wait less, and each is copied once more."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,9 @@ class Fsdp2(Sharding):
         have_group()
         blocks = _blocks(model)
         if self.activation_checkpointing:
-            _base(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _base(model).gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         kind = torch.device(device).type
         settings = {
             "mesh": init_device_mesh(kind, (dist.get_world_size(),)),
@@ -85,7 +87,7 @@ class _FsdpPlaced:
 
     def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-        state = get_model_state_dict(self.model, options=options)
+        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
         if dist.get_rank() != 0:
             return None
         kept = trained_weights(self.model, self.optimizer)

@@ -35,7 +35,7 @@ def outcomes(count: int, act: Callable[..., Any], *args: Any, timeout_s: float =
     ranks = []
     for rank in range(count):
         ours, theirs = _PROCESSES.Pipe()
-        process = _PROCESSES.Process(target=_be, args=(theirs, rank, count, port, act, args), daemon=True)
+        process = _PROCESSES.Process(target=_be, args=(theirs, (rank, count, port), act, args), daemon=True)
         process.start()
         theirs.close()
         ranks.append((process, ours))
@@ -57,7 +57,8 @@ def _outcome(process: Any, pipe: Connection, timeout_s: float) -> Any:
         return RankDiedError(f"exit code {process.exitcode}")
 
 
-def _be(pipe: Connection, rank: int, count: int, port: int, act: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _be(pipe: Connection, place: tuple[int, int, int], act: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    rank, count, port = place
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

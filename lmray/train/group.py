@@ -37,7 +37,7 @@ class GroupContext(LocalContext):
     def __init__(self, folder: Path, *, rank: int, world_size: int, **settings: Any):
         super().__init__(folder, **settings)
         self.rank, self.world_size = rank, world_size
-        self._agreement = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT) if world_size > 1 else None
+        self._agreement: Any = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT) if world_size > 1 else None
 
     def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
         if checkpoint is None:

@@ -151,6 +151,17 @@ def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(j
     assert not list(run_folder(one).glob(".*.tmp"))
 
 
+def test_a_checkpoint_whose_manifest_is_cut_off_is_set_aside_and_all_ranks_take_the_one_before(job, capfd):
+    one = job(sharding="fsdp2")
+    assert train_ranks(one, stop_at=4).status == "stopped"
+    assert [path.name[-1] for path in committed(run_folder(one))] == ["2", "4"]
+    manifest = committed(run_folder(one))[1] / "manifest.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8")[:50], encoding="utf-8")
+    assert train_ranks(one).status == "succeeded"
+    assert "checkpoint-00000004 is set aside, going on from checkpoint-00000002" in capfd.readouterr().err
+    assert [event["step"] for event in read_events(run_folder(one) / "events.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
 def _gradients(rank: int) -> dict:
     dist.init_process_group("gloo")
     model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(3)) for name in ("both", "one", "none")})
