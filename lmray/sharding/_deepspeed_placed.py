@@ -8,6 +8,7 @@ optimizer (`step`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -62,9 +63,11 @@ class DeepspeedPlaced:
             norm = measures.combine_grad_norm_groups(self.optimizer._get_norm_groups())
         return math.nan if measures.is_invalid_grad_norm(norm) else float(norm)
 
-    def apply(self) -> None:
-        self.engine.step()
+    def apply(self, *, then: Callable[[], None] | None = None) -> None:
+        self.engine.step()  # the gradients, of which each rank has its share only, are gone with it
         self._limit = math.inf
+        if then is not None:
+            then()
 
     def gathered_state(self, *, trained_only: bool = True) -> dict[str, torch.Tensor] | None:
         trained = self.trained

@@ -78,9 +78,7 @@ class Deepspeed(Sharding):
         optimizer = make_optimizer(model)  # first of all: it tells matrices by shapes that stage 3 takes away
         if type(optimizer) not in ELEMENTWISE:
             allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE)
-            raise ConfigError(
-                "train.optim", f"{type(optimizer).__name__} cannot be split by `deepspeed`", allowed=allowed
-            )
+            raise ConfigError("sharding", f"{type(optimizer).__name__} cannot be split by `deepspeed`", allowed=allowed)
         deepspeed = _imported(device)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         config = engine_config(read_config(self.config) if self.config else {}, self._zero(), num_trained=trained)
@@ -105,7 +103,7 @@ def _imported(device: str) -> ModuleType:
     import deepspeed
 
     # Else minutes of compiling, for an operation of inference over shared memory alone.
-    deepspeed.ops.__compatible_ops__ = {}
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
     for handler in logging.getLogger("DeepSpeed").handlers:
         if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)

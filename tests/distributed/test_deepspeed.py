@@ -34,6 +34,10 @@ SHARDED = {
 }
 
 
+def groups(model: torch.nn.Module) -> list[dict]:
+    return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+
+
 def placed(strategy: Sharding, model_folder: Path, what: str) -> Placed:
     model: Any = load_model(model_folder, "float32")
     if what == "lora":
@@ -42,7 +46,7 @@ def placed(strategy: Sharding, model_folder: Path, what: str) -> Placed:
         model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
     else:
         model.requires_grad_(True)
-    return strategy.place(model, lambda one: make_adamw(one, learning_rate=1.0, weight_decay=0.1), "cpu")
+    return strategy.place(model, lambda one: make_adamw(groups(one), learning_rate=1.0, weight_decay=0.1), "cpu")
 
 
 def trained(one: Placed, first: int, last: int, *, rank: int = 0, ranks: int = 1) -> list[tuple[float, float]]:
@@ -151,19 +155,21 @@ def test_every_stage_trained_in_every_way_at_every_number_of_ranks(tiny_model, a
         assert_same(found, alone, first=SAVED_AT)
 
 
-def test_a_run_that_was_stopped_goes_on_on_one_worker(tiny_model, tiny_data, tmp_path):
-    """Stage 3, through the loop: held-out loss, best model, the adapter kept at the end."""
+@pytest.mark.parametrize(("adapter", "stage"), [({"name": "lora", "r": 3}, 2), ({"name": "full"}, 3)])
+def test_a_run_that_was_stopped_goes_on_on_one_worker(tiny_model, tiny_data, tmp_path, adapter, stage):
+    """Through the loop: held-out loss, checkpoints, what is kept at the end."""
     settings = {"train__max_steps": 4, "train__save_steps": 2, "train__eval_steps": 2, "evaluate": {"tasks": ["loss"]}}
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
 
     def job(name: str, workers: int, sharding):
         rows = {"train__per_device_train_batch_size": 8 // workers, **settings}
         resources = {"workers": workers}
-        return tiny_job(tiny_model, tiny_data, tmp_path / name, sharding=sharding, resources=resources, **rows)
+        placing = {"sharding": sharding, "resources": resources, "adapter": adapter}
+        return tiny_job(tiny_model, tiny_data, tmp_path / name, **placing, **rows)
 
     straight = job("straight", 1, "single")
-    broken = job("broken", 2, {"name": "deepspeed", "stage": 3, "config": str(path)})
+    broken = job("broken", 2, {"name": "deepspeed", "stage": stage, "config": str(path)})
     result = run_here(straight, tmp_path / "scratch")
     assert train_ranks(broken, stop_at=2).status == "stopped"
     (checkpoint,) = run_folder(broken).glob("checkpoint-*")
@@ -173,7 +179,8 @@ def test_a_run_that_was_stopped_goes_on_on_one_worker(tiny_model, tiny_data, tmp
     assert again.metrics["eval.loss"] == pytest.approx(result.metrics["eval.loss"], abs=1e-5)
     for name in ("train.loss", "eval.loss"):
         assert curve(broken, name) == pytest.approx(curve(straight, name), abs=1e-5)
-    kept, expected = (load_file(run_folder(one) / "adapter/adapter_model.safetensors") for one in (broken, straight))
+    folder = broken.adapter.kept
+    kept, expected = (load_file(next((run_folder(one) / folder).glob("*.safetensors"))) for one in (broken, straight))
     assert all((kept[name] - tensor).abs().max() < 1e-4 for name, tensor in expected.items())
 
 
