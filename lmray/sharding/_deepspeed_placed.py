@@ -132,7 +132,7 @@ class DeepspeedPlaced:
 
     def _check(self, folder: Path, names: set[str]) -> None:
         if other := sorted(names ^ set(self.trained)):
-            raise CheckpointError(str(folder), f"holds the state of other parameters, first at {other[0]}")
+            raise CheckpointError(str(folder), f"does not fit what the job trains, first at {other[0]}")
 
     def _make_state(self) -> None:
         """An optimizer makes its state as it steps: a step of no size from no gradient."""

@@ -25,7 +25,7 @@ from lmray.sharding._deepspeed_placed import DeepspeedPlaced
 from lmray.sharding._ranks import have_group
 from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
 
-Place = Literal["none", "cpu", "nvme"]
+Place = Literal["none", "cpu"]
 SPLIT = {1: "the optimizer's state is", 2: "gradients and the optimizer's state are", 3: "weights and all else are"}
 ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers for which a piece of a flattened tensor is as good as the tensor."""
@@ -37,11 +37,9 @@ class Deepspeed(Sharding):
     stage: Literal[1, 2, 3] = 2
     """1 splits the optimizer's state over the workers, 2 gradients as well, 3 weights as well."""
     offload_optimizer: Place = "none"
-    """Where the optimizer's state lies and its step is taken: `cpu` is the host's memory, `nvme` (stage 3) a disk."""
+    """`cpu`: the optimizer's state lies in the host's memory, and its step is taken there."""
     offload_param: Place = "none"
-    """Where weights lie that are not being computed with; stage 3 only."""
-    nvme_path: str | None = None
-    """Folder on a fast local disk of every worker, for `nvme`."""
+    """`cpu`: weights that are not being computed with lie in the host's memory; stage 3 only."""
     config: str | None = None
     """A DeepSpeed configuration, JSON, whose path is good on every worker: buckets, overlap, prefetching and the
     like. What the job decides it may repeat or leave to `"auto"`."""
@@ -50,10 +48,6 @@ class Deepspeed(Sharding):
     def _fits(self):
         if self.offload_param != "none" and self.stage < 3:
             raise ValueError(f"`offload_param` needs stage 3, found {self.stage}; hint: set `stage: 3`")
-        if self.offload_optimizer == "nvme" and self.stage < 3:
-            raise ValueError(f"`offload_optimizer: nvme` needs stage 3, found {self.stage}; hint: `cpu` fits any stage")
-        if ("nvme" in (self.offload_optimizer, self.offload_param)) != (self.nvme_path is not None):
-            raise ValueError("`nvme` and `nvme_path` go together; hint: set both, or neither")
         return self
 
     @property
@@ -88,8 +82,7 @@ class Deepspeed(Sharding):
         return DeepspeedPlaced(deepspeed, engine)
 
     def _zero(self) -> dict[str, Any]:
-        path = {"nvme_path": self.nvme_path} if self.nvme_path else {}
-        optimizer, param = ({"device": one} | path for one in (self.offload_optimizer, self.offload_param))
+        optimizer, param = {"device": self.offload_optimizer}, {"device": self.offload_param}
         return {"stage": self.stage, "offload_optimizer": optimizer, "offload_param": param}
 
 
@@ -103,7 +96,7 @@ def _imported(device: str) -> ModuleType:
     import deepspeed
 
     # Else minutes of compiling, for an operation of inference over shared memory alone.
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
     for handler in logging.getLogger("DeepSpeed").handlers:
         if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)
