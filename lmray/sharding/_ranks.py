@@ -10,7 +10,7 @@ def have_group(device: str = "cpu") -> None:
     """Makes a process group of this process alone where none was set up."""
     if not dist.is_initialized():
         backend = "gloo" if torch.device(device).type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -16,7 +15,7 @@ from lmray.sharding._state import load_state, save_whole, step_and_forget, train
 class WholePlaced:
     """Placed on a rank that is the only one."""
 
-    whole: ClassVar[bool] = True
+    whole: bool = field(default=True, init=False)
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
 

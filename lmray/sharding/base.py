@@ -32,11 +32,8 @@ class Placed(Protocol):
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-
-    @property
-    def whole(self) -> bool:
-        """Whether every rank holds all weights."""
-        ...
+    whole: bool
+    """Whether every rank holds all weights."""
 
     def all_sum(self, value: float) -> float:
         """`value` summed over all ranks."""

@@ -9,7 +9,7 @@ they are summed after every micro-batch, so that no worker ever holds those of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,7 +66,7 @@ class Fsdp2(Sharding):
 
 @dataclass
 class _FsdpPlaced:
-    whole: ClassVar[bool] = False
+    whole: bool = field(default=False, init=False)
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device
