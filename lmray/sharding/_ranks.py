@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 
 
-def have_group() -> None:
+def have_group(device: str = "cpu") -> None:
     """Makes a process group of this process alone where none was set up."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        backend = "gloo" if torch.device(device).type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lmray.config import MemberConfig
 
@@ -73,6 +73,9 @@ class Sharding(MemberConfig):
 
     shards: ClassVar[bool] = False
     """Whether the workers share the weights among them: none holds the whole model."""
+
+    def check(self, train: Mapping[str, Any], *, workers: int, dtype: str) -> None:
+        """Raises ConfigError where a setting contradicts the rest of the job; `train` is its section of that name."""
 
     @abstractmethod
     def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:

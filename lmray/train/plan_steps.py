@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lmray.config import dump
 from lmray.errors import ConfigError
 from lmray.job import TrainArgs, TrainJob
 from lmray.models.machine import this_machine
@@ -64,6 +65,7 @@ def step_reasons(job: TrainJob, shape: ModelShape) -> dict[str, str]:
 def sharding_of(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[str, Any]) -> tuple[Sharding, str]:
     """The strategy that will run, and why. Machines are taken to be like this one, which its workers share."""
     workers = job.resources.workers
+    job.sharding.check(dump(job.train), workers=workers, dtype=settings["dtype"])
     total = memory_parts(shape, rows, **settings)["total"]
     room = this_machine().worker_bytes(on_gpu=settings["device"] == "cuda")
     room = room // workers if room and settings["device"] == "cpu" else room

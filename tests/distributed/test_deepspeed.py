@@ -1,0 +1,206 @@
+"""ZeRO gives the curve of one process, at every stage, offloaded or not, interrupted or not: float32, tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lmray.optim.adamw import make_adamw
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from lmray.artifacts.store import run_folder
+from lmray.errors import CheckpointError
+from lmray.models.load import load_model
+from lmray.sharding.base import Placed, Sharding
+from lmray.sharding.deepspeed import Deepspeed
+from lmray.sharding.single import Single
+from lmray.testing.jobs import curve, run_here, tiny_job
+from lmray.testing.ranks import run_ranks, train_ranks
+from lmray.train.group import torchrun_context
+
+STEPS, SAVED_AT, ROWS = 4, 2, 8
+DATA = torch.randint(3, 250, (ROWS, 12), generator=torch.Generator().manual_seed(1))
+SHARDED = {
+    "stage 1": Deepspeed(stage=1),
+    "stage 2": Deepspeed(stage=2),
+    "stage 3": Deepspeed(stage=3),
+    "stage 2, optimizer on the CPU": Deepspeed(stage=2, offload_optimizer="cpu"),
+    "stage 3, all on the CPU": Deepspeed(stage=3, offload_optimizer="cpu", offload_param="cpu"),
+}
+
+
+def groups(model: torch.nn.Module) -> list[dict]:
+    return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+
+
+def placed(strategy: Sharding, model_folder: Path, what: str) -> Placed:
+    model: Any = load_model(model_folder, "float32")
+    if what == "lora":
+        torch.manual_seed(0)
+        model.requires_grad_(False)
+        model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    else:
+        model.requires_grad_(True)
+    return strategy.place(model, lambda one: make_adamw(groups(one), learning_rate=1.0, weight_decay=0.1), "cpu")
+
+
+def trained(one: Placed, first: int, last: int, *, rank: int = 0, ranks: int = 1) -> list[tuple[float, float]]:
+    """Loss and gradient norm of steps `first` to `last`: the rows dealt out to the ranks, a forward pass for each."""
+    steps = []
+    for step in range(first, last):
+        for group in one.optimizer.param_groups:
+            group["lr"] = 1e-2 / (step + 1)
+        mine = DATA.roll(step, 0)[rank::ranks]
+        idle = -(-ROWS // ranks) - len(mine)
+        total = 0.0
+        parts = [*mine, *DATA[:idle]]
+        for number, row_T in enumerate(parts, 1):
+            logits_TV = one.model(input_ids=row_T[None]).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits_TV, row_T[1:], reduction="sum") * (number <= len(mine))
+            one.backward(loss / DATA[:, 1:].numel(), last=number == len(parts))
+            total += loss.item()
+        norm = one.clip_grad_norm(0.3)
+        one.apply()
+        steps.append((one.all_sum(total) / DATA[:, 1:].numel(), norm))
+    return steps
+
+
+def in_a_group(act: Callable[..., Any], folder: Path, rank: int, ranks: int, *args: Any) -> Any:
+    with torchrun_context(folder):
+        return act(rank, ranks, *args)
+
+
+def from_the_start(rank: int, folder: Path, ranks: int, model: Path, cases: list[tuple[str, str]]) -> dict:
+    """Curves and weights of all `cases`; each is saved on its way."""
+    return in_a_group(_from_the_start, folder, rank, ranks, folder, model, cases)
+
+
+def _from_the_start(rank: int, ranks: int, folder: Path, model: Path, cases: list[tuple[str, str]]) -> dict:
+    found = {}
+    for name, what in cases:
+        one = placed(SHARDED[name], model, what)
+        steps = trained(one, 0, SAVED_AT, rank=rank, ranks=ranks)
+        (folder / name / what).mkdir(parents=True, exist_ok=True)
+        one.save(folder / name / what)
+        steps += trained(one, SAVED_AT, STEPS, rank=rank, ranks=ranks)
+        state = one.gathered_state(trained_only=False)
+        assert (state is None) == (rank > 0)
+        found[name, what] = steps, {key: tensor.numpy() for key, tensor in (state or {}).items()}
+    return found
+
+
+def resumed(rank: int, folder: Path, ranks: int, model: Path, cases: list[tuple[str, str, str]]) -> dict:
+    """Curves of what was saved under a name by a strategy, gone on with under another."""
+    return in_a_group(_resumed, folder, rank, ranks, folder, model, cases)
+
+
+def _resumed(rank: int, ranks: int, folder: Path, model: Path, cases: list[tuple[str, str, str]]) -> dict:
+    found = {}
+    for saved_as, name, what in cases:
+        one = placed(SHARDED[name], model, what)
+        one.load(folder / saved_as / what)
+        found[saved_as, name, what] = trained(one, SAVED_AT, STEPS, rank=rank, ranks=ranks), {}
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model) -> dict[str, tuple]:
+    """Curve and weights of one process, for `lora` and `full`."""
+    found = {}
+    for what in ("lora", "full"):
+        one = placed(Single(), tiny_model, what)
+        found[what] = trained(one, 0, STEPS), one.gathered_state(trained_only=False)
+        losses = [loss for loss, _ in found[what][0]]
+        assert losses[-1] < losses[0] - 0.2, "the curve must move, else equality says nothing"
+        assert found[what][0][0][1] > 0.3, "gradients must be clipped"
+    return found
+
+
+def assert_same(found: dict, alone: dict, *, first: int = 0) -> None:
+    for case, (steps, state) in found.items():
+        expected_steps, expected_state = alone[case[-1]]
+        for mine, expected in zip(steps, expected_steps[first:], strict=True):
+            assert mine == pytest.approx(expected, abs=1e-5), case
+        assert set(state) in (set(), set(expected_state))
+        for name, array in state.items():
+            assert abs(array - expected_state[name].numpy()).max() < 1e-4, (case, name)
+
+
+CASES = [("stage 2", "lora"), ("stage 3", "full"), ("stage 2, optimizer on the CPU", "full")]
+REST = [(name, what) for name in SHARDED for what in ("lora", "full") if (name, what) not in CASES]
+
+
+def test_two_ranks_learn_what_one_does_and_go_on_at_three(tiny_model, alone, tmp_path):
+    """At three ranks the tensors do not divide evenly, nor do the rows."""
+    found, _ = run_ranks(2, from_the_start, tmp_path, 2, tiny_model, CASES)
+    assert_same(found, alone)
+    again = [("stage 2", "stage 2", "lora"), ("stage 3", "stage 3", "full"), ("stage 3", "stage 2", "full")]
+    found, *_ = run_ranks(3, resumed, tmp_path, 3, tiny_model, again)
+    assert_same(found, alone, first=SAVED_AT)
+
+
+@pytest.mark.slow
+def test_every_stage_trained_in_every_way_at_every_number_of_ranks(tiny_model, alone, tmp_path):
+    found, _ = run_ranks(2, from_the_start, tmp_path, 2, tiny_model, CASES + REST)
+    assert_same(found, alone)
+    again = [(name, name, what) for name, what in CASES + REST]
+    again += [("stage 1", "stage 3", "full"), ("stage 3, all on the CPU", "stage 1", "full")]
+    for ranks in (1, 2, 4):
+        found, *_ = run_ranks(ranks, resumed, tmp_path, ranks, tiny_model, again)
+        assert_same(found, alone, first=SAVED_AT)
+
+
+@pytest.mark.parametrize(("adapter", "stage"), [({"name": "lora", "r": 3}, 2), ({"name": "full"}, 3)])
+def test_a_run_that_was_stopped_goes_on_on_one_worker(tiny_model, tiny_data, tmp_path, adapter, stage):
+    """Through the loop: held-out loss, checkpoints, what is kept at the end."""
+    settings = {"train__max_steps": 4, "train__save_steps": 2, "train__eval_steps": 2, "evaluate": {"tasks": ["loss"]}}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
+
+    def job(name: str, workers: int, sharding):
+        rows = {"train__per_device_train_batch_size": 8 // workers, **settings}
+        resources = {"workers": workers}
+        placing = {"sharding": sharding, "resources": resources, "adapter": adapter}
+        return tiny_job(tiny_model, tiny_data, tmp_path / name, **placing, **rows)
+
+    straight = job("straight", 1, "single")
+    broken = job("broken", 2, {"name": "deepspeed", "stage": stage, "config": str(path)})
+    result = run_here(straight, tmp_path / "scratch")
+    assert train_ranks(broken, stop_at=2).status == "stopped"
+    (checkpoint,) = run_folder(broken).glob("checkpoint-*")
+    assert {"deepspeed-00000.safetensors", "deepspeed-00001.safetensors"} <= {one.name for one in checkpoint.iterdir()}
+    assert not [one for one in checkpoint.rglob("*") if one.is_file() and one.suffix not in (".safetensors", ".json")]
+    again = train_ranks(broken.changed({"resources.workers": 1}))
+    assert again.metrics["eval.loss"] == pytest.approx(result.metrics["eval.loss"], abs=1e-5)
+    for name in ("train.loss", "eval.loss"):
+        assert curve(broken, name) == pytest.approx(curve(straight, name), abs=1e-5)
+    folder = broken.adapter.kept
+    kept, expected = (load_file(next((run_folder(one) / folder).glob("*.safetensors"))) for one in (broken, straight))
+    assert all((kept[name] - tensor).abs().max() < 1e-4 for name, tensor in expected.items())
+
+
+def test_a_checkpoint_of_another_strategy_is_refused(tiny_model, tmp_path):
+    single = placed(Single(), tiny_model, "lora")
+    trained(single, 0, 1)
+    single.save(tmp_path)
+    with pytest.raises(CheckpointError, match="another strategy than `deepspeed`"):
+        placed(Deepspeed(), tiny_model, "lora").load(tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm(tiny_model):
+    for stage in (2, 3):
+        one = placed(Deepspeed(stage=stage), tiny_model, "lora")
+        one.backward(one.model(input_ids=DATA[:1]).logits.sum() * float("inf"), last=True)
+        assert not torch.isfinite(torch.tensor(one.clip_grad_norm(1.0)))
+    assert torch.distributed.get_world_size() == 1
+
+
+def test_nothing_is_written_to_stdout(tiny_model, capfd):
+    one = placed(Deepspeed(stage=3), tiny_model, "lora")
+    trained(one, 0, 1)
+    assert capfd.readouterr().out == ""
