@@ -50,7 +50,7 @@ def save_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder:
 
 def save_shared(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Writes this rank's part into `folder`, which is its own; called on all ranks together."""
-    weights = {f"model.{name}": one.detach() for name, one in trained_weights(model, optimizer).items()}
+    weights = {f"weights.{name}": one.detach() for name, one in trained_weights(model, optimizer).items()}
     state = {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()}
     save_distributed({**weights, **state}, checkpoint_id=folder / SHARDS)
 
@@ -84,8 +84,10 @@ def _load_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder
 def _load_shared(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
     kept = {name: facts for name, facts in stored.items() if isinstance(facts, TensorStorageMetadata)}
-    weights = {f"model.{name}": one.detach() for name, one in trained_weights(model, optimizer).items()}
-    found = {name: torch.empty(facts.size, device="meta") for name, facts in kept.items() if name.startswith("model.")}
+    weights = {f"weights.{name}": one.detach() for name, one in trained_weights(model, optimizer).items()}
+    found = {
+        name: torch.empty(facts.size, device="meta") for name, facts in kept.items() if name.startswith("weights.")
+    }
     check_same_shapes(path, found, weights)
     parameters = _parameters(optimizer)
     state = {
