@@ -136,7 +136,7 @@ class TrainJob(Job):
     method: Annotated[Method, Member(METHODS)]
     adapter: Annotated[Adapter, Member(ADAPTERS)]
     sharding: Annotated[Sharding, Member(SHARDINGS)]
-    train: TrainArgs = Field(default_factory=TrainArgs)
+    train: TrainArgs = Field(default_factory=lambda: TrainArgs())
     evaluate: EvaluateArgs = EvaluateArgs()
     resources: Resources = Resources()
     output: Output | None = None

@@ -73,6 +73,8 @@ class Sharding(MemberConfig):
 
     shards: ClassVar[bool] = False
     """Whether the workers share the weights among them: none holds the whole model."""
+    steps_on_parts: ClassVar[bool] = False
+    """Whether a worker's optimizer steps on its part of the weights alone."""
 
     def check(self, train: Mapping[str, Any], *, workers: int, dtype: str) -> None:
         """Raises ConfigError where a setting contradicts the rest of the job; `train` is its section of that name."""

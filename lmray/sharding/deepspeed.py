@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -34,6 +34,7 @@ ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 class Deepspeed(Sharding):
     """ZeRO, stage 1, 2 or 3, with offloading."""
 
+    steps_on_parts: ClassVar[bool] = True
     stage: Literal[1, 2, 3] = 2
     """1 splits the optimizer's state over the workers, 2 gradients as well, 3 weights as well."""
     offload_optimizer: Place = "none"
@@ -97,9 +98,14 @@ def _imported(device: str) -> ModuleType:
 
     # Else minutes of compiling, for an operation of inference over shared memory alone.
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
-    for handler in logging.getLogger("DeepSpeed").handlers:
-        if type(handler) is logging.StreamHandler:
-            handler.setStream(sys.stderr)
+    logging.getLogger("DeepSpeed").handlers = [_ToStderr()]
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
     return deepspeed
+
+
+class _ToStderr(logging.Handler):
+    """To what is stderr when a record comes; deepspeed's own handler writes to stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)

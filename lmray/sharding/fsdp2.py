@@ -30,6 +30,7 @@ class Fsdp2(Sharding):
     """A share of the model on every worker."""
 
     shards: ClassVar[bool] = True
+    steps_on_parts: ClassVar[bool] = True
     cpu_offload: bool = False
     """Shares of weights, gradients and optimizer state live in the CPU's memory, and the optimizer steps there."""
     activation_checkpointing: bool = False

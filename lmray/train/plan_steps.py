@@ -99,8 +99,8 @@ def check_virtual_tokens(job: TrainJob) -> None:
 
 
 def check_divided(job: TrainJob, sharding: Sharding) -> None:
-    """Raises ConfigError where `sharding` divides weights that the job's adapter or optimizer needs whole."""
-    if not sharding.shards:
+    """Raises ConfigError where a worker steps on parts of weights that the job's adapter or optimizer needs whole."""
+    if not sharding.steps_on_parts:
         return
     for field, one, has_parts in (
         ("sharding.name", job.adapter, not job.adapter.needs_whole_weights),

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from lmray.optim.adamw import make_adamw
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lmray.artifacts.store import run_folder
 from lmray.errors import CheckpointError
 from lmray.models.load import load_model
+from lmray.optim.adamw_torch import AdamwTorch
 from lmray.sharding.base import Placed, Sharding
 from lmray.sharding.deepspeed import Deepspeed
 from lmray.sharding.single import Single
@@ -46,7 +46,9 @@ def placed(strategy: Sharding, model_folder: Path, what: str) -> Placed:
         model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
     else:
         model.requires_grad_(True)
-    return strategy.place(model, lambda one: make_adamw(groups(one), learning_rate=1.0, weight_decay=0.1), "cpu")
+    return strategy.place(
+        model, lambda one: AdamwTorch().make_optimizer(groups(one), learning_rate=1.0, weight_decay=0.1), "cpu"
+    )
 
 
 def trained(one: Placed, first: int, last: int, *, rank: int = 0, ranks: int = 1) -> list[tuple[float, float]]:

@@ -70,6 +70,8 @@ def test_what_looks_at_whole_weights_needs_them_whole(job, changes):
     make_plan(job(sharding="ddp", resources={"workers": 2}, **changes))
     with pytest.raises(ConfigError, match="needs whole on every worker"):
         make_plan(job(sharding="fsdp2", resources={"workers": 2}, **changes))
+    with pytest.raises(ConfigError, match="needs whole on every worker"):
+        make_plan(job(sharding={"name": "deepspeed", "stage": 1}, resources={"workers": 2}, **changes))
 
 
 def test_shared_weights_gradients_and_optimizer_state_are_divided_by_the_workers(tiny_model):
