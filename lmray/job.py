@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,10 +32,14 @@ class TrainArgs(Config):
     """Rows of one forward pass on one worker."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     """Forward passes per optimizer step. The curve depends on the product with the batch size only."""
-    optim: Annotated[OptimizerConfig, Member(OPTIMIZERS), Field(default="adamw_torch", validate_default=True)]
+    optim: Annotated[OptimizerConfig, Member(OPTIMIZERS)] = Field(
+        default=cast(Any, "adamw_torch"), validate_default=True
+    )
     """The optimizer, by the names of Hugging Face."""
     learning_rate: Annotated[float, Field(gt=0.0)] = 2e-4
-    lr_scheduler_type: Annotated[Schedule, Member(SCHEDULES), Field(default="cosine", validate_default=True)]
+    lr_scheduler_type: Annotated[Schedule, Member(SCHEDULES)] = Field(
+        default=cast(Any, "cosine"), validate_default=True
+    )
     """What the learning rate does after the warm-up."""
     warmup_ratio: Fraction = 0.05
     """Share of all steps over which the learning rate rises from zero."""
