@@ -24,7 +24,8 @@ test: lint  ## lint and every test but the slow ones and those that need a GPU
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
 	@echo "make test: the deselected tests above are marked slow (make test-full runs them) or gpu (they need a GPU)"
 
-test-full: lint  ## lint and every test but those that need a GPU
+test-full: lint  ## lint and every test but those that need a GPU, with the packages only some of them need
+	@$(PIP) --editable ".[dev,quant,optimizers]"
 	@$(BIN)/python -m pytest -m "not gpu"
 	@echo "make test-full: the deselected tests above are marked gpu (they need a GPU)"
 

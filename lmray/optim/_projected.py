@@ -30,10 +30,10 @@ class Projected(OptimizerConfig):
     """Of the projected steps."""
 
     def check(self, shapes: Shapes, *, device: str) -> None:
-        super().check(shapes, device=device)
         if not any(map(self._is_projected, shapes)):
             found = f"`{self.name}` projects matrices wider than its rank, {self.rank}, and none is trained"
             raise ConfigError("train.optim", found, hint="train the whole model, or take `adamw_torch`")
+        super().check(shapes, device=device)
 
     def groups(self, groups: Any, weight_decay: float) -> list[dict[str, Any]]:
         """`groups`, divided into what is projected and what is not."""

@@ -18,7 +18,7 @@ class Adamw8bit(OptimizerConfig):
     packages = ("bitsandbytes",)
 
     def make_optimizer(self, groups: Groups, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from bitsandbytes.optim.adamw import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit  # type: ignore[import-not-found]
 
         return AdamW8bit(decayed(groups, weight_decay), lr=learning_rate)
 

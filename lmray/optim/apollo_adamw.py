@@ -21,8 +21,8 @@ class ApolloAdamw(Projected):
     options: ClassVar[dict[str, Any]] = {"proj": "random", "proj_type": "std", "scale_type": "channel"}
 
     def make_optimizer(self, groups: Groups, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from apollo_torch.apollo import AdamW
-        from apollo_torch.random_projector import GradientProjector
+        from apollo_torch.apollo import AdamW  # type: ignore[import-not-found]
+        from apollo_torch.random_projector import GradientProjector  # type: ignore[import-not-found]
 
         split: Any = self.groups(groups, weight_decay)
         made = AdamW(split, lr=learning_rate)

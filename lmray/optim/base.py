@@ -40,13 +40,13 @@ class OptimizerConfig(MemberConfig):
 
     def check(self, shapes: Shapes, *, device: str) -> None:
         """Raises ConfigError where it cannot train parameters of `shapes` on `device` (`cpu`, `cuda`)."""
+        if self.needs_gpu and device == "cpu":
+            hint = "ask for `resources.gpus_per_worker: 1`, or take `adamw_torch`"
+            raise ConfigError("train.optim", f"`{self.name}` runs on GPUs only: {self.needs_gpu}", hint=hint)
         for package in self.packages:
             if find_spec(package) is None:
                 hint = 'pip install "lmray[optimizers]", here and on the workers'
                 raise ConfigError("train.optim", f"`{self.name}` needs the package `{package}`", hint=hint)
-        if self.needs_gpu and device == "cpu":
-            hint = "ask for `resources.gpus_per_worker: 1`, or take `adamw_torch`"
-            raise ConfigError("train.optim", f"`{self.name}` runs on GPUs only: {self.needs_gpu}", hint=hint)
 
     @abstractmethod
     def make_optimizer(self, groups: Groups, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

@@ -25,8 +25,8 @@ class GaloreAdamw(Projected):
     """Of the projected steps: the paper's alpha."""
 
     def make_optimizer(self, groups: Groups, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from galore_torch.adamw import AdamW
-        from galore_torch.galore_projector import GaLoreProjector
+        from galore_torch.adamw import AdamW  # type: ignore[import-not-found]
+        from galore_torch.galore_projector import GaLoreProjector  # type: ignore[import-not-found]
 
         split: Any = self.groups(groups, weight_decay)
         made = AdamW(split, lr=learning_rate, no_deprecation_warning=True)

@@ -18,7 +18,7 @@ class Lion(OptimizerConfig):
     packages = ("bitsandbytes",)
 
     def make_optimizer(self, groups: Groups, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from bitsandbytes.optim.lion import Lion32bit
+        from bitsandbytes.optim.lion import Lion32bit  # type: ignore[import-not-found]
 
         return Lion32bit(decayed(groups, weight_decay), lr=learning_rate)
 

@@ -18,7 +18,7 @@ class PagedAdamw32bit(OptimizerConfig):
     needs_gpu = "it pages its state out of a GPU's memory"
 
     def make_optimizer(self, groups: Groups, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from bitsandbytes.optim.adamw import PagedAdamW32bit
+        from bitsandbytes.optim.adamw import PagedAdamW32bit  # type: ignore[import-not-found]
 
         return PagedAdamW32bit(decayed(groups, weight_decay), lr=learning_rate)
 

@@ -19,7 +19,7 @@ class PagedAdamw8bit(OptimizerConfig):
     needs_gpu = "it pages its state out of a GPU's memory"
 
     def make_optimizer(self, groups: Groups, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from bitsandbytes.optim.adamw import PagedAdamW8bit
+        from bitsandbytes.optim.adamw import PagedAdamW8bit  # type: ignore[import-not-found]
 
         return PagedAdamW8bit(decayed(groups, weight_decay), lr=learning_rate)
 

@@ -24,7 +24,7 @@ from lmray.testing.tiny import tiny_model_folder
 from lmray.train.plan import make_plan
 from lmray.train.plan_steps import check_quantization
 
-pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which `make test-full` installs")
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 

@@ -25,9 +25,9 @@ def job(tiny_model, tiny_data, tmp_path):
 def test_the_plan_counts_the_optimizers_memory_and_refuses_what_cannot_run(job):
     trained = make_plan(job()).model["trainable_parameters"]
     sizes = {
-        name: make_plan(job(train__optim=name)).memory_bytes["optimizer"] for name in ("adamw_torch", "sgd", "lion")
+        name: make_plan(job(train__optim=name)).memory_bytes["optimizer"] for name in ("adamw_torch", "sgd", "muon")
     }
-    assert sizes == {"adamw_torch": 8 * trained, "sgd": 0, "lion": 4 * trained}
+    assert sizes == {"adamw_torch": 8 * trained, "sgd": 0, "muon": 4 * trained}
     with pytest.raises(ConfigError, match=r"train\.optim: `paged_adamw_8bit` runs on GPUs only"):
         make_plan(job(train__optim="paged_adamw_8bit"))
     with pytest.raises(ConfigError, match="wider than its rank"):
