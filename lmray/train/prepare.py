@@ -45,7 +45,7 @@ def prepare(job: TrainJob) -> Prepared:
     """Finds the model and reads the data. Raises ArtifactError or DataError for what is missing or malformed, and
     ConfigError for rows longer than the model has positions."""
     spec, model = job.model, model_of(job)
-    config = load_config(model.folder, trust_remote_code=spec.trust_remote_code, rope_scaling=spec.rope_scaling)
+    config = load_config(model.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=spec.rope_scaling)
     check_positions(config, job.data.max_length, spec.rope_scaling)
     examples = read_examples(job.data)
     check_tasks(job.evaluate.tasks, examples.eval)

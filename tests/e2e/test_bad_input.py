@@ -38,7 +38,7 @@ def empty_data(path, tmp):
 
 
 def a_row_of_the_wrong_shape(path, tmp):
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": 7}]
+    rows = [{"prompt": "a", "completion": "b", "topic": "c"}, {"prompt": "a", "completion": 7, "topic": "c"}]
     edit(path, data__train=[{"source": str(write_jsonl(tmp / "rows.jsonl", rows))}])
 
 

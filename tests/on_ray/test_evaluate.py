@@ -15,7 +15,7 @@ from lmray.testing.tiny import tiny_adapter_folder
 from lmray.testing.waiting import wait_until
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_one_signal_ends_an_evaluation_and_keeps_what_was_measured(tiny_model, tmp_path, number):
     data = write_jsonl(tmp_path / "data.jsonl", tiny_rows(64))
     adapter = tiny_adapter_folder(tiny_model, tmp_path / "adapter", seed=3)

@@ -66,6 +66,7 @@ def test_a_killed_worker_loses_nothing_and_the_curve_is_the_local_one(ray_cluste
     assert train(remote, progress=False).status == "already-done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_two_workers_give_the_curve_of_one_also_when_one_is_killed(ray_cluster, job, tmp_path, sharding):
     changes = {"train__max_steps": 24, "train__save_steps": 4, "evaluate": {"tasks": ["loss"]}}

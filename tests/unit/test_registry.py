@@ -35,7 +35,7 @@ def test_an_unknown_member_names_those_there_are(name):
     with pytest.raises(ConfigError) as caught:
         ADAPTERS.load(name)
     assert f"unknown adapter `{name}`" in str(caught.value)
-    assert "allowed: lora" in str(caught.value)
+    assert "allowed: adalora, full, ia3, lisa, lora," in str(caught.value)
 
 
 def test_a_close_name_is_hinted_at():

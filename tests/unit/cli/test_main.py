@@ -158,15 +158,16 @@ def test_jobs_run_py_is_lmray_run(train_file):
     assert done.returncode == 2 and "did you mean `train`?" in done.stderr
 
 
+@pytest.mark.parametrize("doing", ["read", "tokenise"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_data_is_tokenised_ends_a_run_and_leaves_nothing_half_written(
-    cli, train_file, tmp_path, monkeypatch, number
+def test_a_signal_while_data_is_prepared_ends_a_run_and_leaves_nothing_half_written(
+    cli, train_file, tmp_path, monkeypatch, number, doing
 ):
-    monkeypatch.setattr(Counter, "at", lambda self, done: os.kill(os.getpid(), number))
+    monkeypatch.setattr(Counter, "at", lambda self, done: os.kill(os.getpid(), number) if self.what == doing else None)
     said = cli("run", train_file, "--json")
     assert said.code == 130 and json.loads(said.out)["status"] == "stopped"
-    kept = [path for path in (tmp_path / "cache" / "tokenised").iterdir() if path.suffix != ".lock"]
-    assert kept == [] and not (tmp_path / "store" / "runs").exists()
+    kept = [path for path in (tmp_path / "cache" / "tokenised").glob("*") if path.suffix != ".lock"]
+    assert kept == [] and not list((tmp_path / "cache").rglob("*.tmp")) and not (tmp_path / "store" / "runs").exists()
 
 
 def test_a_table_aligns_wide_characters():
