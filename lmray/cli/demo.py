@@ -6,7 +6,6 @@ held-out questions call functions that no training example calls.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lmray.cli.output import say, table
 from lmray.context import Result
 from lmray.data.mappings.bfcl import SYSTEM
 from lmray.errors import ConfigError
+from lmray.evaluate.answers import read_answers
 from lmray.job import load
 from lmray.models.export import export
 from lmray.on_ray.cluster import connected
@@ -94,14 +94,12 @@ def _cell(name: str, value: float | None) -> str:
 
 def three_answers(folder: Path) -> str:
     """Three held-out questions that the tuned model gets right, or the first ones, before and after."""
-    before, after = (
-        [json.loads(line) for line in (folder / f"answers-{label}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for label in ("base", "tuned")
-    )
-    order = sorted(range(len(after)), key=lambda index: (-after[index]["scores"]["json_match"], index))[:3]
+    answers = read_answers(folder)
+    before, after = answers["base"], answers["tuned"]
+    order = sorted(range(len(after)), key=lambda index: (-after[index].scores["json_match"], index))[:3]
     blocks = []
     for one, other in ((before[index], after[index]) for index in order):
-        said = {"asked": one["prompt"], "before": one["answer"], "after": other["answer"]}
+        said = {"asked": one.prompt, "before": one.answer, "after": other.answer}
         blocks.append("\n".join(f"{label:<8}{_line(text)}" for label, text in said.items()))
     return "\n\n".join(blocks)
 

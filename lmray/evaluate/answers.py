@@ -1,11 +1,14 @@
-"""Asking a model for answers to held-out examples."""
+"""Asking a model for answers to held-out examples, and the files that answers are kept in."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from lmray.artifacts.files import write_atomic
 from lmray.data.base import Example
 from lmray.data.tokenise import prompt_ids
 from lmray.engines.native import generate
@@ -31,6 +34,32 @@ class Answer:
     scores: dict[str, float] = field(default_factory=dict)
     log_likelihoods: dict[str, float] = field(default_factory=dict)
     """Of each choice, in nats."""
+
+
+def answers_path(folder: Path, label: str) -> Path:
+    """Where the answers of target `label` are in a run's folder."""
+    return folder / f"answers-{label}.jsonl"
+
+
+def save_answers(answers: Sequence[Answer], path: Path) -> None:
+    """One JSON line an answer."""
+    lines = (asdict(answer) for answer in answers)
+    kept = ({key: value for key, value in line.items() if key != "log_likelihoods" or value} for line in lines)
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+def read_answers(folder: Path) -> dict[str, list[Answer]]:
+    """Every target's answers in a run's folder, by label."""
+    return {
+        path.stem.removeprefix("answers-"): [Answer(**json.loads(line)) for line in _lines(path)]
+        for path in sorted(folder.glob("answers-*.jsonl"))
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    """Cut at line feeds only: `splitlines` also cuts at U+2028 and others, which stand in texts and in JSON as they
+    are."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def sample_evenly(examples: Sequence[Anything], count: int | None) -> list[Anything]:

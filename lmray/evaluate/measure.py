@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmray.artifacts.files import sha256_json, write_atomic
+from lmray.artifacts.files import sha256_json
 from lmray.data.base import Example
 from lmray.data.batch import Packed
 from lmray.errors import DataError
@@ -46,12 +44,6 @@ class Measured:
     answers: tuple[Answer, ...]
     evidence: tuple[tuple[Task, tuple[Scored, ...]], ...] = ()
     """Each task with what it made of each example: what the metrics were made of, in one order for all targets."""
-
-    def save_answers(self, path: Path) -> None:
-        """One JSON line an answer."""
-        lines = (asdict(answer) for answer in self.answers)
-        kept = ({key: value for key, value in line.items() if key != "log_likelihoods" or value} for line in lines)
-        write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 @dataclass(frozen=True)

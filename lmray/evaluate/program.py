@@ -24,6 +24,7 @@ from lmray.data.cache import examples_digest, tokenise_cached, tokenizer_digest
 from lmray.data.examples import Examples, read_examples
 from lmray.data.rules import Rules
 from lmray.errors import ArtifactError, DataError
+from lmray.evaluate.answers import answers_path, save_answers
 from lmray.evaluate.comparison import write_comparison
 from lmray.evaluate.confidence import deltas_json, reference_label
 from lmray.evaluate.kept import Kept, forget, kept_path
@@ -102,7 +103,7 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
     write_atomic(ctx.folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
     measured = _measure(job, ready, ctx)
     for label, one in measured.items():
-        one.save_answers(ctx.folder / f"answers-{label}.jsonl")
+        save_answers(one.answers, answers_path(ctx.folder, label))
     details = {
         "targets": {label: one.metrics for label, one in measured.items()},
         "reference": reference_label([*measured]),

@@ -19,7 +19,7 @@ from typing import Any
 
 from lmray.artifacts.files import sha256_json, write_atomic, write_json
 from lmray.errors import ArtifactError, DataError
-from lmray.evaluate.answers import Answer, sample_evenly
+from lmray.evaluate.answers import Answer, read_answers, sample_evenly
 from lmray.evaluate.confidence import reference_label
 from lmray.metrics.page import page
 
@@ -166,12 +166,7 @@ def _read_key(run: Path) -> Key:
 
 def _answers(run: Path) -> dict[str, list[Answer]]:
     """Each target's answers by label; those of targets without any are left out."""
-    found = {}
-    for path in sorted(run.glob("answers-*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if lines:
-            found[path.stem.removeprefix("answers-")] = [Answer(**json.loads(line)) for line in lines]
-    return found
+    return {label: answers for label, answers in read_answers(run).items() if answers}
 
 
 def _two(run: Path, given: Mapping[str, Sequence[Answer]]) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from lmray.artifacts.store import open_store
 from lmray.config import Member, dump
 from lmray.context import Result, RunContext
 from lmray.errors import CapacityError, DataError, DivergenceError
+from lmray.evaluate.answers import answers_path, save_answers
 from lmray.evaluate.confidence import deltas_json
 from lmray.evaluate.kept import Kept, forget, kept_path
 from lmray.evaluate.measure import HeldOut, Measured, measure
@@ -248,7 +249,7 @@ def _finish(
     folder.stat()  # a store that is gone is not made anew below its mount
     for label, one in measured.items():
         if one.answers:
-            one.save_answers(folder / f"answers-{label}.jsonl")
+            save_answers(one.answers, answers_path(folder, label))
     kind = job.adapter.kept
     job.adapter.save(model, folder / kind)
     loop.prepared.tokenizer.save_pretrained(folder / kind)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmray.context import Result
 from lmray.errors import ArtifactError
-from lmray.evaluate.answers import Answer
+from lmray.evaluate.answers import Answer, read_answers
 from lmray.metrics.events import read_events
 from lmray.train.plan import Plan
 
@@ -76,9 +76,7 @@ def read_record(folder: Path) -> Record:
             job=(folder / JOB).read_text(encoding="utf-8"),
             events=read_events(folder / "events.jsonl"),
             result=Result(**result) if result else None,
-            answers=dict(
-                sorted((path.stem.removeprefix("answers-"), _answers(path)) for path in _answer_files(folder))
-            ),
+            answers=read_answers(folder),
             data=_json(folder / DATA) or {},
             diverged=_json(folder / DIVERGED),
         )
@@ -92,11 +90,3 @@ def read_record(folder: Path) -> Record:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _answer_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("answers-*.jsonl"))
-
-
-def _answers(path: Path) -> list[Answer]:
-    return [Answer(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]

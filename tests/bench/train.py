@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,18 @@ class Measured:
 
 
 def read_e2e(folder: Path) -> list[list[dict[str, str]]]:
-    rows = [json.loads(line) for line in (folder / "e2e_nlg" / "dev.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = _rows(folder / "e2e_nlg" / "dev.jsonl")
     return [_conversation("Say this in English: " + row["mr"], row["ref"]) for row in rows]
 
 
 def read_pubmedqa(folder: Path) -> list[list[dict[str, str]]]:
-    path = folder / "pubmedqa" / "train.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = _rows(folder / "pubmedqa" / "train.jsonl")
     return [_conversation(f"{_text(row['context'])}\n\n{row['question']}", row["long_answer"]) for row in rows]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def _text(value: Any) -> str:
@@ -120,6 +125,26 @@ def measure(name: str, settings: dict[str, Any], tokens: list[int]) -> Measured:
     )
 
 
+class Turns:
+    """What was measured, by round and contender; with a file, each is appended to it at once and never made again."""
+
+    def __init__(self, path: Path | None, key: list[Any]):
+        """`key` (JSON types): the settings that measurements belong to."""
+        self.path, self.key = path, key
+        lines = _rows(path) if path and path.is_file() else []
+        kept = [line for line in lines if line["key"] == key]
+        self.made = {(line["round"], line["contender"]): Measured(**line["measured"]) for line in kept}
+
+    def once(self, turn: int, name: str, make: Callable[[], Measured]) -> Measured:
+        if (turn, name) not in self.made:
+            self.made[turn, name] = one = make()
+            if self.path:
+                line = {"key": self.key, "round": turn, "contender": name, "measured": asdict(one)}
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+        return self.made[turn, name]
+
+
 def main() -> None:
     arguments = _arguments()
     folder = Path(os.environ.get("LMRAY_BENCH_DATA", ""))
@@ -139,12 +164,12 @@ def main() -> None:
         data.write_text("".join(json.dumps({"messages": one}) + "\n" for one in conversations), encoding="utf-8")
         settings = {"model": str(model.folder), "data": str(data), "learning_rate": 1e-4}
         settings |= {"steps": arguments.steps, "batch_size": size, "threads": arguments.threads}
-        found: dict[str, list[Measured]] = {name: [] for name in names}
+        turns = Turns(arguments.rows, [arguments.data, arguments.steps, size, arguments.threads])
         for turn in range(arguments.rounds):
             for name in names:
-                one = measure(name, settings, tokens)
-                found[name].append(one)
+                one = turns.once(turn, name, lambda name=name: measure(name, settings, tokens))
                 print(f"round {turn + 1}  {name}: {one.tokens_per_s:.0f} tokens/s", file=sys.stderr, flush=True)
+    found = {name: [turns.made[turn, name] for turn in range(arguments.rounds)] for name in names}
     flops = _flops_per_token(supervised)
     head = (
         f"{arguments.data}, {arguments.steps} steps of {size} rows, {sum(tokens)} tokens ({supervised:.0%} "
@@ -192,6 +217,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", help=f"comma-separated, of: {', '.join(CONTENDERS)}")
+    parser.add_argument("--rows", type=Path, help="JSON lines to append each measurement to, and to go on from")
     parser.add_argument("--out", type=Path, help="Markdown file to append the table to")
     return parser.parse_args()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from lmray.data.base import Example
 from lmray.data.batch import pack
 from lmray.data.tokenise import IGNORED, encode, prompt_ids, tokenise
 from lmray.errors import ConfigError, DataError
+from lmray.evaluate.answers import Answer, answers_path, read_answers, save_answers
 from lmray.evaluate.choices import choice_log_likelihoods
 from lmray.evaluate.loss import example_losses, held_out_loss
 from lmray.evaluate.measure import HeldOut, check_tasks, measure
@@ -77,11 +77,18 @@ def test_every_kind_of_task_on_one_model(loaded, examples, args, tmp_path):
     assert found.metrics["base.perplexity"] == pytest.approx(math.exp(found.metrics["base.loss"]))
     assert {("loss", 1, 1), ("answers", 2, 2), ("choices", 4, 4)} <= set(told)
     assert [task.name for task, _ in found.evidence] == ["loss", "multiple_choice", "f1", "bleu"]
-    found.save_answers(tmp_path / "answers.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["expected"] for line in lines] == ["red", "one"], "spread evenly"
-    assert set(lines[0]["scores"]) == {"multiple_choice", "multiple_choice_norm", "f1", "bleu"}
-    assert set(lines[0]["log_likelihoods"]) == {"red", "blue"}
+    assert [answer.expected for answer in found.answers] == ["red", "one"], "spread evenly"
+    assert set(found.answers[0].scores) == {"multiple_choice", "multiple_choice_norm", "f1", "bleu"}
+    assert set(found.answers[0].log_likelihoods) == {"red", "blue"}
+
+
+def test_answers_are_read_as_they_were_kept_whatever_a_text_holds(tmp_path):
+    """Line separators of other kinds stand in JSON as they are."""
+    separated = Answer("one\u2028two", "three\x85", "four\x0bfive\n", {"f1": 0.5})
+    answers = [separated, Answer("六", "七", "", {}, {"七": -1.5})]
+    save_answers(answers, answers_path(tmp_path, "base"))
+    save_answers([], answers_path(tmp_path, "tuned"))
+    assert read_answers(tmp_path) == {"base": answers, "tuned": []}
 
 
 def test_choices_alone_generate_nothing_and_the_likeliest_is_the_answer(loaded, examples, args):
