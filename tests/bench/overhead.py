@@ -2,7 +2,7 @@
 
     LMRAY_BENCH_DATA=FOLDER lmray bench overhead [--workers 1,2] [--steps 16] [--pairs 5] [--rows FILE] [--out FILE]
 
-SmolLM2-135M, LoRA r=8 on all linear layers, E2E rows, one thread a worker. Measured from the end of step 3 to the end of
+SmolLM2-135M, LoRA r=8 on all linear layers, E2E rows, one thread a worker. Measured from the end of step 3 to that of
 the last step but one: tokens a second, and the CPU seconds that all processes of the command spent on a token, Ray's
 own among them. Overhead is the mean of the pairs' ratios less one, with a 95 % interval (Student's t over the
 logarithms of the ratios); the middle value is the ratios' median.
@@ -16,7 +16,6 @@ import math
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -129,9 +128,7 @@ def table(made: dict[tuple[int, int, str], dict[str, float]], workers: list[int]
             scale, shown = (1, ".0f") if worse < 0 else (1000, ".3f")
             cells = [f"{scale * statistics.median(values):{shown}}" for values in (one, other)]
             over = f"{mean:+.1%} ({low:+.1%} to {high:+.1%})"
-            lines.append(
-                f"| {count} | {unit} | {' | '.join(cells)} | {over} | {statistics.median(ratios) - 1:+.1%} |"
-            )
+            lines.append(f"| {count} | {unit} | {' | '.join(cells)} | {over} | {statistics.median(ratios) - 1:+.1%} |")
     return "\n".join(lines) + "\n"
 
 
