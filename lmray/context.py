@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from lmray.artifacts.checkpoints import checkpoint_name, commit, newest_good, remove_old, tidy
 from lmray.artifacts.patience import Patience, passing
 from lmray.metrics.events import EventLog
 
 T = TypeVar("T")
+Wish = Literal["go on", "save", "stop"]
 
 
 class RunContext(Protocol):
@@ -40,9 +41,9 @@ class RunContext(Protocol):
         `resume_from`."""
         ...
 
-    def should_stop(self) -> bool:
-        """True once the run was asked to end early; the program saves and returns. The same on all ranks, which ask
-        together."""
+    def wish(self) -> Wish:
+        """What the run's surroundings want of the next step, the same on all ranks, which ask together: `save` commits
+        it and goes on, for a machine is about to be taken away; `stop` commits it and ends."""
         ...
 
     def asked_to_stop(self) -> bool:
@@ -98,9 +99,11 @@ class LocalContext:
         device: str = "cpu",
         threads: int = 1,
         stop: Callable[[], bool] = lambda: False,
+        warned: Callable[[], bool] = lambda: False,
         patience: Patience | None = None,
     ):
-        self.folder, self.scratch, self.device, self.threads, self._stop = folder, scratch, device, threads, stop
+        self.folder, self.scratch, self.device, self.threads = folder, scratch, device, threads
+        self._stop, self._warned = stop, warned
         self.patience = patience or Patience()
         folder.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
@@ -149,8 +152,10 @@ class LocalContext:
         safe = f"{self._last} is good" if self._last else "there is no checkpoint yet"
         return f"{safe}; once {self.folder} can be written again, the same command goes on from there"
 
-    def should_stop(self) -> bool:
-        return self.asked_to_stop()
+    def wish(self) -> Wish:
+        if self.asked_to_stop():
+            return "stop"
+        return "save" if self._warned() else "go on"
 
     def asked_to_stop(self) -> bool:
         try:

@@ -17,6 +17,7 @@ from lmray.engines.base import EngineConfig
 from lmray.errors import ConfigError, did_you_mean
 from lmray.methods.base import Method
 from lmray.models.spec import ModelSpec
+from lmray.models.workers import ONE, Workers
 from lmray.optim.base import OptimizerConfig
 from lmray.registry import ADAPTERS, ENGINES, METHODS, OPTIMIZERS, SCHEDULES, SHARDINGS, TASKS, TRACKERS
 from lmray.schedules.base import Schedule
@@ -102,12 +103,14 @@ class EvaluateArgs(Config):
 
 
 class Resources(Config):
-    workers: Annotated[int, Field(ge=1)] = 1
+    workers: Workers = ONE
+    """A number, or a range within which a training run follows the machines that there are."""
     gpus_per_worker: Annotated[int, Field(ge=0)] = 0
     cpus_per_worker: Annotated[int, Field(ge=1)] | None = None
     """CPU cores a worker reserves and computes with. Empty: the cores of the smallest node, shared evenly."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often a failed worker group starts again from the last checkpoint."""
+    """How often a failed worker group starts again from the last checkpoint. Machines that are taken away with notice,
+    and changes of the number of workers, are not counted."""
     price_per_worker_hour: Annotated[float, Field(ge=0.0)] | None = None
     """What one worker costs an hour, in any currency: estimates say what a run may cost, `run.cost` what it did."""
 

@@ -171,7 +171,7 @@ def _generation(job: Any, folder: Any, *, cluster: bool, rows: int, tokens: int)
         "cache": shape.cache_bytes(dtype, rows=rows, tokens=tokens),
         "process": CUDA_PROCESS_BYTES if on_gpu else process_bytes(),
     }
-    total, there = sum(parts.values()), worker_memory(machines, workers=job.resources.workers, on_gpu=on_gpu)
+    total, there = sum(parts.values()), worker_memory(machines, workers=job.resources.workers.max, on_gpu=on_gpu)
     text = ", ".join(f"{part} {human_bytes(size)}" for part, size in parts.items())
     lines = [
         f"precision  {dtype}: {reason}",

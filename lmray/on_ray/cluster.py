@@ -102,7 +102,8 @@ def _node(facts: dict) -> Node:
 
 
 def check_resources(resources: Resources) -> None:
-    """Raises CapacityError where the connected cluster can never place the workers that `resources` asks for."""
+    """Raises CapacityError where the connected cluster can never place the workers, or the fewest of a range, that
+    `resources` asks for."""
     check_room(
         cluster_resources().nodes,
         workers=resources.workers,

@@ -17,6 +17,7 @@ import ray.train
 from lmray.artifacts.files import only_writer
 from lmray.artifacts.patience import Patience
 from lmray.on_ray.notices import say_to_driver
+from lmray.on_ray.preemption import PreemptionNotice
 from lmray.train.group import GroupContext
 
 STOP = "stop"
@@ -31,6 +32,7 @@ class RayContext(GroupContext):
 
     def __init__(self, folder: Path, *, device: str, threads: int):
         place = ray.train.get_context()
+        patience = Patience(say=lambda text: say_to_driver(folder, text))
         super().__init__(
             folder,
             rank=place.get_world_rank(),
@@ -39,15 +41,18 @@ class RayContext(GroupContext):
             device=device,
             threads=threads,
             stop=(folder / STOP).exists,
-            patience=Patience(say=lambda text: say_to_driver(folder, text)),
+            warned=PreemptionNotice(patience.say),
+            patience=patience,
         )
         self._held = ExitStack()
 
     def open(self) -> None:
-        """Waits until no worker of an earlier attempt writes here. Raises CapacityError where one still does."""
+        """Waits until no worker of an earlier attempt writes here. Raises CapacityError where one still does,
+        ConfigError where the workers do not share the run folder."""
         self.agreed(
             lambda: self._held.enter_context(only_writer(self.folder, lock_name=WRITER_LOCK, wait_s=WRITER_WAIT_S))
         )
+        self.check_shared()
 
     def close(self) -> None:
         """Removes the scratch folder and lets the next writer in."""

@@ -50,6 +50,7 @@ def train(job: TrainJob, *, progress: bool = True) -> Result:
     check_writable(folder)
     with connected():
         job = placed(job)
+        _say_room(job.resources)
         with only_writer(folder), heard(folder), follow(folder) if progress else nullcontext():
             (folder / STOP).unlink(missing_ok=True)
             return _fit(job, folder)
@@ -60,10 +61,20 @@ def placed(job: Any) -> Any:
     nor its working directory. Raises CapacityError where the connected cluster has no room for the workers."""
     resources: Resources = job.resources
     if resources.cpus_per_worker is None:
-        smallest = min(node.cpus for node in cluster_resources().nodes)
-        resources = resources.model_copy(update={"cpus_per_worker": max(1, int(smallest // resources.workers))})
+        smallest = min(
+            (node.cpus for node in cluster_resources().nodes if node.cpus), default=1.0
+        )  # a head may offer none
+        resources = resources.model_copy(update={"cpus_per_worker": max(1, int(smallest // resources.workers.max))})
     check_resources(resources)
     return job.model_copy(update={"storage": str(open_store(job.storage).root), "resources": resources})
+
+
+def _say_room(resources: Resources) -> None:
+    """Says on stderr where the cluster has no room for all workers of a range: more machines may come."""
+    room = cluster_resources().room_for(cpus=resources.cpus_per_worker or 1, gpus=resources.gpus_per_worker)
+    if room < resources.workers.max:
+        text = f"note: {resources.workers} workers, room for {room} now; the run grows as machines come"
+        print(text, file=sys.stderr, flush=True)
 
 
 def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
@@ -72,16 +83,22 @@ def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
         _worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend=backend_for("cuda" if resources.gpus_per_worker else "cpu")),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=resources.gpus_per_worker > 0,
-            resources_per_worker={"CPU": resources.cpus_per_worker or 1, "GPU": resources.gpus_per_worker},
-        ),
+        scaling_config=_scaling(resources),
         run_config=ray.train.RunConfig(
             name=RAY_FOLDER,  # not the run's: Ray Train puts it into metrics that hold ASCII only
             storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=resources.max_failures, max_preemption_failures=-1),
         ),
+    )
+
+
+def _scaling(resources: Resources) -> ray.train.ScalingConfig:
+    workers = resources.workers
+    return ray.train.ScalingConfig(
+        num_workers=(workers.min, workers.max) if workers.elastic else workers.max,
+        elastic_resize_monitor_interval_s=workers.resize_interval_s,
+        use_gpu=resources.gpus_per_worker > 0,
+        resources_per_worker={"CPU": resources.cpus_per_worker or 1, "GPU": resources.gpus_per_worker},
     )
 
 

@@ -57,7 +57,7 @@ def prepare(job: ServeJob) -> ServePlan:
     key_hashes = read_key_hashes(job.http.api_keys_file)
     check_exposure(job.http.host, key_hashes)
     check_port(job.http.host, job.http.port)
-    if job.resources.workers != 1:
+    if job.resources.workers.max != 1:
         hint = "set `autoscaling.min_replicas` and `max_replicas`"
         raise ConfigError("resources.workers", f"{job.resources.workers} says nothing to an endpoint", hint=hint)
     if job.model.trust_remote_code:

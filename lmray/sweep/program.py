@@ -54,7 +54,7 @@ def objective_of(sweep: SweepJob) -> tuple[str, str]:
 
 def check_sweep(sweep: SweepJob, folder: Path) -> None:
     """Raises ConfigError where the job cannot be a trial's, or `folder` holds another sweep under the same name."""
-    if sweep.job.resources.workers != 1:
+    if sweep.job.resources.workers.max != 1:
         hint = "set `job.resources.workers=1`; `max_concurrent_trials` is how many run side by side"
         raise ConfigError(
             "job.resources.workers", f"a trial runs on one worker, not {sweep.job.resources.workers}", hint=hint

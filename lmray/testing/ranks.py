@@ -78,9 +78,10 @@ def run_ranks(count: int, act: Callable[..., Any], *args: Any) -> list[Any]:
     return found
 
 
-def train_ranks(job: TrainJob, *, stop_at: int | None = None) -> Result:
-    """Trains `job` on its workers, each a process here; `stop_at`: asks it to stop after that many steps."""
-    return run_ranks(job.resources.workers, _train, job, stop_at)[0]
+def train_ranks(job: TrainJob, *, stop_at: int | None = None, workers: int | None = None) -> Result:
+    """Trains `job` on its workers, each a process here: as many as it allows, or `workers`. `stop_at`: asks it to
+    stop after that many steps."""
+    return run_ranks(workers or job.resources.workers.max, _train, job, stop_at)[0]
 
 
 def _train(rank: int, job: TrainJob, stop_at: int | None) -> Result:

@@ -23,6 +23,8 @@ from lmray.models.tensors import save_tensors
 from lmray.sharding.base import Placed
 
 ADAPTER = "adapter.safetensors"
+STEP_BITS = 20
+"""Seeds of ranks differ below this bit, those of steps from it on."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter
     progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
     placed.load(folder)
     adapter.resume(placed.model, load_file(folder / ADAPTER), step=progress.step)
-    _set_random_state(folder / _random_file(ctx.rank))
+    _set_random_state(folder / _random_file(ctx.rank), step=progress.step)
     return progress
 
 
@@ -92,9 +94,11 @@ def _random_state() -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def _set_random_state(path: Path) -> None:
-    """A rank that the run did not have before keeps the state it began with."""
+def _set_random_state(path: Path, *, step: int) -> None:
+    """A rank that the run did not have at this step begins a stream of its own: the one its seed began with was drawn
+    from in the first steps."""
     if not path.is_file():
+        torch.manual_seed(torch.initial_seed() + (step << STEP_BITS))
         return
     state = load_file(path)
     torch.set_rng_state(state["cpu"])

@@ -8,9 +8,10 @@ without the model's collectives timing out.
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 from lmray.artifacts.checkpoints import add_part, checkpoint_name, commit_parts, staging_for
-from lmray.context import LocalContext
-from lmray.errors import LmrayError
+from lmray.artifacts.files import temporary_beside
+from lmray.context import LocalContext, Wish
+from lmray.errors import ConfigError, LmrayError
 
 T = TypeVar("T")
 
@@ -50,12 +52,33 @@ class GroupContext(LocalContext):
         self.agreed(lambda: LocalContext.report(self, step, metrics, staging))
         self._last = self.folder / checkpoint_name(step)
 
-    def should_stop(self) -> bool:
-        return self.agreed(self.asked_to_stop)
+    def wish(self) -> Wish:
+        return self.agreed(super().wish)
 
     def resume_from(self) -> Path | None:
         self._last = self.agreed(super().resume_from)
         return self._last
+
+    def check_shared(self) -> None:
+        """Raises ConfigError, on every rank, where one does not see what rank 0 writes into the run folder: its parts
+        of checkpoints would lie on a disk of its own."""
+        name = self.agreed(lambda: self.patience(f"writing {self.folder}", self._probe, hint=self.standing()))
+        try:
+            with self.together():
+                if not (self.folder / name).is_file():
+                    found = f"worker {self.rank} on {platform.node()} does not see {self.folder} of worker 0"
+                    raise ConfigError("storage", found, hint="put it on a path that all machines share")
+        finally:
+            self.agreed(lambda: self._remove(name))
+
+    def _probe(self) -> str:
+        probe = temporary_beside(self.folder / "shared")
+        probe.touch()
+        return probe.name
+
+    def _remove(self, name: str) -> None:
+        with suppress(OSError):  # what stays is a temporary file, which the next start removes
+            (self.folder / name).unlink()
 
     def agreed(self, act: Callable[[], T]) -> T:
         outcome: list[tuple[T | None, LmrayError | None] | None] = [None]
@@ -101,7 +124,7 @@ def torchrun_context(folder: Path, *, threads: int = 1, **settings: Any) -> Iter
     dist.init_process_group(backend_for(device))
     try:
         with tempfile.TemporaryDirectory(prefix="lmray-") as scratch:
-            yield GroupContext(
+            context = GroupContext(
                 folder,
                 rank=dist.get_rank(),
                 world_size=dist.get_world_size(),
@@ -110,6 +133,8 @@ def torchrun_context(folder: Path, *, threads: int = 1, **settings: Any) -> Iter
                 threads=threads,
                 **settings,
             )
+            context.check_shared()
+            yield context
     finally:
         dist.destroy_process_group()
 

@@ -54,9 +54,9 @@ class Loop:
         Raises DivergenceError, the same on every rank, where a step's numbers say that the run is lost; that step is
         in no checkpoint."""
         while not self.done:
-            stopping = self.ctx.should_stop()
-            self._step(save=stopping)
-            if stopping and not self.done:
+            wish = self.ctx.wish()
+            self._step(save=wish != "go on")
+            if wish == "stop" and not self.done:
                 return False
         if self.best_folder is not None:
             if self.learner.placed.whole:

@@ -178,7 +178,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     model = _model_facts(job, ready, shape)
     data = data_facts(ready, max_length=job.data.max_length) | {"joined": job.method.joins}
     rows = replace(rows, fused=kernels == "fused")
-    shards = job.resources.workers if sharding.shards else 1
+    shards = job.resources.workers.min if sharding.shards else 1  # with the fewest, each holds most
     fields = _flat({key: value for key, value in dump(job).items() if key not in PLACEMENT})
     fields = {key: value for key, value in fields.items() if key not in WATCHED}
     return Plan(
@@ -207,7 +207,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
 def _schedule(job: TrainJob, num_rows: int) -> tuple[int, int, int]:
     """Rows of a step, rows of the whole run, steps."""
     args = job.train
-    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * job.resources.workers
+    rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * job.resources.workers.max
     if args.max_steps:
         return rows_per_step, args.max_steps * rows_per_step, args.max_steps
     samples = max(1, round(args.num_train_epochs * num_rows))

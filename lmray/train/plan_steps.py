@@ -64,7 +64,7 @@ def step_reasons(job: TrainJob, shape: ModelShape) -> dict[str, str]:
 
 def sharding_of(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[str, Any]) -> tuple[Sharding, str]:
     """The strategy that will run, and why. Machines are taken to be like this one, which its workers share."""
-    workers = job.resources.workers
+    workers = job.resources.workers.max  # what runs on several also runs on one
     job.sharding.check(dump(job.train), workers=workers, dtype=settings["dtype"])
     total = memory_parts(shape, rows, **settings)["total"]
     room = this_machine().worker_bytes(on_gpu=settings["device"] == "cuda")

@@ -10,7 +10,7 @@ from lmray.data.examples import read_examples
 from lmray.errors import CapacityError, ConfigError, LmrayError, Problem
 from lmray.job import Resources, TrainJob
 from lmray.models.machine import Machine
-from lmray.models.room import check_room
+from lmray.models.room import check_room, room_for
 from lmray.models.source import model_of
 from lmray.train.duration import EFFICIENCY, FORMULA, seconds
 from lmray.train.memory import USABLE, largest_micro_batch
@@ -76,29 +76,31 @@ def preflight(job: TrainJob, plan: Plan, machines: Sequence[Machine], *, flops_p
     resources = job.resources
     on_gpu = resources.gpus_per_worker > 0
     check_resources(resources, machines)
-    memory = worker_memory(machines, workers=resources.workers, on_gpu=on_gpu)
+    workers = workers_now(resources, machines)
+    memory = worker_memory(machines, workers=workers, on_gpu=on_gpu)
     warnings, most = [], None
     if memory is not None:
         count = job.train.per_device_train_batch_size
         most = largest_micro_batch(
             plan.memory_bytes["total"], rows=count, row_bytes=plan.row_bytes, memory_bytes=memory
         )
-        check_weights(plan.memory_bytes["weights"], memory)
+        fewest = worker_memory(machines, workers=resources.workers.min, on_gpu=on_gpu)
+        check_weights(plan.memory_bytes["weights"], fewest or memory)
         if plan.memory_bytes["total"] > USABLE * memory:
             warnings.append(_too_large(plan, memory, most, count))
-    speed = resources.workers * flops_per_s * (1.0 if on_gpu else _share_of_cores(resources, machines))
+    speed = workers * flops_per_s * (1.0 if on_gpu else _share_of_cores(resources, machines))
     total = seconds(plan.flops["total"], speed)
     price = resources.price_per_worker_hour
     return Preflight(
         plan=plan,
-        resources=_asked(resources),
+        resources=_asked(resources, now=workers),
         machines=tuple(machines),
         worker_memory_bytes=memory,
         max_micro_batch=most,
         flops_per_s=flops_per_s,
         step_seconds=seconds(plan.flops["step"], speed),
         total_seconds=total,
-        cost=None if price is None else tuple(run_cost(resources, one) for one in total),  # type: ignore[arg-type]
+        cost=None if price is None else tuple(run_cost(resources, one, workers=workers) for one in total),  # type: ignore[arg-type]
         warnings=tuple(warnings),
     )
 
@@ -108,25 +110,33 @@ def _share_of_cores(resources: Resources, machines: Sequence[Machine]) -> float:
     cores = min(one.cpus for one in machines)
     if resources.cpus_per_worker is not None:
         return min(1.0, resources.cpus_per_worker / cores)
-    return 1 / -(-resources.workers // len(machines))
+    return 1 / -(-workers_now(resources, machines) // len(machines))
 
 
-def _asked(resources: Resources) -> str:
+def _asked(resources: Resources, *, now: int) -> str:
     cores = (
         "an even share of the cores" if resources.cpus_per_worker is None else f"{resources.cpus_per_worker} core(s)"
     )
-    return f"{resources.workers} worker(s) with {cores} and {resources.gpus_per_worker} GPU(s) each"
+    room = f"; room for {now} now, figures are for so many" if resources.workers.elastic else ""
+    return f"{resources.workers} worker(s) with {cores} and {resources.gpus_per_worker} GPU(s) each{room}"
 
 
-def run_cost(resources: Resources, num_seconds: float) -> float:
-    """What the workers cost for so long; the price must be given."""
+def run_cost(resources: Resources, num_seconds: float, *, workers: int) -> float:
+    """What so many workers cost for so long; the price must be given."""
     assert resources.price_per_worker_hour is not None
-    return resources.workers * resources.price_per_worker_hour * num_seconds / 3600
+    return workers * resources.price_per_worker_hour * num_seconds / 3600
 
 
 def check_resources(resources: Resources, machines: Sequence[Machine]) -> None:
-    """Raises CapacityError where `machines` can never hold the workers."""
+    """Raises CapacityError where `machines` can never hold the workers, or the fewest of a range."""
     check_room(machines, workers=resources.workers, cpus=resources.cpus_per_worker, gpus=resources.gpus_per_worker)
+
+
+def workers_now(resources: Resources, machines: Sequence[Machine]) -> int:
+    """How many workers run where `machines` are all there is."""
+    return resources.workers.within(
+        room_for(machines, cpus=resources.cpus_per_worker or 1, gpus=resources.gpus_per_worker)
+    )
 
 
 def worker_memory(machines: Sequence[Machine], *, workers: int, on_gpu: bool) -> int | None:
@@ -171,7 +181,7 @@ def check_parts(job: TrainJob, machines: Sequence[Machine] | None) -> None:
     steps: tuple[Callable[[], Any], ...] = (
         lambda: model_of(job),
         lambda: read_examples(job.data),
-        lambda: job.sharding.resolve(workers=job.resources.workers),
+        lambda: job.sharding.resolve(workers=job.resources.workers.max),
         lambda: check_resources(job.resources, machines) if machines else None,
     )
     raise_all(steps)

@@ -97,10 +97,11 @@ def _begin(job: TrainJob, prepared: Prepared, ctx: RunContext) -> Plan | Result:
 
 
 def _check_workers(job: TrainJob, ctx: RunContext) -> None:
-    if ctx.world_size != job.resources.workers:
+    asked = job.resources.workers
+    if not asked.min <= ctx.world_size <= asked.max:
         raise CapacityError(
             "resources.workers",
-            f"the job asks for {job.resources.workers}, {ctx.world_size} were started",
+            f"the job asks for {asked}, {ctx.world_size} were started",
             allowed=f"{ctx.world_size}",
         )
 
@@ -266,7 +267,7 @@ def _finish(
     metrics |= {name: round(seconds, 3) for name, seconds in times.items()}
     metrics["run.seconds"] = round(time.time() - started, 3)
     if job.resources.price_per_worker_hour is not None:
-        metrics["run.cost"] = round(run_cost(job.resources, metrics["run.seconds"]), 6)
+        metrics["run.cost"] = round(run_cost(job.resources, metrics["run.seconds"], workers=loop.ctx.world_size), 6)
     base = {name: plan.model[name] for name in BASE if name in plan.model}
     origin = {"kind": kind, "base": base, "parents": loop.prepared.model.parents, "run_key": plan.run_key}
     details: dict[str, Any] = {kind: str(folder / kind), **origin}

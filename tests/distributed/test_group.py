@@ -14,7 +14,7 @@ from lmray.artifacts.checkpoints import committed
 from lmray.artifacts.files import read_sealed, seal
 from lmray.artifacts.patience import Patience
 from lmray.artifacts.store import run_folder
-from lmray.errors import CapacityError, CheckpointError, DataError
+from lmray.errors import CapacityError, CheckpointError, ConfigError, DataError
 from lmray.metrics.events import read_events
 from lmray.sharding.ddp import Ddp
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
@@ -44,20 +44,21 @@ def part(folder: Path, rank: int, *, step: int = 3) -> Path:
     return path
 
 
-def _report(rank: int, folder: Path, parts: Path) -> tuple[str | None, list[bool]]:
-    asked = iter([False, rank == 0])  # only rank 0 is asked, or its word counts
-    with torchrun_context(folder, stop=lambda: next(asked)) as ctx:
+def _report(rank: int, folder: Path, parts: Path) -> tuple[str | None, list[str]]:
+    asked = iter([False, False, False, rank == 0])  # only rank 0 is asked, or its word counts
+    warned = iter([False, rank == 0, rank == 1])
+    with torchrun_context(folder, stop=lambda: next(asked), warned=lambda: next(warned)) as ctx:
         assert ctx.resume_from() is None
-        stops = [ctx.should_stop() for _ in range(2)]
+        wishes = [ctx.wish() for _ in range(4)]
         ctx.report(1, {"train.loss": 1.0})
         ctx.report(3, {"train.loss": 0.5}, part(parts, rank))
         found = ctx.resume_from()
-        return (found and found.name), stops
+        return (found and found.name), wishes
 
 
 def test_parts_of_all_ranks_become_one_checkpoint_and_all_ranks_hear_the_same(tmp_path):
     found = run_ranks(3, _report, tmp_path / "run", tmp_path)
-    assert found == [("checkpoint-00000003", [False, True])] * 3
+    assert found == [("checkpoint-00000003", ["go on", "save", "go on", "stop"])] * 3
     (checkpoint,) = committed(tmp_path / "run")
     manifest = read_sealed(checkpoint)
     assert (manifest["step"], manifest["run_key"]) == (3, "key")
@@ -188,3 +189,15 @@ def test_the_plan_at_another_number_of_workers_keeps_the_steps(job):
     assert train_ranks(again).status == "succeeded"
     plan = json.loads((run_folder(again) / "plan.json").read_text(encoding="utf-8"))
     assert (plan["rows_per_step"], plan["steps"], len(curve(again))) == (8, 4, 4)
+
+
+def _apart_on_disk(rank: int, root: Path) -> None:
+    with torchrun_context(root / f"machine-{rank}" / "run"):
+        raise AssertionError("opened")
+
+
+def test_ranks_that_share_no_folder_end_before_a_part_of_a_checkpoint_is_lost(tmp_path):
+    found = outcomes(2, _apart_on_disk, tmp_path)
+    assert [type(one) for one in found] == [ConfigError, ConfigError]
+    assert "storage: worker 1 on " in str(found[0]) == str(found[1]) and "all machines share" in str(found[0])
+    assert not list(tmp_path.rglob(".*.tmp"))

@@ -117,3 +117,10 @@ def train_file(shell, tiny_model, tiny_data) -> Path:
 def one_json(text: str) -> dict:
     """`text` must be exactly one JSON object."""
     return json.loads(text)
+
+
+def last_step(run: Path) -> int:
+    """Of the last whole line in the log of the run in folder `run`; 0 where there is none."""
+    path = run / "events.jsonl"
+    lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0

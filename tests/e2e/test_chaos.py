@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import psutil
@@ -12,7 +11,7 @@ from lmray.job import load
 from lmray.metrics.events import read_events
 from lmray.testing.jobs import curve, run_here
 from lmray.testing.waiting import wait_until
-from tests.e2e.conftest import one_json
+from tests.e2e.conftest import last_step, one_json
 
 TURNS = ("RayTrainWorker", "TrainController", "RayTrainWorker", "TrainController", "driver")
 KILLS, STEPS, SAVE_STEPS, SEED = 20, 800, 10, 0
@@ -24,7 +23,7 @@ def victims(shell, driver, name: str, run, target: int) -> list[psutil.Process]:
     found = []
 
     def there() -> bool:
-        if driver.poll() is None and _last_step(run) >= target:
+        if driver.poll() is None and last_step(run) >= target:
             found[:] = [one for one in shell.alive(driver) if name in " ".join(_words(one))]
             found[:] = [psutil.Process(driver.pid)] if name == "driver" else found
         return bool(found) or driver.poll() is not None
@@ -67,10 +66,3 @@ def test_twenty_kills_cost_no_step_and_repeat_none(shell, train_file, tmp_path):
     assert [event["train.loss"] for event in events] == pytest.approx(curve(straight), abs=1e-6)
     assert len(list(run.glob("*checkpoint-*"))) == 2 and not list((tmp_path / "store").rglob(".*.tmp"))
     wait_until(lambda: not any(shell.alive(one) for one in drivers), "all processes to end")
-
-
-def _last_step(run) -> int:
-    """Of the log's last whole line."""
-    path = run / "events.jsonl"
-    lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.is_file() else []
-    return json.loads(lines[-1])["step"] if lines else 0

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import ray.train
 from ray.exceptions import ActorDiedError
+from ray.train import PreemptionInfo
+from ray.train.v2._internal.execution.preemption import PreemptionContext
 
 from lmray.artifacts.files import only_writer
 from lmray.errors import CapacityError, CheckpointError, RemoteError
-from lmray.on_ray import context, train
+from lmray.on_ray import cluster, context, preemption, train
+from lmray.on_ray.cluster import ClusterResources, Node
 from lmray.on_ray.context import RayContext
 from lmray.testing.jobs import tiny_job
 
 
 @pytest.fixture
-def ctx(tmp_path, monkeypatch):
+def told():
+    """What Ray Train keeps of a worker; a notice is put where its watcher puts it."""
+    return SimpleNamespace(preemption_context=PreemptionContext())
+
+
+@pytest.fixture
+def ctx(tmp_path, monkeypatch, told):
     place = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr(ray.train, "get_context", lambda: place)
+    monkeypatch.setattr(preemption, "get_train_context", lambda: told)
     made = RayContext(tmp_path / "run", device="cpu", threads=1)
     yield made
     made.close()
@@ -35,9 +46,42 @@ def test_a_writer_that_does_not_go_is_named(ctx, monkeypatch):
 
 
 def test_a_file_in_the_run_folder_asks_to_stop(ctx):
-    assert not ctx.should_stop()
+    assert ctx.wish() == "go on"
     (ctx.folder / context.STOP).touch()
-    assert ctx.should_stop()
+    assert ctx.wish() == "stop"
+
+
+def test_each_notice_is_said_and_saves_once(ctx, told, monkeypatch):
+    said = []
+    monkeypatch.setattr(context, "say_to_driver", lambda folder, text: said.append((folder, text)))
+    wishes = []
+    in_a_minute = int((time.time() + 61) * 1000)
+    for info in (None, PreemptionInfo(in_a_minute, {"n1": [1]}), PreemptionInfo(None, {"n1": [1], "n2": [0, 3]})):
+        told.preemption_context.preemption_info = info
+        wishes += [ctx.wish(), ctx.wish()]
+    assert wishes == ["go on", "go on", "save", "go on", "save", "go on"]
+    assert [folder for folder, _ in said] == [ctx.folder] * 2
+    assert "worker 1 is taken away in 1 min" in said[0][1] and "worker 0, 1, 3 is taken away soon" in said[1][1]
+
+
+@pytest.mark.parametrize(("workers", "asked"), [(2, 2), ({"min": 1, "max": 4, "resize_interval_s": 5}, (1, 4))])
+def test_a_range_is_handed_to_ray_train_as_one(tmp_path, workers, asked):
+    scaling = train._scaling(tiny_job(tmp_path, tmp_path, tmp_path, resources={"workers": workers}).resources)
+    assert scaling.num_workers == asked
+    assert scaling.elastic_resize_monitor_interval_s == (60 if asked == 2 else 5)
+
+
+def test_a_range_beyond_the_cluster_is_said(tmp_path, monkeypatch, capfd):
+    nodes = ClusterResources((Node("head", 0, 0, 1e9), Node("a", 2, 0, 1e9)))
+    for module in (train, cluster):
+        monkeypatch.setattr(module, "cluster_resources", lambda: nodes)
+    for workers in (2, {"min": 1, "max": 2}, {"min": 1, "max": 3}):
+        job = train.placed(tiny_job(tmp_path, tmp_path, tmp_path, resources={"workers": workers}))
+        assert job.resources.cpus_per_worker == 1, "a head without cores counts for nothing"
+        train._say_room(job.resources)
+    assert capfd.readouterr().err == "note: 1 to 3 workers, room for 2 now; the run grows as machines come\n"
+    with pytest.raises(CapacityError, match="at least 3 worker"):
+        train.placed(tiny_job(tmp_path, tmp_path, tmp_path, resources={"workers": {"min": 3, "max": 4}}))
 
 
 class DyingTrainer:

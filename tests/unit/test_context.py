@@ -76,9 +76,9 @@ def test_a_new_context_on_the_folder_of_a_run_goes_on_with_it(ctx, tmp_path):
 def test_a_program_is_asked_to_stop_by_whoever_started_it(tmp_path):
     asked = []
     ctx = LocalContext(tmp_path / "run", scratch=tmp_path / "scratch", stop=lambda: bool(asked))
-    assert not ctx.should_stop()
+    assert ctx.wish() == "go on"
     asked.append(True)
-    assert ctx.should_stop()
+    assert ctx.wish() == "stop"
 
 
 def test_a_result_is_one_json_object():
@@ -172,7 +172,7 @@ def test_nobody_asks_to_stop_through_a_store_that_is_away(tmp_path):
     def away() -> bool:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    assert not LocalContext(tmp_path / "run", scratch=tmp_path / "scratch", stop=away).should_stop()
+    assert not LocalContext(tmp_path / "run", scratch=tmp_path / "scratch", stop=away).asked_to_stop()
 
 
 def test_an_error_of_the_event_log_that_no_waiting_mends_is_raised(ctx):

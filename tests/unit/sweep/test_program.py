@@ -140,6 +140,8 @@ def test_no_finished_trial_leaves_no_best_job(make, tmp_path):
 def test_a_trial_runs_on_one_worker(make, tmp_path):
     with pytest.raises(ConfigError, match="one worker, not 2") as caught:
         check_sweep(make(job={"resources": {"workers": 2}}), tmp_path)
+    with pytest.raises(ConfigError, match="not 1 to 2"):
+        check_sweep(make(job={"resources": {"workers": {"min": 1, "max": 2}}}), tmp_path)
     assert "max_concurrent_trials" in str(caught.value)
 
 

@@ -80,10 +80,10 @@ def test_what_workers_get_of_a_machine():
 )
 def test_resources_that_are_not_there(wanted, said):
     with pytest.raises(CapacityError, match=said):
-        check_resources(Resources(**wanted), (BIG, SMALL))
+        check_resources(Resources.model_validate(wanted), (BIG, SMALL))
     with pytest.raises(CapacityError, match="there is none"):
         check_resources(Resources(gpus_per_worker=1), (SMALL,))
-    check_resources(Resources(cpus_per_worker=4, workers=3), (BIG, SMALL))
+    check_resources(Resources.model_validate({"cpus_per_worker": 4, "workers": 3}), (BIG, SMALL))
 
 
 def test_all_problems_are_raised_together_and_one_as_it_is():
@@ -102,6 +102,6 @@ def test_all_problems_are_raised_together_and_one_as_it_is():
 
 def test_a_run_with_a_price_says_what_it_cost(job, tmp_path):
     resources = Resources(price_per_worker_hour=3600.0)
-    assert run_cost(resources, 2.0) == 2.0
+    assert run_cost(resources, 2.0, workers=1) == 2.0 and run_cost(resources, 2.0, workers=3) == 6.0
     metrics = run_here(job(resources={"price_per_worker_hour": 3600.0}), tmp_path / "scratch").metrics
     assert metrics["run.cost"] == pytest.approx(metrics["run.seconds"], rel=1e-3)
