@@ -51,6 +51,11 @@ class Adapter(MemberConfig):
         return False
 
     @property
+    def starts_from_base(self) -> bool:
+        """Whether attaching it takes the values of the model's weights, so that they must be there by then."""
+        return False
+
+    @property
     def changes_base(self) -> bool:
         """Whether switching it off does not give the base back."""
         return self.kept == "model"

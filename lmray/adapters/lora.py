@@ -78,6 +78,10 @@ class Lora(PeftAdapter):
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
     @property
+    def starts_from_base(self) -> bool:
+        return self._takes_from_base or self.use_dora or bool(self.modules_to_save) or self.bias != "none"
+
+    @property
     def changes_base(self) -> bool:
         return self._takes_from_base or self.bias != "none"
 

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lmray.errors import ArtifactError
+from lmray.errors import ArtifactError, ConfigError
 from lmray.models.quantised import quantization_config
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
@@ -56,7 +56,7 @@ def load_model(
                 **more,
             ).eval()
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-            raise _corrupted(folder, error) from None
+            raise unreadable(folder, error) from None
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False, rope_scaling: RopeScaling | None = None) -> Any:
@@ -66,10 +66,29 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, rope_scaling: 
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
-            raise _corrupted(folder, error) from None
+            raise unreadable(folder, error) from None
         if rope_scaling is not None:
             rope_scaling.apply(config)
     return config
+
+
+def make_model(
+    config: Any, dtype: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """A model of `config` with weights of `dtype`, not read from anywhere. Raises ConfigError where it has no such
+    attention."""
+    try:
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ValueError, ImportError) as error:
+        if attn_implementation is None:
+            raise
+        found = f"`{attn_implementation}` cannot be used: {str(error).splitlines()[0][:200]}"
+        raise ConfigError("model.attn_implementation", found, hint="`auto` takes what fits the model") from None
 
 
 def load_tokenizer(folder: Path, *, chat: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -81,7 +100,7 @@ def load_tokenizer(folder: Path, *, chat: bool = True, trust_remote_code: bool =
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
         except (OSError, ValueError, KeyError) as error:
-            raise _corrupted(folder, error) from None
+            raise unreadable(folder, error) from None
     if chat and not tokenizer.chat_template:
         hint = (
             "put a chat_template.jinja beside tokenizer.json, or take the model's instruction-tuned sibling; "
@@ -121,7 +140,8 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _corrupted(folder: Path, error: Exception) -> ArtifactError:
+def unreadable(folder: Path, error: Exception) -> ArtifactError:
+    """What is raised for a model in `folder` that cannot be read."""
     if "trust_remote_code" in str(error):
         hint = "`model.trust_remote_code: true` runs it on every worker; set it only where you trust its authors"
         return ArtifactError(f"model folder {folder}", "needs Python code that lies beside its weights", hint=hint)

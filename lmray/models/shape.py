@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from lmray.errors import ConfigError
+from lmray.models.deferred import reads_whole
 from lmray.models.fused import unfit
 from lmray.models.head import plain_head
 from lmray.models.layers import decoder_layers
-from lmray.models.load import load_config
+from lmray.models.load import load_config, make_model
 from lmray.models.quantised import saved_bytes
 from lmray.models.quiet import quiet
 
@@ -73,6 +72,8 @@ class ModelShape:
     """Widths of all norms whose own weight is trained, summed."""
     unfit: str | None = None
     """Why its training steps cannot run fused; see `lmray.models.fused`."""
+    reads_whole: str | None = None
+    """Why a worker that keeps a part of the weights cannot read that part alone; see `lmray.models.deferred`."""
 
     @property
     def total(self) -> int:
@@ -104,8 +105,10 @@ def read_shape(
     with quiet():
         config = load_config(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model: Any = _without_weights(config, dtype, attn_implementation, trust_remote_code)
-            model.requires_grad_(False)
+            model: Any = make_model(
+                config, dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            ).requires_grad_(False)
+            whole = reads_whole(model, folder)
             base = sum(parameter.numel() for parameter in model.parameters())
             ends = {id(end.weight): end.weight.numel() for end in _ends(model)}
             saved = saved_bytes(model, quantization, ends) if quantization else 0
@@ -138,24 +141,8 @@ def read_shape(
         adapted=_adapted(model, ends),
         trained_norms=sum(one.numel() for name, one in model.named_parameters() if _is_trained_norm(name, one)),
         unfit="the weights are quantised" if quantization else unfit(model),
+        reads_whole="the weights are quantised" if quantization else whole,
     )
-
-
-def _without_weights(
-    config: Any, dtype: str, attn_implementation: str | None, trust_remote_code: bool
-) -> torch.nn.Module:
-    try:
-        return AutoModelForCausalLM.from_config(
-            config,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
-    except (ValueError, ImportError) as error:
-        if attn_implementation is None:
-            raise
-        found = f"`{attn_implementation}` cannot be used: {str(error).splitlines()[0][:200]}"
-        raise ConfigError("model.attn_implementation", found, hint="`auto` takes what fits the model") from None
 
 
 def _ends(model: Any) -> list[Any]:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from lmray.config import MemberConfig
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 MakeOptimizer = Callable[["torch.nn.Module"], "torch.optim.Optimizer"]
+Fill = Callable[["torch.nn.Module", str], None]
+"""Gives the weights of a module that are still on the meta device their values, on a device."""
+Part = Literal["weights", "gradients", "optimizer"]
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,9 @@ class Placed(Protocol):
 class Sharding(MemberConfig):
     """Base of `lmray/sharding/*.py`."""
 
-    shards: ClassVar[bool] = False
-    """Whether the workers share the weights among them: none holds the whole model."""
-    steps_on_parts: ClassVar[bool] = False
-    """Whether a worker's optimizer steps on its part of the weights alone."""
+    divides: ClassVar[frozenset[Part]] = frozenset()
+    """What the workers share among them: each holds its part of these, and all of the rest. Dividing `weights`, none
+    holds the whole model; dividing `optimizer`, each steps on its part of the weights alone."""
 
     def check(self, train: Mapping[str, Any], *, workers: int, dtype: str) -> None:
         """Raises ConfigError where a setting contradicts the rest of the job; `train` is its section of that name."""
@@ -90,5 +92,6 @@ class Sharding(MemberConfig):
         self, model: torch.nn.Module, make_optimizer: MakeOptimizer, device: str, *, dtype: str = "float32"
     ) -> Placed:
         """Puts `model` on `device`, to be computed with in `dtype`, and makes its optimizer, in the order the strategy
-        needs."""
+        needs. One that divides weights also takes `fill`, for a model that has none yet: it says when they are read, so
+        that a worker holds little more than its part at any time."""
         raise NotImplementedError

@@ -14,19 +14,25 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
 
 from lmray.errors import CapacityError, ConfigError
+from lmray.sharding._blocks import blocks_of
 from lmray.sharding._deepspeed_config import check_config, engine_config, flat, job_says, read_config
 from lmray.sharding._deepspeed_placed import DeepspeedPlaced
 from lmray.sharding._ranks import have_group
-from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
+from lmray.sharding.base import Fill, MakeOptimizer, Need, Part, Placed, Sharding
 
 Place = Literal["none", "cpu"]
 SPLIT = {1: "the optimizer's state is", 2: "gradients and the optimizer's state are", 3: "weights and all else are"}
+DIVIDED: dict[int, frozenset[Part]] = {
+    1: frozenset({"optimizer"}),
+    2: frozenset({"optimizer", "gradients"}),
+    3: frozenset({"optimizer", "gradients", "weights"}),
+}
 ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers for which a piece of a flattened tensor is as good as the tensor."""
 
@@ -34,7 +40,6 @@ ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 class Deepspeed(Sharding):
     """ZeRO, stage 1, 2 or 3, with offloading."""
 
-    steps_on_parts: ClassVar[bool] = True
     stage: Literal[1, 2, 3] = 2
     """1 splits the optimizer's state over the workers, 2 gradients as well, 3 weights as well."""
     offload_optimizer: Place = "none"
@@ -52,8 +57,8 @@ class Deepspeed(Sharding):
         return self
 
     @property
-    def shards(self) -> bool:  # type: ignore[override]
-        return self.stage == 3
+    def divides(self) -> frozenset[Part]:  # type: ignore[override]
+        return DIVIDED[self.stage]
 
     def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:
         if find_spec("deepspeed") is None:
@@ -68,7 +73,13 @@ class Deepspeed(Sharding):
             check_config(read_config(self.config), says, self.config)
 
     def place(
-        self, model: torch.nn.Module, make_optimizer: MakeOptimizer, device: str, *, dtype: str = "float32"
+        self,
+        model: torch.nn.Module,
+        make_optimizer: MakeOptimizer,
+        device: str,
+        *,
+        dtype: str = "float32",
+        fill: Fill | None = None,
     ) -> Placed:
         optimizer = make_optimizer(model)  # first of all: it tells matrices by shapes that stage 3 takes away
         if type(optimizer) not in ELEMENTWISE:
@@ -78,7 +89,10 @@ class Deepspeed(Sharding):
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         config = engine_config(read_config(self.config) if self.config else {}, self._zero(), num_trained=trained)
         if self.stage == 3:  # each weight is split as it moves: no worker's device ever holds all of them
-            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+            for module in (*blocks_of(model), model) if fill else (model,):
+                if fill:
+                    fill(module, "cpu")
+                deepspeed.zero.Init(module=module, config_dict_or_path=config)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
         return DeepspeedPlaced(deepspeed, engine)
 

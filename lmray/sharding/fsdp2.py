@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.distributed as dist
@@ -21,21 +21,18 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from lmray.errors import ConfigError
+from lmray.sharding._blocks import base_of, blocks_of
 from lmray.sharding._ranks import have_group, sum_over_ranks
 from lmray.sharding._state import load_state, save_shared, step_and_forget, trained_weights
-from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
+from lmray.sharding.base import Fill, MakeOptimizer, Need, Part, Placed, Sharding
 
 
 class Fsdp2(Sharding):
     """A share of the model on every worker."""
 
-    shards: ClassVar[bool] = True
-    steps_on_parts: ClassVar[bool] = True
+    divides: ClassVar[frozenset[Part]] = frozenset(get_args(Part))
     cpu_offload: bool = False
     """Shares of weights, gradients and optimizer state live in the CPU's memory, and the optimizer steps there."""
-    activation_checkpointing: bool = False
-    """The backward pass computes every block again instead of keeping what it computed: less memory, a third more
-    time."""
     reshard_after_forward: bool = True
     """Gathered weights are let go between forward and backward pass. Off: faster, but the backward pass begins with all
     of them in memory."""
@@ -44,14 +41,15 @@ class Fsdp2(Sharding):
         return self, "as the job says"
 
     def place(
-        self, model: torch.nn.Module, make_optimizer: MakeOptimizer, device: str, *, dtype: str = "float32"
+        self,
+        model: torch.nn.Module,
+        make_optimizer: MakeOptimizer,
+        device: str,
+        *,
+        dtype: str = "float32",
+        fill: Fill | None = None,
     ) -> Placed:
         have_group()
-        blocks = _blocks(model)
-        if self.activation_checkpointing:
-            _base(model).gradient_checkpointing_enable(  # type: ignore[operator]
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
         kind = torch.device(device).type
         settings = {
             "mesh": init_device_mesh(kind, (dist.get_world_size(),)),
@@ -59,8 +57,10 @@ class Fsdp2(Sharding):
             "mp_policy": _precision(dtype),
             "offload_policy": CPUOffloadPolicy(pin_memory=kind == "cuda") if self.cpu_offload else OffloadPolicy(),
         }
-        for module in (*blocks, model):
+        for module in (*_blocks(model), model):
             fully_shard(module, **settings)
+        if fill is not None:
+            fill(model, "cpu" if self.cpu_offload else device)
         _sum_gradients(model.modules())
         return _FsdpPlaced(model, make_optimizer(model), torch.device(device))
 
@@ -101,17 +101,9 @@ class _FsdpPlaced:
         load_state(self.model, self.optimizer, folder)
 
 
-def _base(model: torch.nn.Module) -> torch.nn.Module:
-    """The `transformers` model below an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
 def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The transformer blocks. Raises ConfigError where the architecture does not name them."""
-    names = set(getattr(_base(model), "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
-        found = f"{type(_base(model)).__name__} does not say which of its modules are blocks (`_no_split_modules`)"
+    if not (blocks := blocks_of(model)):
+        found = f"{type(base_of(model)).__name__} does not say which of its modules are blocks (`_no_split_modules`)"
         raise ConfigError("sharding", found, allowed="ddp, single")
     return blocks
 

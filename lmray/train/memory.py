@@ -12,6 +12,7 @@ they multiply it with; frozen matrices keep nothing but themselves. Fused steps 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from lmray.data import batch
 from lmray.data.stream import Stream
 from lmray.models.shape import WIDTH, AdaptedLinear, ModelShape
 from lmray.ops.linear_cross_entropy import chunk_rows
+from lmray.sharding.base import Part
 
 HEAP_SHARE = 0.5
 """What the C library's heap adds to kept tensors on a CPU: temporaries freed between them leave holes that later
@@ -113,25 +115,34 @@ def memory_parts(
     optimizer_bytes: int,
     device: str,
     process_bytes: int,
-    shards: int = 1,
+    workers: int = 1,
+    divides: Collection[Part] = (),
+    reads_whole: bool = False,
 ) -> dict[str, int]:
-    """Bytes by part and in `total`. `shards`: how many workers share weights, gradients and optimizer state; then each
-    also holds the embedding and two blocks, gathered. Bfloat16 models also multiply with bfloat16 copies of weights
-    that are trained in float32."""
+    """Bytes by part and in `total`. `divides`: what the `workers` share of weights, gradients and optimizer state; who
+    has a part of the weights also holds those it computes with, `gathered`. `reads_whole`: all weights were there
+    before they were divided, and what that took beyond the rest is `loading`. Bfloat16 models also multiply with
+    bfloat16 copies of weights that are trained in float32."""
     copies = shape.trained * WIDTH[dtype] if shape.trained_bytes > shape.trained * WIDTH[dtype] else 0
-    activations, logits = _activations(shape, rows, dtype, device), _logits(shape, rows, dtype, device)
-    if shards > 1:  # gathered in the type that is multiplied in
-        blocks = (shape.base - shape.embedding) // shape.layers * 2
-        copies = (shape.embedding + blocks) * WIDTH[dtype]
-    parts = {
-        "weights": -(-shape.weights_bytes // shards),
-        "gradients": -(-shape.trained_bytes // shards),
-        "optimizer": -(-optimizer_bytes // shards),
-        "activations": activations + copies,
-        "logits": logits,
+    shared = workers > 1 and "weights" in divides
+    sizes = {"weights": shape.weights_bytes, "gradients": shape.trained_bytes, "optimizer": optimizer_bytes}
+    parts = {part: -(-size // (workers if part in divides else 1)) for part, size in sizes.items()}
+    parts |= {"gathered": _gathered(shape, dtype)} if shared else {}
+    parts |= {
+        "activations": _activations(shape, rows, dtype, device) + (0 if shared else copies),
+        "logits": _logits(shape, rows, dtype, device),
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,
     }
+    if shared and reads_whole:
+        parts["loading"] = max(0, shape.weights_bytes + parts["process"] - sum(parts.values()))
     return parts | {"total": sum(parts.values())}
+
+
+def _gathered(shape: ModelShape, dtype: str) -> int:
+    """Embedding and head, and two blocks, the one that is computed with and the next, in the type that is multiplied
+    in."""
+    blocks = (shape.base - shape.embedding) // shape.layers * 2
+    return (shape.embedding + blocks) * WIDTH[dtype]
 
 
 def bytes_per_row(shape: ModelShape, rows: Rows, dtype: str, *, device: str) -> int:

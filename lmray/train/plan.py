@@ -28,6 +28,7 @@ from lmray.train.plan_steps import (
     check_quantization,
     check_virtual_tokens,
     kernels_of,
+    loading_of,
     sharding_of,
     step_reasons,
 )
@@ -59,6 +60,8 @@ class Plan:
     kernels: str
     """`fused` or `plain`; see `lmray.models.fused`."""
     sharding: Mapping[str, Any]
+    loading: str
+    """`whole` or `by part`: what a worker reads of the weights at first."""
     reasons: Mapping[str, str]
     """Why each `auto` became what it is."""
     rows_per_step: int
@@ -92,6 +95,7 @@ class Plan:
             f"loss       {self.reasons['loss']}",
             f"kernels    {self.kernels}: {self.reasons['kernels']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
+            *([f"loading    {self.loading}: {why}"] if (why := self.reasons.get("loading")) else []),
             *self._positions(),
             f"trained    {human_count(model['trainable_parameters'])} of {human_count(model['parameters'])} parameters "
             f"({share:.2%}), digest of the base {model['digest'][:12]}",
@@ -175,10 +179,12 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     if job.model.quantization:
         check_quantization(job, sharding)
     kernels, kernels_reason = kernels_of(job, shape.unfit, device, sharding)
+    loading, loading_reason = loading_of(job, shape, sharding)
+    fewest = job.resources.workers.min  # each holds most then
+    shares = {"workers": fewest, "divides": sharding.divides, "reads_whole": loading == "whole"}
     model = _model_facts(job, ready, shape)
     data = data_facts(ready, max_length=job.data.max_length) | {"joined": job.method.joins}
     rows = replace(rows, fused=kernels == "fused")
-    shards = job.resources.workers.min if sharding.shards else 1  # with the fewest, each holds most
     fields = _flat({key: value for key, value in dump(job).items() if key not in PLACEMENT})
     fields = {key: value for key, value in fields.items() if key not in WATCHED}
     return Plan(
@@ -192,12 +198,14 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         attention=shape.attention,
         kernels=kernels,
         sharding=dump(sharding),
+        loading=loading,
         reasons={"dtype": dtype_reason, "sharding": sharding_reason, "kernels": kernels_reason}
+        | loading_reason
         | step_reasons(job, shape),
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
-        memory_bytes=memory_parts(shape, rows, **settings, shards=shards),
+        memory_bytes=memory_parts(shape, rows, **settings, **shares),
         row_bytes=bytes_per_row(shape, rows, dtype, device=device),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
         warnings=(*_trust_warnings(job), *_schedule_warnings(job), *data_warnings(data)),

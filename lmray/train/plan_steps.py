@@ -73,9 +73,21 @@ def sharding_of(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[
     return job.sharding.resolve(workers=workers, need=Need(job.adapter.kept == "adapter", fits))
 
 
+def loading_of(job: TrainJob, shape: ModelShape, sharding: Sharding) -> tuple[str, dict[str, str]]:
+    """How a worker reads the weights, `whole` or `by part`; and why, where the workers divide them."""
+    if "weights" not in sharding.divides:
+        return "whole", {}
+    why_whole = shape.reads_whole
+    if job.adapter.starts_from_base:
+        why_whole = f"`{job.adapter.name}` as it is set starts from the model's weights"
+    if why_whole:
+        return "whole", {"loading": f"on every worker, before they are divided: {why_whole}"}
+    return "by part", {"loading": "each worker reads no more of the weights than it keeps"}
+
+
 def kernels_of(job: TrainJob, unfit: str | None, device: str, sharding: Sharding) -> tuple[str, str]:
     reason = fused_conflict(job) or (unfit if device == "cpu" else "the fused functions run on CPUs")
-    if sharding.shards:
+    if "weights" in sharding.divides:
         reason = "the fused functions need whole weights, the workers share them"
     asked = job.model.kernels
     if asked == "fused" and reason:
@@ -100,7 +112,7 @@ def check_virtual_tokens(job: TrainJob) -> None:
 
 def check_divided(job: TrainJob, sharding: Sharding) -> None:
     """Raises ConfigError where a worker steps on parts of weights that the job's adapter or optimizer needs whole."""
-    if not sharding.steps_on_parts:
+    if "optimizer" not in sharding.divides:
         return
     for field, one, has_parts in (
         ("sharding.name", job.adapter, not job.adapter.needs_whole_weights),
@@ -119,6 +131,6 @@ def check_quantization(job: TrainJob, sharding: Sharding) -> None:
         found = f"`{job.adapter.name}` as it is set changes the model's own weights, which stay quantised"
         hint = "an adapter beside them, like `lora`, can be trained, or the model as it is: `model.quantization: null`"
         raise ConfigError("model.quantization", found, hint=hint)
-    if sharding.shards:
+    if "weights" in sharding.divides:
         found = f"`{sharding.name}` divides weights, which quantised ones cannot be"
         raise ConfigError("model.quantization", found, allowed="sharding: single, ddp")

@@ -19,7 +19,7 @@ import yaml
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.files import write_atomic, write_json
 from lmray.artifacts.store import open_store
-from lmray.config import Member, dump
+from lmray.config import dump
 from lmray.context import Result, RunContext
 from lmray.errors import CapacityError, DataError, DivergenceError
 from lmray.evaluate.answers import answers_path, save_answers
@@ -28,20 +28,15 @@ from lmray.evaluate.kept import Kept, forget, kept_path
 from lmray.evaluate.measure import HeldOut, Measured, measure
 from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
-from lmray.models.fused import Fused
-from lmray.models.load import load_model
-from lmray.models.machine import release_heap
-from lmray.registry import SHARDINGS
 from lmray.trackers.base import TrackedRun
-from lmray.train.learner import Learner
 from lmray.train.loop import Loop
+from lmray.train.model import Learnt, base_model, free_memory, make_learner
 from lmray.train.plan import Plan, check_same_run, continued, make_plan
 from lmray.train.preflight import run_cost
 from lmray.train.prepare import Prepared, prepare
 from lmray.train.record import DATA, DIVERGED, JOB, PLAN, RESULT
 from lmray.train.report import write_report
 from lmray.train.statistics import data_statistics
-from lmray.train.step import layers_and_noise
 from lmray.train.tracking import Tracking
 
 BASE = ("source", "revision", "digest", "rope_scaling")
@@ -130,18 +125,19 @@ def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: 
     gathered = loop.gathered()
     if ctx.rank != 0:  # from here on rank 0 works alone, and nobody waits for it in a collective
         return Result("succeeded", str(ctx.folder))
-    model = loop.learner.model if gathered is None else _whole_model(job, plan, prepared, ctx, gathered)
+    learnt = Learnt(job, plan, prepared, ctx.device, gathered or loop.learner.model)
+    del loop.learner  # with its optimizer, and a part of a model that nothing can be measured on
     times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
     measuring = time.time()
     try:
-        measured = _measure(job, plan, prepared, loop, model)
+        measured = _measure(job, plan, prepared, loop, learnt)
     except MeasuringStoppedError:
         return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(ctx.folder / "events.jsonl").read())
     times["run.evaluate_seconds"] = held_out_s + time.time() - measuring
     return ctx.patience(
         f"keeping the result of {ctx.folder}",
-        lambda: _finish(loop, model, measured=measured, peaks=peaks, times=times, started=started),
+        lambda: _finish(loop, learnt, measured=measured, peaks=peaks, times=times, started=started),
         hint=_again(ctx),
     )
 
@@ -149,55 +145,6 @@ def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: 
 def _tracked(job: TrainJob, plan: Plan, ctx: RunContext) -> TrackedRun:
     text = yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True)
     return TrackedRun(job.name, ctx.folder, open_store(job.storage).root, plan.fields, text)
-
-
-def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
-    """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
-    with ctx.together():
-        adapted = _adapted_model(job, plan, prepared, ctx.device)
-    torch.manual_seed(job.train.seed + ctx.rank)  # dropout: workers see other rows
-    sharding: Any = Member(SHARDINGS).decode(plan.sharding)
-    placed = sharding.place(
-        adapted,
-        lambda placed_model: job.train.optim.make_optimizer(
-            job.adapter.parameter_groups(placed_model),
-            learning_rate=job.train.learning_rate,
-            weight_decay=job.train.weight_decay,
-        ),
-        ctx.device,
-        dtype=plan.dtype,
-    )
-    (objective,) = job.method.objectives()
-    fused = Fused(placed.model) if plan.kernels == "fused" else None
-    around = layers_and_noise(job.train, placed.model, fused)
-    release_heap()
-    return Learner(
-        placed, objective, max_grad_norm=job.train.max_grad_norm, adapter=job.adapter, fused=fused, around=around
-    )
-
-
-def _base_model(job: TrainJob, plan: Plan, prepared: Prepared, device: str) -> torch.nn.Module:
-    return load_model(
-        prepared.model.folder,
-        plan.dtype,
-        quantization=job.model.quantization,
-        device=device,
-        attn_implementation=None if job.model.attn_implementation == "auto" else plan.attention,
-        trust_remote_code=job.model.trust_remote_code,
-        rope_scaling=job.model.rope_scaling,
-    )
-
-
-def _adapted_model(job: TrainJob, plan: Plan, prepared: Prepared, device: str) -> torch.nn.Module:
-    model = _base_model(job, plan, prepared, device).requires_grad_(False)
-    return job.adapter.for_steps(plan.steps).attach(model, seed=job.train.seed)
-
-
-def _whole_model(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext, weights: Path) -> torch.nn.Module:
-    """A model that lies whole on this rank, with the trained `weights` of one that is sharded."""
-    model = _adapted_model(job, plan, prepared, ctx.device)
-    job.adapter.load(model, weights)
-    return model.to(ctx.device)
 
 
 def _ran(loop: Loop) -> bool:
@@ -238,7 +185,7 @@ def _train_metrics(loop: Loop) -> dict[str, float]:
 
 def _finish(
     loop: Loop,
-    model: torch.nn.Module,
+    learnt: Learnt,
     *,
     measured: Mapping[str, Measured],
     peaks: Sequence[float],
@@ -252,7 +199,7 @@ def _finish(
         if one.answers:
             save_answers(one.answers, answers_path(folder, label))
     kind = job.adapter.kept
-    job.adapter.save(model, folder / kind)
+    learnt.save(folder / kind)
     loop.prepared.tokenizer.save_pretrained(folder / kind)
     if job.model.rope_scaling is not None and kind == "adapter":  # a whole model says it in its config
         job.model.rope_scaling.save(folder / kind)
@@ -286,24 +233,20 @@ def _finish(
     return result
 
 
-def _measure(
-    job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, tuned: torch.nn.Module
-) -> Mapping[str, Measured]:
+def _measure(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, learnt: Learnt) -> Mapping[str, Measured]:
     """`base` (where asked for) and `tuned`. An adapter is switched off to measure its base; where that does not give
-    it back, the base is loaded again. Beside the base each example's loss is measured, not only known their mean: how
-    sure their difference is takes both."""
+    it back, the base is loaded again, and let go before what was learnt is loaded. Beside the base each example's loss
+    is measured, not only known their mean: how sure their difference is takes both."""
     ctx = loop.ctx
     _check_stop(ctx)
     if not job.evaluate.tasks:
         return {}
     held_out = HeldOut(prepared.examples.eval, prepared.eval_rows)
-    tuned.eval()
-    base = _base_model(job, plan, prepared, ctx.device).to(ctx.device) if job.adapter.changes_base else tuned
-    if plan.attention not in ("eager", "sdpa"):  # others know nothing of the slots that answers are generated in
-        for model in (base, tuned):
-            model.set_attn_implementation("sdpa")  # type: ignore[operator]
 
-    def measured(label: str, model: torch.nn.Module, adapter: str | None, **own: Any) -> Measured:
+    def measured(label: str, model: Any, adapter: str | None, **own: Any) -> Measured:
+        model.eval()
+        if plan.attention not in ("eager", "sdpa"):  # others know nothing of the slots that answers are generated in
+            model.set_attn_implementation("sdpa")
         return measure(
             model,
             prepared.tokenizer,
@@ -317,12 +260,18 @@ def _measure(
             **own,
         )
 
-    handle = None if job.adapter.kept == "model" else "default"
+    free_memory()
+    again, handle = job.adapter.changes_base, None if job.adapter.kept == "model" else "default"
+    first = job.evaluate.base and again
+    model = base_model(job, plan, prepared, ctx.device).to(ctx.device) if first else learnt.whole()
     if not job.evaluate.base:
-        return {"tuned": measured("tuned", tuned, handle, loss=loop.final_loss)}
-    before = measured("base", base, None, prefix="base")
-    del base
-    return {"base": before, "tuned": measured("tuned", tuned, handle)}
+        return {"tuned": measured("tuned", model, handle, loss=loop.final_loss)}
+    before = measured("base", model, None, prefix="base")
+    if again:
+        del model
+        free_memory()
+        model = learnt.whole()
+    return {"base": before, "tuned": measured("tuned", model, handle)}
 
 
 def _check_stop(ctx: RunContext) -> None:

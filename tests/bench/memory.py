@@ -23,9 +23,9 @@ import torch
 from lmray.context import LocalContext
 from lmray.data.batch import collate
 from lmray.job import load
+from lmray.train.model import make_learner
 from lmray.train.plan import make_plan
 from lmray.train.prepare import prepare
-from lmray.train.program import make_learner
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "train" / "demo.yaml"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import PeftModel
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lmray.adapters.base import Adapter
 from lmray.artifacts.store import run_folder
 from lmray.errors import ArtifactError, CheckpointError
+from lmray.models.deferred import Deferred
 from lmray.models.load import load_model
 from lmray.models.merge import write_merged
 from lmray.registry import ADAPTERS
@@ -65,6 +68,20 @@ def test_seeding_it_leaves_the_global_generator_alone(attach):
     torch.manual_seed(7)
     attach()
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_attached_to_weights_that_come_later_it_is_the_same(attach, adapter, tiny_model):
+    if adapter.starts_from_base:
+        return  # such a model is read whole
+    deferred = Deferred(tiny_model, "float32")
+    with deferred.standing_in() if adapter.kept == "adapter" else nullcontext():
+        model = adapter.attach(deferred.model, seed=3)
+    deferred.fill(model, "cpu")
+    found, expected = (dict(one.named_parameters()) for one in (model, attach(3)))
+    assert [*found] == [*expected]
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor) and found[name].requires_grad == tensor.requires_grad, name
+    assert torch.equal(model(IDS).logits, attach(3)(IDS).logits)
 
 
 def test_the_optimizer_gets_every_trained_weight_once(attach, adapter):

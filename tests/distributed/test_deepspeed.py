@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from lmray.artifacts.store import run_folder
 from lmray.errors import CheckpointError
+from lmray.models.deferred import Deferred
 from lmray.models.load import load_model
 from lmray.optim.adamw_torch import AdamwTorch
 from lmray.sharding.base import Placed, Sharding
@@ -45,15 +47,19 @@ def groups(model: torch.nn.Module) -> list[dict]:
 
 
 def placed(strategy: Sharding, model_folder: Path, what: str) -> Placed:
-    model: Any = load_model(model_folder, "float32")
+    """Read by part where the strategy divides weights."""
+    deferred = Deferred(model_folder, "float32") if "weights" in strategy.divides else None
+    model: Any = deferred.model if deferred else load_model(model_folder, "float32")
     if what == "lora":
         torch.manual_seed(0)
         model.requires_grad_(False)
-        model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+        with deferred.standing_in() if deferred else nullcontext():
+            model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
     else:
         model.requires_grad_(True)
+    fill: Any = {"fill": deferred.fill} if deferred else {}
     return strategy.place(
-        model, lambda one: AdamwTorch().make_optimizer(groups(one), learning_rate=1.0, weight_decay=0.1), "cpu"
+        model, lambda one: AdamwTorch().make_optimizer(groups(one), learning_rate=1.0, weight_decay=0.1), "cpu", **fill
     )
 
 
@@ -165,7 +171,7 @@ def test_every_stage_trained_in_every_way_at_every_number_of_ranks(tiny_model, a
 
 @pytest.mark.parametrize(("adapter", "stage"), [({"name": "lora", "r": 3}, 2), ({"name": "full"}, 3)])
 def test_a_run_that_was_stopped_goes_on_on_one_worker(tiny_model, tiny_data, tmp_path, adapter, stage):
-    """Through the loop: held-out loss, checkpoints, what is kept at the end."""
+    """Through the loop: layers that run again, held-out loss, checkpoints, what is kept at the end."""
     settings = {"train__max_steps": 4, "train__save_steps": 2, "train__eval_steps": 2, "evaluate": {"tasks": ["loss"]}}
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
@@ -178,6 +184,7 @@ def test_a_run_that_was_stopped_goes_on_on_one_worker(tiny_model, tiny_data, tmp
 
     straight = job("straight", 1, "single")
     broken = job("broken", 2, {"name": "deepspeed", "stage": stage, "config": str(path)})
+    broken = broken.changed({"train.gradient_checkpointing": True})
     result = run_here(straight, tmp_path / "scratch")
     assert train_ranks(broken, stop_at=2).status == "stopped"
     (checkpoint,) = run_folder(broken).glob("checkpoint-*")

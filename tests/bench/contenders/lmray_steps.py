@@ -16,9 +16,9 @@ from lmray.context import LocalContext
 from lmray.data.batch import collate
 from lmray.job import TrainJob
 from lmray.models.load import pad_token_id
+from lmray.train.model import make_learner
 from lmray.train.plan import make_plan
 from lmray.train.prepare import prepare
-from lmray.train.program import make_learner
 
 
 def main() -> None:

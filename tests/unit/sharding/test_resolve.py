@@ -14,6 +14,8 @@ from lmray.models.machine import this_machine
 from lmray.models.shape import read_shape
 from lmray.sharding.auto import Auto
 from lmray.sharding.base import Need
+from lmray.sharding.ddp import Ddp
+from lmray.sharding.deepspeed import Deepspeed
 from lmray.sharding.fsdp2 import Fsdp2
 from lmray.sharding.single import Single
 from lmray.testing.jobs import tiny_job
@@ -74,14 +76,48 @@ def test_what_looks_at_whole_weights_needs_them_whole(job, changes):
         make_plan(job(sharding={"name": "deepspeed", "stage": 1}, resources={"workers": 2}, **changes))
 
 
-def test_shared_weights_gradients_and_optimizer_state_are_divided_by_the_workers(tiny_model):
+@pytest.mark.parametrize(
+    ("sharding", "divided"),
+    [
+        (Ddp(), ()),
+        (Deepspeed(stage=1), ("optimizer",)),
+        (Deepspeed(stage=2), ("optimizer", "gradients")),
+        (Deepspeed(stage=3), ("optimizer", "gradients", "weights")),
+        (Fsdp2(), ("optimizer", "gradients", "weights")),
+    ],
+    ids=["ddp", "stage 1", "stage 2", "stage 3", "fsdp2"],
+)
+def test_what_a_strategy_divides_is_divided_by_the_workers(tiny_model, sharding, divided):
     shape = read_shape(tiny_model, lambda model: Lora(r=4).attach(model, seed=0))
-    settings = {"dtype": "float32", "device": "cpu", "process_bytes": 0, "optimizer_bytes": 1000}
+    settings = {"dtype": "float32", "device": "cpu", "process_bytes": 0, "optimizer_bytes": 1000, "workers": 4}
     rows = Rows(1, 8, 4, packed=False)
-    whole, shared = (memory_parts(shape, rows, **settings, shards=shards) for shards in (1, 4))
+    whole, shared = (memory_parts(shape, rows, **settings, divides=parts) for parts in ((), sharding.divides))
     for part in ("weights", "gradients", "optimizer"):
-        assert shared[part] == -(-whole[part] // 4)
-    assert shared["activations"] > whole["activations"], "what is gathered of a block counts"
+        assert shared[part] == (-(-whole[part] // 4) if part in divided else whole[part])
+    assert ("gathered" in shared) == ("weights" in divided), "what is gathered of a block counts"
+    assert shared["total"] == sum(size for part, size in shared.items() if part != "total")
+    again = memory_parts(shape, rows, **settings, divides=sharding.divides, reads_whole=True)
+    assert ("loading" in again) == ("weights" in divided)
+    assert again["total"] >= shape.weights_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "loading", "why"),
+    [
+        ({}, "by part", "no more of the weights than it keeps"),
+        ({"sharding": {"name": "deepspeed", "stage": 3}}, "by part", "no more"),
+        ({"adapter": "full"}, "by part", "no more"),
+        ({"adapter": {"name": "lora", "init_lora_weights": "olora"}}, "whole", "starts from the model's weights"),
+        ({"adapter": {"name": "lora", "modules_to_save": ["lm_head"]}}, "whole", "starts from the model's weights"),
+        ({"sharding": "ddp"}, "whole", None),
+        ({"sharding": {"name": "deepspeed", "stage": 2}}, "whole", None),
+    ],
+)
+def test_the_plan_says_what_a_worker_reads_of_weights_that_are_divided(job, changes, loading, why):
+    plan = make_plan(job(**{"sharding": "fsdp2", "resources": {"workers": 2}, **changes}))
+    said = [line for line in plan.lines() if line.startswith("loading")]
+    assert plan.loading == loading
+    assert (why is None and not said) or (why in said[0] and loading in said[0])
 
 
 def test_a_run_goes_on_with_the_steps_it_began_with(job, tmp_path):

@@ -1,0 +1,114 @@
+"""The model of a run: with its adapter, placed to be trained on every rank; and what came of it, kept and measured by
+rank 0 alone, which holds no more than one whole model at a time."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from gc import collect
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmray.artifacts.files import replace_folder
+from lmray.config import Member
+from lmray.context import RunContext
+from lmray.job import TrainJob
+from lmray.models.deferred import Deferred
+from lmray.models.fused import Fused
+from lmray.models.load import load_model
+from lmray.models.machine import release_heap
+from lmray.registry import SHARDINGS
+from lmray.train.learner import Learner
+from lmray.train.plan import Plan
+from lmray.train.prepare import Prepared
+from lmray.train.step import layers_and_noise
+
+
+def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
+    """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
+    fill: dict[str, Any] = {}
+    with ctx.together():
+        if plan.loading == "by part":
+            deferred = Deferred(prepared.model.folder, plan.dtype, **_how(job, plan))
+            fill = {"fill": deferred.fill}
+            with deferred.standing_in() if job.adapter.kept == "adapter" else nullcontext():
+                adapted = attached(job, plan, deferred.model)
+        else:
+            adapted = attached(job, plan, base_model(job, plan, prepared, ctx.device))
+    torch.manual_seed(job.train.seed + ctx.rank)  # dropout: workers see other rows
+    sharding: Any = Member(SHARDINGS).decode(plan.sharding)
+    placed = sharding.place(
+        adapted,
+        lambda placed_model: job.train.optim.make_optimizer(
+            job.adapter.parameter_groups(placed_model),
+            learning_rate=job.train.learning_rate,
+            weight_decay=job.train.weight_decay,
+        ),
+        ctx.device,
+        dtype=plan.dtype,
+        **fill,
+    )
+    (objective,) = job.method.objectives()
+    fused = Fused(placed.model) if plan.kernels == "fused" else None
+    around = layers_and_noise(job.train, placed.model, fused)
+    release_heap()
+    return Learner(
+        placed, objective, max_grad_norm=job.train.max_grad_norm, adapter=job.adapter, fused=fused, around=around
+    )
+
+
+def base_model(job: TrainJob, plan: Plan, prepared: Prepared, device: str) -> torch.nn.Module:
+    """The model as it was before the run, whole, on the CPU unless it is quantised."""
+    return load_model(
+        prepared.model.folder, plan.dtype, quantization=job.model.quantization, device=device, **_how(job, plan)
+    )
+
+
+def attached(job: TrainJob, plan: Plan, model: torch.nn.Module) -> torch.nn.Module:
+    """`model` with the job's adapter as it begins."""
+    return job.adapter.for_steps(plan.steps).attach(model.requires_grad_(False), seed=job.train.seed)
+
+
+def _how(job: TrainJob, plan: Plan) -> dict[str, Any]:
+    return {
+        "attn_implementation": None if job.model.attn_implementation == "auto" else plan.attention,
+        "trust_remote_code": job.model.trust_remote_code,
+        "rope_scaling": job.model.rope_scaling,
+    }
+
+
+@dataclass
+class Learnt:
+    """What a run learnt: the model, or, where no rank holds it whole, the folder with what the adapter saved of it."""
+
+    job: TrainJob
+    plan: Plan
+    prepared: Prepared
+    device: str
+    found: torch.nn.Module | Path
+
+    def whole(self) -> torch.nn.Module:
+        """The model, to be measured."""
+        if isinstance(self.found, torch.nn.Module):
+            return self.found
+        if self.job.adapter.kept == "model":  # its config says how positions are scaled
+            how = _how(self.job, self.plan) | {"rope_scaling": None}
+            return load_model(self.found, self.plan.dtype, **how).to(self.device)  # type: ignore[arg-type]
+        model = attached(self.job, self.plan, base_model(self.job, self.plan, self.prepared, self.device))
+        self.job.adapter.load(model, self.found)
+        return model.to(self.device)
+
+    def save(self, folder: Path) -> None:
+        """Keeps it in `folder`."""
+        if isinstance(self.found, torch.nn.Module):
+            self.job.adapter.save(self.found, folder)
+        else:
+            replace_folder(self.found, folder)
+
+
+def free_memory() -> None:
+    """Gives back what no name is bound to any more; a placed model's parts refer to each other."""
+    collect()
+    release_heap()
