@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,25 @@ def _own_places(tmp_path, monkeypatch, request):
 def tiny_model(tmp_path_factory) -> Path:
     """Folder of a two-layer Llama over bytes."""
     return tiny_model_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory) -> Path:
+    """The same with widths that NF4's blocks divide."""
+    return tiny_model_folder(tmp_path_factory.mktemp("wide") / "model", hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture
+def matrix_model(tiny_model, wide_model) -> Callable[[str], Path]:
+    """The model for an adapter of `lmray.testing.matrix`; skips the test where its library is not here."""
+
+    def model(adapter: str) -> Path:
+        if adapter != "qlora":
+            return tiny_model
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which `make test-full` installs")
+        return wide_model
+
+    return model
 
 
 @pytest.fixture

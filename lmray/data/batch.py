@@ -10,11 +10,11 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import overload
 
 import numpy as np
 import torch
 
+from lmray.data.lazy import LazySequence
 from lmray.data.table import IGNORED, Table, Tokenised
 
 Packed = tuple[Tokenised, ...]
@@ -56,7 +56,7 @@ class Batch:
         return Batch(ids, positions, labels, self.num_supervised, self.num_tokens, self.lengths)
 
 
-class Rows(Sequence[Packed]):
+class Rows(LazySequence[Packed]):
     """R rows over the examples of `table`, made when they are asked for: row r holds those at `members`, from
     `starts_R[r]` up to but not including `starts_R[r + 1]`."""
 
@@ -66,17 +66,8 @@ class Rows(Sequence[Packed]):
     def __len__(self) -> int:
         return len(self.starts_R) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Packed: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Packed]: ...
-    def __getitem__(self, index: int | slice) -> Packed | list[Packed]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(index)
-        start, stop = self.starts_R[place : place + 2]
+    def item(self, index: int) -> Packed:
+        start, stop = self.starts_R[index : index + 2]
         return tuple(self.table[one] for one in self.members[start:stop].tolist())
 
     @property

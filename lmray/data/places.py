@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import overload
+from collections.abc import Iterable
 
 import numpy as np
 
+from lmray.data.lazy import LazySequence
 
-class Places(Sequence[str]):
+
+class Places(LazySequence[str]):
     """M places in the files `names`: `names[files_M[i]]`, row `rows_M[i]`. A place without a row is a name alone."""
 
     def __init__(self, names: tuple[str, ...], files_M: np.ndarray, rows_M: np.ndarray):
@@ -26,13 +27,7 @@ class Places(Sequence[str]):
     def __len__(self) -> int:
         return len(self.files_M)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+    def item(self, index: int) -> str:
         name, row = self.names[self.files_M[index]], int(self.rows_M[index])
         return name if row == NO_ROW else f"{name}:{row}"
 

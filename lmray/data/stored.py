@@ -13,13 +13,14 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from lmray.data.base import Example, Row
 from lmray.data.base import Mapping as RowMapping
 from lmray.data.entries import map_arrays, save_arrays
+from lmray.data.lazy import LazySequence
 from lmray.data.places import Places, PlacesMaker
 from lmray.registry import MAPPINGS
 
@@ -47,7 +48,7 @@ class Pool:
         return replace(example, assistant_only_loss=self._only_answers[source])
 
 
-class StoredExamples(Sequence[Example]):
+class StoredExamples(LazySequence[Example]):
     """Those of `pool` at `indices`, which may repeat and leave out."""
 
     def __init__(self, pool: Pool, indices: np.ndarray):
@@ -56,13 +57,7 @@ class StoredExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self.pool[one] for one in self.indices[index].tolist()]
+    def item(self, index: int) -> Example:
         return self.pool[int(self.indices[index])]
 
     def once(self) -> tuple[StoredExamples, np.ndarray | None]:

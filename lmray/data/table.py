@@ -9,10 +9,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import overload
 
 import numpy as np
 
+from lmray.data.lazy import LazySequence
 from lmray.data.places import NOWHERE, Places
 
 IGNORED = -100
@@ -108,7 +108,7 @@ class Part:
         return len(self.offsets_M) - 1
 
 
-class Table(Sequence[Tokenised]):
+class Table(LazySequence[Tokenised]):
     """The examples of all `parts` in order; with `chosen` those at its indices, which may repeat and leave out.
 
     `places` says where what was tokenised stood; where it is not given, no example knows."""
@@ -147,17 +147,8 @@ class Table(Sequence[Tokenised]):
         whole = np.concatenate([NONE, *map(of, self.parts)])
         return whole if self.chosen is None else whole[self.chosen]
 
-    @overload
-    def __getitem__(self, index: int) -> Tokenised: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tokenised]: ...
-    def __getitem__(self, index: int | slice) -> Tokenised | list[Tokenised]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
-            raise IndexError(index)
-        place = place if self.chosen is None else int(self.chosen[place])
+    def item(self, index: int) -> Tokenised:
+        place = index if self.chosen is None else int(self.chosen[index])
         which = bisect_right(self._starts, place) - 1
         part, row = self.parts[which], place - self._starts[which]
         start, stop = part.offsets_M[row : row + 2]

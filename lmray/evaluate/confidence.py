@@ -31,11 +31,6 @@ class Delta:
     high: float
     num_examples: int
 
-    @property
-    def is_clear(self) -> bool:
-        """Zero is outside of the interval."""
-        return self.low > 0.0 or self.high < 0.0
-
 
 def reference_label(labels: Sequence[str]) -> str:
     """The target that others are compared with: `base`, where there is one, else the first."""

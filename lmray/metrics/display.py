@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from lmray.metrics.looking import looking
 from lmray.units import human_seconds
 
 POLL_S = 0.5
@@ -132,20 +132,11 @@ def make_display(stream: TextIO | None = None, *, clock: Callable[[], float] = t
 def followed(look: Callable[[], Standing | None], *, stream: TextIO | None = None) -> Iterator[None]:
     """Shows what `look` gives, now and then, for the length of the block; a thread asks it, also once at the end.
     None shows nothing."""
-    display, over = make_display(stream), threading.Event()
+    with closing(make_display(stream)) as display:
 
-    def draw() -> None:
-        last = False
-        while not last:
-            last = over.wait(POLL_S)  # so that the final look comes after the last change
+        def draw() -> None:
             if (standing := look()) is not None:
                 display.show(standing)
-        display.close()
 
-    thread = threading.Thread(target=draw, name="lmray-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+        with looking(draw, every_s=POLL_S, name="lmray-progress"):
+            yield

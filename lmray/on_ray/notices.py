@@ -4,15 +4,15 @@ the run's store is not. Workers' own stderr stays in Ray's logs."""
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 
 from lmray.artifacts.patience import say_on_stderr
+from lmray.metrics.looking import looking
 
 POLL_S = 1.0
 NAMESPACE = b"lmray"
@@ -41,23 +41,12 @@ def notices(folder: Path) -> list[str]:
 @contextmanager
 def heard(folder: Path) -> Iterator[None]:
     """Prints on stderr what workers say of the run in `folder`, for the length of the block."""
-    over = threading.Event()
 
     def listen() -> None:
-        last = False
-        while not last:
-            last = over.wait(POLL_S)  # so that the final look comes after the last word
-            try:
-                said = notices(folder)
-            except Exception:  # the cluster is gone; the fit itself says so
-                return
-            for text in said:
+        with suppress(Exception):  # the cluster is gone; the fit itself says so
+            for text in notices(folder):
                 say_on_stderr(text)
 
-    thread = threading.Thread(target=listen, name="lmray-notices", daemon=True)
-    thread.start()
-    try:
+    # A cluster that is gone may keep the last look waiting.
+    with looking(listen, every_s=POLL_S, name="lmray-notices", wait_s=10 * POLL_S):
         yield
-    finally:
-        over.set()
-        thread.join(timeout=10 * POLL_S)  # a cluster that is gone may keep the last look waiting

@@ -6,21 +6,14 @@ Differs from the paper in: nothing.
 
 from __future__ import annotations
 
-import torch
-
-from lmray.optim._blocks import block_bytes
-from lmray.optim.base import Groups, OptimizerConfig, Shapes, decayed
+from lmray.optim._bitsandbytes import Bitsandbytes, eight_bit_means_bytes
+from lmray.optim.base import Shapes
 
 
-class Adamw8bit(OptimizerConfig):
+class Adamw8bit(Bitsandbytes):
     """AdamW in a quarter of the memory."""
 
-    packages = ("bitsandbytes",)
-
-    def make_optimizer(self, groups: Groups, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from bitsandbytes.optim.adamw import AdamW8bit  # type: ignore[import-not-found]
-
-        return AdamW8bit(decayed(groups, weight_decay), lr=learning_rate)
+    library_class = "AdamW8bit"
 
     def state_bytes(self, shapes: Shapes) -> int:
-        return block_bytes(shapes, means=2)
+        return eight_bit_means_bytes(shapes)

@@ -7,20 +7,14 @@ Differs from the paper in: nothing.
 
 from __future__ import annotations
 
-import torch
+from lmray.optim._bitsandbytes import Bitsandbytes
+from lmray.optim.base import Shapes, num_parameters
 
-from lmray.optim.base import Groups, OptimizerConfig, Shapes, decayed, num_parameters
 
-
-class Lion(OptimizerConfig):
+class Lion(Bitsandbytes):
     """Sign steps in half of AdamW's memory."""
 
-    packages = ("bitsandbytes",)
-
-    def make_optimizer(self, groups: Groups, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from bitsandbytes.optim.lion import Lion32bit  # type: ignore[import-not-found]
-
-        return Lion32bit(decayed(groups, weight_decay), lr=learning_rate)
+    library_class = "Lion32bit"
 
     def state_bytes(self, shapes: Shapes) -> int:
         return 4 * num_parameters(shapes)

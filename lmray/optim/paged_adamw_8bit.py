@@ -6,22 +6,15 @@ Differs from the paper in: state that a run was resumed with stays on the GPU.
 
 from __future__ import annotations
 
-import torch
-
-from lmray.optim._blocks import block_bytes
-from lmray.optim.base import Groups, OptimizerConfig, Shapes, decayed
+from lmray.optim._bitsandbytes import PAGES, Bitsandbytes, eight_bit_means_bytes
+from lmray.optim.base import Shapes
 
 
-class PagedAdamw8bit(OptimizerConfig):
+class PagedAdamw8bit(Bitsandbytes):
     """AdamW in a quarter of the memory, paged."""
 
-    packages = ("bitsandbytes",)
-    needs_gpu = "it pages its state out of a GPU's memory"
-
-    def make_optimizer(self, groups: Groups, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        from bitsandbytes.optim.adamw import PagedAdamW8bit  # type: ignore[import-not-found]
-
-        return PagedAdamW8bit(decayed(groups, weight_decay), lr=learning_rate)
+    needs_gpu = PAGES
+    library_class = "PagedAdamW8bit"
 
     def state_bytes(self, shapes: Shapes) -> int:
-        return block_bytes(shapes, means=2)
+        return eight_bit_means_bytes(shapes)

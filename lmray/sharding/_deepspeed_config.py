@@ -69,12 +69,16 @@ def job_says(train: Mapping[str, Any], *, workers: int, dtype: str) -> dict[str,
         "train_micro_batch_size_per_gpu": (size, DECIDED["train_micro_batch_size_per_gpu"]),
         "gradient_accumulation_steps": (steps, DECIDED["gradient_accumulation_steps"]),
         "gradient_clipping": (train["max_grad_norm"], DECIDED["gradient_clipping"]),
-        "optimizer.type": ("AdamW", "train"),
         "optimizer.params.lr": (train["learning_rate"], "train.learning_rate"),
-        "optimizer.params.betas": ([0.9, 0.999], "train"),
-        "optimizer.params.eps": (1e-8, "train"),
         "optimizer.params.weight_decay": (train["weight_decay"], "train.weight_decay"),
-    }
+    } | {f"optimizer.{key}": (value, "train.optim") for key, value in _optimizer(train["optim"]).items()}
+
+
+def _optimizer(optim: Mapping[str, Any]) -> dict[str, Any]:
+    """What is particular to the job's optimizer, in the words of DeepSpeed; others than these two cannot be split."""
+    if optim["name"] == "sgd":
+        return {"type": "SGD", "params.momentum": optim["momentum"]}
+    return {"type": "AdamW", "params.betas": [0.9, 0.999], "params.eps": 1e-8}
 
 
 def check_config(config: Mapping[str, Any], says: Mapping[str, tuple[Any, str]], where: str) -> None:

@@ -1,8 +1,13 @@
-"""Adapters beside quantised weights: loaded, planned, trained, resumed, and exported into the weights as they were."""
+"""Adapters beside quantised weights: planned, refused, loaded, trained, resumed, exported into the base as it was.
+
+What is planned and refused does not need the library, which most machines do not have.
+"""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,34 +22,37 @@ from lmray.job import ServeJob
 from lmray.models import quantised
 from lmray.models.export import export
 from lmray.models.load import load_model
+from lmray.models.machine import this_machine
 from lmray.models.shape import read_shape
-from lmray.sharding.fsdp2 import Fsdp2
 from lmray.testing.jobs import curve, run_here, tiny_job
-from lmray.testing.tiny import tiny_model_folder
+from lmray.train import plan_steps
 from lmray.train.plan import make_plan
-from lmray.train.plan_steps import check_quantization
 
-pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which `make test-full` installs")
+needs_library = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="needs bitsandbytes, which `make test-full` installs"
+)
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    """Widths that NF4's blocks divide."""
-    return tiny_model_folder(tmp_path_factory.mktemp("wide") / "model", hidden_size=64, intermediate_size=128)
+@pytest.fixture
+def _as_if_installed(monkeypatch):
+    monkeypatch.setattr(quantised, "find_spec", lambda name: name)
 
 
 @pytest.fixture
-def job(wide, tiny_data, tmp_path):
+def job(wide_model, tiny_data, tmp_path):
     def make(name="q", **changes):
-        return tiny_job(wide, tiny_data, tmp_path / "store", **{"name": name, "model__quantization": "nf4"} | changes)
+        return tiny_job(
+            wide_model, tiny_data, tmp_path / "store", **{"name": name, "model__quantization": "nf4"} | changes
+        )
 
     return make
 
 
+@needs_library
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_linear_layers_are_quantised_and_the_plan_knows_their_size(wide, quantization, caplog):
-    model = load_model(wide, "bfloat16", quantization=quantization)
+def test_linear_layers_are_quantised_and_the_plan_knows_their_size(wide_model, quantization, caplog):
+    model = load_model(wide_model, "bfloat16", quantization=quantization)
     kinds = {"nf4": torch.uint8, "int8": torch.int8}
     weight = model.model.layers[0].mlp.up_proj.weight
     assert weight.dtype == kinds[quantization] and model.model.norm.weight.dtype == torch.bfloat16
@@ -55,16 +63,17 @@ def test_linear_layers_are_quantised_and_the_plan_knows_their_size(wide, quantiz
         actual += 0 if state is None else state.absmax.nbytes + state.state2.absmax.nbytes
         scales = getattr(parameter, "SCB", None)
         actual += 0 if scales is None else scales.nbytes
-    planned = read_shape(wide, dtype="bfloat16", quantization=quantization).weights_bytes
-    assert planned == actual < read_shape(wide, dtype="bfloat16").weights_bytes
+    planned = read_shape(wide_model, dtype="bfloat16", quantization=quantization).weights_bytes
+    assert planned == actual < read_shape(wide_model, dtype="bfloat16").weights_bytes
     with caplog.at_level(logging.WARNING):
         model(IDS)
     assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
 
 
+@needs_library
 @pytest.mark.parametrize(("quantization", "dtype"), [("nf4", "bfloat16"), ("nf4", "float32"), ("int8", "float32")])
 def test_a_quantised_run_learns_resumes_exactly_and_exports_into_the_base_as_it_was(
-    job, tmp_path, wide, quantization, dtype
+    job, tmp_path, wide_model, quantization, dtype
 ):
     changes = {
         "model__quantization": quantization,
@@ -80,19 +89,21 @@ def test_a_quantised_run_learns_resumes_exactly_and_exports_into_the_base_as_it_
     kept = Artifacts(open_store(straight.storage))
     folder = run_folder(straight) / "adapter"
     export(kept, kept.find("q"), tmp_path / "merged")
-    base = AutoModelForCausalLM.from_pretrained(wide)
+    base = AutoModelForCausalLM.from_pretrained(wide_model)
     attached = PeftModel.from_pretrained(base, str(folder))(IDS).logits
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not hasattr(merged.config, "quantization_config")
     torch.testing.assert_close(merged(IDS).logits, attached, atol=1e-4, rtol=1e-4)
 
 
+@needs_library
 @pytest.mark.parametrize("adapter", [{"name": "lora", "use_dora": True}, {"name": "adalora"}, {"name": "ia3"}])
 def test_other_adapters_learn_beside_quantised_weights(job, tmp_path, adapter):
     result = run_here(job(adapter=adapter, evaluate={"tasks": ["loss"]}), tmp_path / "scratch")
     assert result.metrics["eval.loss"] < result.metrics["base.loss"] - 0.005
 
 
+@pytest.mark.usefixtures("_as_if_installed")
 def test_the_plan_says_what_is_quantised(job):
     plan, whole = make_plan(job()), make_plan(job(model__quantization=None))
     assert plan.memory_bytes["weights"] < 0.6 * whole.memory_bytes["weights"]
@@ -101,6 +112,7 @@ def test_the_plan_says_what_is_quantised(job):
     assert "quantization" not in whole.reasons
 
 
+@pytest.mark.usefixtures("_as_if_installed")
 @pytest.mark.parametrize(
     "adapter", [{"name": "full"}, {"name": "partial"}, {"name": "lisa"}, {"name": "lora", "init_lora_weights": "pissa"}]
 )
@@ -109,20 +121,32 @@ def test_what_changes_the_weights_themselves_is_refused(job, adapter):
         make_plan(job(adapter=adapter))
 
 
-def test_what_cannot_be_quantised_here_is_refused(job, tiny_model, monkeypatch):
+@pytest.mark.usefixtures("_as_if_installed")
+def test_widths_that_blocks_do_not_divide_are_refused(job, tiny_model):
     with pytest.raises(ConfigError, match="has 32 inputs") as caught:
         make_plan(job(model__source=str(tiny_model)))
     assert "int8" in str(caught.value)
-    with pytest.raises(ConfigError, match="`fsdp2` divides weights"):
-        check_quantization(job(), Fsdp2())
+
+
+@pytest.mark.usefixtures("_as_if_installed")
+@pytest.mark.parametrize("sharding", ["fsdp2", {"name": "deepspeed", "stage": 3}, "auto"])
+def test_weights_that_workers_would_share_are_refused(job, sharding, monkeypatch):
+    small = replace(this_machine(), memory_bytes=2**20)  # so that `auto` would share them
+    monkeypatch.setattr(plan_steps, "this_machine", lambda: small)
+    with pytest.raises(ConfigError, match="divides weights, which quantised ones cannot be") as caught:
+        make_plan(job(sharding=sharding, resources={"workers": 2}))
+    assert "ddp" in caught.value.problems[0].allowed
+
+
+def test_without_the_library_it_is_refused(job, monkeypatch):
     monkeypatch.setattr(quantised, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs the library `bitsandbytes`") as caught:
         make_plan(job())
     assert "lmray[quant]" in str(caught.value)
 
 
-def test_a_quantised_model_is_not_served(wide):
+def test_a_quantised_model_is_not_served(wide_model):
     with pytest.raises(ValidationError, match="serves a quantised model"):
         ServeJob.model_validate(
-            {"name": "s", "model": {"source": str(wide), "quantization": "nf4"}, "engine": {"name": "native"}}
+            {"name": "s", "model": {"source": str(wide_model), "quantization": "nf4"}, "engine": {"name": "native"}}
         )

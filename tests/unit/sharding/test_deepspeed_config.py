@@ -10,8 +10,10 @@ import torch
 
 from lmray.errors import CapacityError, ConfigError
 from lmray.registry import SHARDINGS
-from lmray.sharding._deepspeed_config import MAX_BUCKET, check_config, engine_config, job_says, read_config
+from lmray.sharding._deepspeed_config import MAX_BUCKET, check_config, engine_config, job_says
 from lmray.sharding.deepspeed import Deepspeed
+from lmray.testing.jobs import tiny_job
+from lmray.train.plan import make_plan
 
 TRAIN = {
     "per_device_train_batch_size": 4,
@@ -19,12 +21,13 @@ TRAIN = {
     "learning_rate": 1e-4,
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
+    "optim": {"name": "adamw_torch"},
 }
 ZERO = {"stage": 3, "offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}}
 
 
-def check(config: dict, *, dtype: str = "bfloat16", **fields) -> None:
-    says = job_says(TRAIN, workers=2, dtype=dtype)
+def check(config: dict, *, dtype: str = "bfloat16", optim: dict | None = None, **fields) -> None:
+    says = job_says(TRAIN if optim is None else TRAIN | {"optim": optim}, workers=2, dtype=dtype)
     check_config(config, says | {f"zero_optimization.{key}": (value, key) for key, value in fields.items()}, "ds.json")
 
 
@@ -50,6 +53,8 @@ def test_a_file_may_repeat_the_job_or_leave_it_to_auto():
 def test_every_contradiction_is_named_at_once_with_what_is_allowed():
     config = {
         "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.5,
         "fp16": {"enabled": True, "loss_scale_window": 100},
         "bf16": {"enabled": False},
@@ -65,6 +70,8 @@ def test_every_contradiction_is_named_at_once_with_what_is_allowed():
         f"ds.json: {key}"
         for key in (
             "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
             "gradient_clipping",
             "fp16.enabled",
             "fp16.loss_scale_window",
@@ -82,6 +89,16 @@ def test_every_contradiction_is_named_at_once_with_what_is_allowed():
     assert rate.allowed == '0.0001 as `train.learning_rate` says, "auto", or no such key'
     assert "train.lr_scheduler_type" in found["ds.json: scheduler.type"].hint
     assert found["ds.json: data_efficiency.enabled"].allowed == 'false, "auto", or no such key'
+
+
+def test_the_optimizer_is_the_one_that_the_job_names():
+    momentum = {"name": "sgd", "momentum": 0.9}
+    check({"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}}, optim=momentum)
+    with pytest.raises(ConfigError) as caught:
+        check({"optimizer": {"type": "AdamW", "params": {"momentum": 0.5, "eps": 1e-8}}}, optim=momentum)
+    found = {problem.where.removeprefix("ds.json: optimizer."): problem.allowed for problem in caught.value.problems}
+    assert set(found) == {"type", "params.momentum", "params.eps"}
+    assert found["type"] == '"SGD" as `train.optim` says, "auto", or no such key'
 
 
 def test_the_strategy_checks_the_file_it_names(tmp_path):
@@ -123,15 +140,38 @@ def test_an_offloading_section_keeps_what_the_file_says_of_it():
     assert "offload_param" not in given["zero_optimization"]
 
 
+@pytest.fixture
+def job(tiny_model, tiny_data, tmp_path):
+    """Two workers under DeepSpeed with the settings in a file of this text."""
+
+    def make(text: str | None):
+        path = tmp_path / "ds.json"
+        if text is not None:
+            path.write_bytes(text.encode("latin-1"))
+        sharding = {"name": "deepspeed", "config": str(path)}
+        return tiny_job(tiny_model, tiny_data, tmp_path / "store", sharding=sharding, resources={"workers": 2})
+
+    return make
+
+
 @pytest.mark.parametrize(
-    ("text", "found"), [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "holds no object"), ("\xff", "JSON")]
+    ("text", "found"),
+    [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "holds no object"), ("\xff", "is not JSON")],
 )
-def test_a_file_that_holds_no_settings_is_refused(tmp_path, text, found):
-    path = tmp_path / "ds.json"
-    if text is not None:
-        path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ConfigError, match=found):
-        read_config(str(path))
+def test_the_plan_refuses_a_file_that_holds_no_settings_and_names_it(job, tmp_path, text, found):
+    with pytest.raises(ConfigError, match=rf"ds\.json {found}") as caught:
+        make_plan(job(text))
+    (problem,) = caught.value.problems
+    assert problem.where == "sharding.config" and str(tmp_path / "ds.json") in problem.found
+
+
+def test_the_plan_refuses_a_file_that_contradicts_the_job_and_names_its_keys(job, tmp_path):
+    batch = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
+    config = {**batch, "bf16": {"enabled": True}, "optimizer": {"params": {"lr": 1.0}}}
+    with pytest.raises(ConfigError) as caught:
+        make_plan(job(json.dumps(config)))
+    keys = [*batch, "bf16.enabled", "optimizer.params.lr"]
+    assert [problem.where for problem in caught.value.problems] == [f"{tmp_path / 'ds.json'}: {key}" for key in keys]
 
 
 def test_weights_are_offloaded_at_stage_3_only():
