@@ -97,11 +97,14 @@ def embedding_rows(folder: Path, *, trust_remote_code: bool = False) -> int:
 
 
 def stop_token_ids_in(folder: Path) -> tuple[int, ...]:
-    """Ids that the generation config in `folder` says end an answer; none where there is none."""
+    """Ids that the generation config in `folder` says end an answer; none where there is none. Raises ArtifactError
+    where it cannot be read: an answer might never end."""
+    if not (folder / "generation_config.json").is_file():
+        return ()
     try:
         config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        return ()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise _corrupted(folder, error) from None
     ids = config.eos_token_id
     return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 

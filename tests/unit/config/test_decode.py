@@ -189,10 +189,19 @@ def test_a_file_without_kind_names_the_kinds(tmp_path, text):
     assert "allowed: " + ", ".join(KINDS) in found
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_a_generator_would_refuse_later_is_refused(tmp_path, seed):
+    (found,) = problems(load, tmp_path, JOB, f"train.seed={seed}")
+    assert f"train.seed: found {seed} (int)" in found and "allowed:" in found
+    assert load(tmp_path, JOB, f"train.seed={2**32 - 1}").train.seed == 2**32 - 1
+
+
 def test_an_unknown_kind_is_hinted_at(tmp_path):
     (found,) = problems(load, tmp_path, JOB.replace("kind: train", "kind: trian"))
     assert "job.yaml:1: kind: unknown kind `trian`" in found
     assert "hint: did you mean `train`?" in found
+    (found,) = problems(load, tmp_path, JOB.replace("kind: train", "kind: [train]"))
+    assert "job.yaml:1: kind: unknown kind `['train']`" in found
 
 
 @pytest.mark.parametrize(

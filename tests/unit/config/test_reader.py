@@ -85,6 +85,18 @@ def test_yaml_that_no_value_can_be_made_of_is_malformed(tmp_path, text):
     assert "malformed YAML" in refused(write(tmp_path, text))
 
 
+@pytest.mark.parametrize("character", ["\0", "\x1b", "\ufffe"])
+def test_a_control_character_is_named_with_its_line(tmp_path, character):
+    path = write(tmp_path, f"kind: train\nname: a{character}b\n")
+    assert refused(path) == f"{path}:2: malformed YAML: holds the control character {character!r}\n  hint: remove it"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    path = tmp_path / "bom.yaml"
+    path.write_bytes(b"\xef\xbb\xbfkind: train\n")
+    assert read_document(path).tree == {"kind": "train"}
+
+
 def test_a_key_given_twice_names_both_lines(tmp_path):
     path = write(tmp_path, "train:\n  seed: 1\n  learning_rate: 1\n  seed: 2\n")
     assert refused(path) == f"{path}:4: `seed` is given twice\n  hint: it stands at {path}:2 already"

@@ -11,7 +11,7 @@ from lmray.errors import ArtifactError
 from lmray.models import source
 from lmray.models.catalogue import CATALOGUE
 from lmray.models.export import export
-from lmray.models.load import load_model, load_tokenizer, stop_token_ids
+from lmray.models.load import load_model, load_tokenizer, stop_token_ids, stop_token_ids_in
 from lmray.models.precision import computing, resolve_dtype
 from lmray.models.source import find_model
 from lmray.models.supervised import IGNORED, supervised_logits
@@ -70,6 +70,17 @@ def test_corrupted_weights_and_a_missing_template_are_named(tmp_path):
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     with pytest.raises(ArtifactError, match="cannot be loaded"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_spoilt_generation_config_is_told_for_it_says_where_answers_end(tmp_path, content):
+    folder = tiny_model_folder(tmp_path / "m")
+    assert stop_token_ids_in(folder) == (2,)
+    (folder / "generation_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        stop_token_ids_in(folder)
+    (folder / "generation_config.json").unlink()
+    assert stop_token_ids_in(folder) == ()
 
 
 def test_pickled_weights_are_refused(tmp_path):
