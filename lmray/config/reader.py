@@ -80,9 +80,9 @@ def _read(path: Path, children: tuple[Path, ...]) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(
-            where, f"malformed YAML: {error.problem}", hint="check indentation, brackets and quotes"
-        ) from None
+        problem = str(error.problem)
+        found = f"{error.context}, {problem}" if problem.startswith("but ") else problem
+        raise ConfigError(where, f"malformed YAML: {found}", hint="check indentation, brackets and quotes") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(str(path), f"malformed YAML: {error}") from None
     except RecursionError:

@@ -133,6 +133,7 @@ def test_a_missing_key_says_to_add_it(tmp_path):
         ({"inner": {"number": 1.5}}, "inner.number", "found 1.5 (float)"),
         ({"inner": {"number": None}}, "inner.number", "found None (NoneType)"),
         ({"inner": 3}, "inner", "found 3 (int)"),
+        ({"many": ["x"]}, "many.0", "found 'x' (str)"),
         ({"many": []}, "many", "found [] (list)"),
         ({"many": "text"}, "many", "found 'text' (str)"),
         ({"inner": {"mapping": "colums"}}, "inner.mapping", "unknown data mapping `colums`"),
@@ -144,6 +145,10 @@ def test_a_wrong_value_is_shown_with_its_type_and_what_is_allowed(tree, where, f
     (problem,) = of(tree)
     assert problem.splitlines()[0] == f"file: {where}: {found}"
     assert "allowed:" in problem
+
+
+def test_text_where_a_mapping_belongs_is_told_its_keys():
+    assert of({"inner": "x"}) == ["file: inner: found 'x' (str)\n  allowed: a mapping with number, mapping"]
 
 
 def test_a_wrong_item_does_not_also_make_its_list_too_short():

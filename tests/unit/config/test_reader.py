@@ -71,7 +71,13 @@ def test_every_key_remembers_its_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("a: [1, 2\nb: 3\n", 2), ("a:\n  - 1\n b: 2\n", 3), ("a: 'open\n", 2), ("a: !!python/name:os.system x\n", 1)],
+    [
+        ("a: [1, 2\nb: 3\n", 2),
+        ("a:\n  - 1\n b: 2\n", 3),
+        ("a: 'open\n", 2),
+        ("a: !!python/name:os.system x\n", 1),
+        ("a: 1\n---\na: 2\n", 2),
+    ],
 )
 def test_malformed_yaml_names_file_and_line(tmp_path, text, line):
     path = write(tmp_path, text)
