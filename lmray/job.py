@@ -26,6 +26,8 @@ from lmray.tasks.base import Task
 from lmray.trackers.base import Tracker
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What torch, numpy and optuna all take."""
 
 
 class TrainArgs(Config):
@@ -68,7 +70,7 @@ class TrainArgs(Config):
     divergence_factor: Annotated[float, Field(gt=1.0)] | None = 3.0
     """The run fails once its loss was above this multiple of its running median for five steps in a row, and at least
     one nat/token above it. Empty: it goes on however high the loss. A loss that is not finite always ends it."""
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _watched(self):
@@ -196,6 +198,12 @@ class EvaluateJob(Job):
         return value
 
     @model_validator(mode="after")
+    def _one_worker(self):
+        if self.resources.workers != 1:
+            raise ValueError(f"measures on one worker, not {self.resources.workers}; hint: set `resources.workers: 1`")
+        return self
+
+    @model_validator(mode="after")
     def _held_out(self):
         if self.data is None and (self.evaluate.needs_data or any(target.num_fewshot for target in self.targets)):
             raise ValueError("measures on data but has no `data`; hint: add `data: {train: ..., eval: ...}`")
@@ -227,7 +235,7 @@ class Space(Config):
 class Search(Config):
     name: Literal["optuna", "random"] = "optuna"
     num_trials: Annotated[int, Field(ge=1)] = 8
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Scheduler(Config):
@@ -328,7 +336,7 @@ def decode_job(document: Document) -> Any:
         raise ConfigError(
             document.source, "has no `kind`", allowed=", ".join(KINDS), hint="start it with `kind: train`"
         )
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         where = f"{document.where(('kind',))}: kind"
         raise ConfigError(
             where, f"unknown kind `{kind}`", allowed=", ".join(KINDS), hint=did_you_mean(str(kind), KINDS)

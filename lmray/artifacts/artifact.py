@@ -232,7 +232,10 @@ class Artifacts:
     def _log(self, name: str) -> tuple[list[dict[str, Any]], bytes | None]:
         """The log, and the document it was read from."""
         document = self.store.get(_stages(name))
-        found = json.loads(document) if document else []
+        try:
+            found = json.loads(document) if document else []
+        except ValueError:
+            raise self._spoilt(_stages(name), "no list of changes") from None
         return (self._log_of_old_layout(name, found) if isinstance(found, dict) else found), document
 
     def _log_of_old_layout(self, name: str, stages: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -256,9 +259,16 @@ class Artifacts:
         found = f"is missing or corrupted in {self._object(artifact.files[path]['sha256'])}"
         return ArtifactError(f"{artifact.ref}: {path}", found, hint="keep it again")
 
+    def _spoilt(self, key: str, found: str) -> ArtifactError:
+        hint = "restore it from a copy of the store; without the file, what it says is forgotten"
+        return ArtifactError(str(self.store.root / key), f"is {found}", hint=hint)
+
     def _read(self, key: str) -> Artifact:
-        fields = json.loads(self.store.get(key) or b"{}")
-        return Artifact(**{"kind": "adapter", **fields, "parents": tuple(fields["parents"])})  # one kind, once
+        try:
+            fields = json.loads(self.store.get(key) or b"{}")
+            return Artifact(**{"kind": "adapter", **fields, "parents": tuple(fields["parents"])})  # one kind, once
+        except (ValueError, TypeError, KeyError):
+            raise self._spoilt(key, "no record of a version") from None
 
 
 def _stages(name: str) -> str:

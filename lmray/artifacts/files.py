@@ -79,6 +79,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path, *, hint: str) -> Any:
+    """What the JSON file `path` holds. Raises ArtifactError with `hint` where it is spoilt, OSError where it cannot be
+    read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(str(path), f"is spoilt: {error}", hint=hint) from None
+
+
 def fsync(path: Path) -> None:
     """Makes the content of a file durable, or the names inside a folder."""
     descriptor = os.open(path, os.O_RDONLY)

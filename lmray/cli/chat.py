@@ -94,8 +94,9 @@ def _read_key(path: Path | None) -> str | None:
         return None
     try:
         lines = path.read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise ConfigError(f"API key file {path}", f"cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise ConfigError(f"API key file {path}", f"cannot be read: {reason}") from None
     if not lines:
         raise ConfigError(f"API key file {path}", "is empty", hint="put the key on its first line")
     return lines[0]

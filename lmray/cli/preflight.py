@@ -44,12 +44,15 @@ def look(dtype: str, *, on_gpu: bool, cluster: bool) -> tuple[tuple[Machine, ...
     return (here,), measure_flops(dtype, "cuda" if on_gpu and here.gpus else "cpu")
 
 
-def check_train(job: TrainJob, *, cluster: bool, examples: int) -> Found:
-    """The plan, the machines beside it, and examples with their loss mask."""
+def check_train(job: TrainJob, *, cluster: bool, examples: int, trial: bool = False) -> Found:
+    """The plan, the machines beside it, and examples with their loss mask; of a sweep's `trial`, which has no run
+    folder yet, no more than that."""
+    from lmray.artifacts.files import check_writable
+    from lmray.artifacts.store import run_folder
     from lmray.errors import LmrayError
     from lmray.models.machine import this_machine
     from lmray.train.data_facts import preview
-    from lmray.train.plan import make_plan
+    from lmray.train.plan import check_same_run, make_plan
     from lmray.train.preflight import check_parts, check_resources, preflight
     from lmray.train.prepare import prepare
 
@@ -62,6 +65,9 @@ def check_train(job: TrainJob, *, cluster: bool, examples: int) -> Found:
     except LmrayError:
         check_parts(job, here)
         raise
+    if not trial:
+        check_same_run(plan, run_folder(job))
+        check_writable(run_folder(job))
     on_gpu = job.resources.gpus_per_worker > 0
     machines, speed = look(plan.dtype, on_gpu=on_gpu, cluster=cluster)
     report = preflight(job, plan, machines, flops_per_s=speed)
@@ -73,13 +79,15 @@ def check_train(job: TrainJob, *, cluster: bool, examples: int) -> Found:
 
 def check_sweep(job: SweepJob, *, cluster: bool, examples: int) -> Found:
     """The plan of one trial, how many there are, and how many run side by side."""
+    from lmray.artifacts.files import check_writable
     from lmray.artifacts.store import run_folder
     from lmray.sweep.program import check_sweep as check_folder
     from lmray.sweep.program import job_of
     from lmray.units import human_bytes, human_seconds
 
     check_folder(job, run_folder(job))
-    found = check_train(job_of(job), cluster=cluster, examples=examples)
+    check_writable(run_folder(job))
+    found = check_train(job_of(job), cluster=cluster, examples=examples, trial=True)
     trials, together = job.search.num_trials, min(job.max_concurrent_trials, job.search.num_trials)
     flight = found.value["preflight"]
     alone = job.job.resources.gpus_per_worker > 0  # trials on CPUs share the cores of a machine
@@ -107,9 +115,12 @@ def _objective(job: SweepJob) -> str:
 
 def check_evaluate(job: EvaluateJob, *, cluster: bool, examples: int) -> Found:
     """The targets, the held-out data, and the memory that answering takes."""
+    from lmray.artifacts.files import check_writable
+    from lmray.artifacts.store import run_folder
     from lmray.evaluate.program import prepare
 
     ready = prepare(job)
+    check_writable(run_folder(job))
     args = job.evaluate
     held_out = len(ready.held_out.examples)
     answered = min(held_out, args.max_examples or held_out)

@@ -101,7 +101,10 @@ def _problem(cls: type[BaseModel], document: Document, error: Any) -> Problem:
     if error["type"] in ("member", "name"):
         found = error["msg"] if error["type"] == "member" else f"{error['input']!r} is {error['msg']}"
         return Problem(where, found, context.get("allowed") or None, context.get("hint") or None)
-    return Problem(where, f"found {_shown(error['input'])}", error["msg"].removeprefix("Input should be "))
+    allowed = error["msg"].removeprefix("Input should be ")
+    if error["type"] == "model_type" and (owner := _class_at(cls, document.tree, path)) is not None:
+        allowed = f"a mapping with {', '.join(_keys(owner))}"
+    return Problem(where, f"found {_shown(error['input'])}", allowed)
 
 
 def _shown(value: Any) -> str:

@@ -73,16 +73,16 @@ def _read(path: Path, children: tuple[Path, ...]) -> Document:
         raise ConfigError(str(path), f"is not UTF-8 at byte {error.start}", hint="save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(str(path), f"cannot be read: {error.strerror}", hint="give the path of a job file") from None
-    loader = _Loader(text)
+    loader = _loader(text, path)
     try:
         node = loader.get_single_node()
         document.tree = _plain(node, (), document, loader) if node is not None else {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(
-            where, f"malformed YAML: {error.problem}", hint="check indentation, brackets and quotes"
-        ) from None
+        problem = str(error.problem)
+        found = f"{error.context}, {problem}" if problem.startswith("but ") else problem
+        raise ConfigError(where, f"malformed YAML: {found}", hint="check indentation, brackets and quotes") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(str(path), f"malformed YAML: {error}") from None
     except RecursionError:
@@ -92,6 +92,15 @@ def _read(path: Path, children: tuple[Path, ...]) -> Document:
     if not isinstance(document.tree, dict):
         raise ConfigError(str(path), "a job file is a mapping of keys to values", hint="start it with `kind: train`")
     return _over_parents(document, path, (*children, path.resolve()))
+
+
+def _loader(text: str, path: Path) -> _Loader:
+    try:
+        return _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        found = f"malformed YAML: holds the control character {chr(error.character)!r}"
+        raise ConfigError(f"{path}:{line}", found, hint="remove it") from None
 
 
 def _plain(node: yaml.Node, path: Path_, document: Document, loader: _Loader) -> Any:

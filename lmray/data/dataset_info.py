@@ -43,7 +43,13 @@ class Entry:
 
 
 def is_entry(source: str) -> bool:
-    return _SOURCE.fullmatch(source) is not None
+    return entry_file(source) is not None
+
+
+def entry_file(source: str) -> str | None:
+    """The `dataset_info.json` that `source` names an entry of; None for a source of another kind."""
+    match = _SOURCE.fullmatch(source)
+    return match["path"] if match else None
 
 
 def read_entry(source: str, asked: Mapping | None) -> Entry:
@@ -121,6 +127,8 @@ def _columns(entry: dict[str, Any], default: dict[str, str], where: str) -> dict
     named = entry.get("columns")
     if named is None:
         return default
+    if not isinstance(named, dict):
+        raise DataError(f"{where}: columns", f"holds {kind(named)}", allowed="an object: role of a column -> its name")
     for key in named:
         if key not in _COLUMNS:
             raise DataError(

@@ -208,7 +208,7 @@ def _utf8(line: bytes, where: str) -> str:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         hint = "each line of a .jsonl file is one JSON object; a .json file may be one array"
         raise DataError(where, f"malformed JSON: {error}", hint=hint) from None
 

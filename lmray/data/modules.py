@@ -28,10 +28,11 @@ def module_file(source: str) -> Path:
     if not _MODULE.fullmatch(name) or name.partition(".")[0] not in sys.stdlib_module_names:
         hint = did_you_mean(name.partition(".")[0], sys.stdlib_module_names)
         raise DataError(where, f"`{name}` is no module of the standard library", allowed=allowed, hint=hint)
-    path = Path(sysconfig.get_path("stdlib"), *name.split(".")).with_suffix(".py")
-    if not path.is_file():
-        raise DataError(where, "has no source in this Python", allowed=allowed)
-    return path
+    place = Path(sysconfig.get_path("stdlib"), *name.split("."))
+    for path in (place.with_suffix(".py"), place / "__init__.py"):
+        if path.is_file():
+            return path
+    raise DataError(where, f"`{name}` has no source in this Python's library", allowed=allowed)
 
 
 def module_texts(source: str, path: Path) -> Iterator[Row]:

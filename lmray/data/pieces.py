@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from lmray.data.base import Example
 from lmray.errors import DataError
 
@@ -135,7 +133,7 @@ def _render_all(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[Exampl
     plain = [list(example.messages[:end]) for example, end in parts if example.tools is None]
     try:
         together: Any = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=ask) if plain else ()
-    except (TemplateError, TypeError, ValueError):
+    except Exception:
         together = (None for _ in plain)  # one by one, to name the example
     known = iter(together)
     texts = (next(known) if example.tools is None else None for example, _ in parts)
@@ -148,7 +146,7 @@ def _render_all(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[Exampl
 def _render_one(tokenizer: PreTrainedTokenizerBase, example: Example, end: int, *, ask: bool) -> str:
     try:
         return render(tokenizer, example.messages[:end], ask=ask, tools=example.tools)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program of the model's own
         hint = "change the conversation (order of roles, system message, content), or the model's chat template"
         raise DataError(
             f"{example.where}, turn {end}", f"the chat template refuses the conversation: {error}", hint=hint

@@ -163,7 +163,14 @@ def _tokenised(
         for document in documents(examples[index], its_turns, conventions)
     ]
     pieces = [piece for _, document in found for piece in document]
-    ids = iter(_encoded(tokenizer, [piece.context + piece.text for piece in pieces]))
+    try:
+        ids = iter(_encoded(tokenizer, [piece.context + piece.text for piece in pieces]))
+    except TypeError:
+        odd = [examples[index].where for index, document in found if not all(_is_text(one.text) for one in document)]
+        if not odd:
+            raise
+        hint = "`\\ud800` to `\\udfff` stand in pairs only; write the data again as UTF-8"
+        raise DataError(odd[0], "holds half of a surrogate pair, which is no text", hint=hint) from None
     contexts = {context: encode(tokenizer, context) for context in {piece.context for piece in pieces}}
     for index, document in found:
         whole = [(next(ids), contexts[piece.context]) for piece in document]
@@ -171,6 +178,14 @@ def _tokenised(
             hint = "start the answer with a letter or a digit, or leave the example out"
             raise DataError(examples[index].where, "an answer starts in the middle of a token", hint=hint)
         yield index, _joined(document, [one[len(context) :] for one, context in whole])
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lmray.artifacts.artifact import KINDS, Artifacts
+from lmray.artifacts.files import read_json
 from lmray.artifacts.store import open_store
 from lmray.config import Document, decode, dump
+from lmray.config.reader import parse_value
 from lmray.errors import ArtifactError, ConfigError
 from lmray.job import EvaluateJob
 from lmray.models.rope import RopeScaling
@@ -126,7 +125,8 @@ def _base_of(targets: Sequence[str]) -> dict[str, Any]:
             if artifact.kind == "model" and BASE not in targets:
                 return {"source": ARTIFACT + target}
             return {name: artifact.base.get(name) for name in ("source", "revision", "rope_scaling")}
-        source = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        config = read_json(folder / "adapter_config.json", hint="copy the adapter again")
+        source = config.get("base_model_name_or_path")
         if not source:
             raise ArtifactError(str(folder), "does not say which base model it belongs to", hint="add `--model MODEL`")
         scaling = RopeScaling.beside(folder)
@@ -150,5 +150,5 @@ def _pairs(where: str, text: str, separator: str) -> dict[str, Any]:
         key, sign, value = pair.partition("=")
         if not (key.strip() and sign and value.strip()):
             raise ConfigError(where, f"`{pair}` is no `field=value`")
-        found[key.strip()] = yaml.safe_load(value)
+        found[key.strip()] = parse_value(value, where)
     return found

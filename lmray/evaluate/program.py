@@ -35,9 +35,9 @@ from lmray.metrics.display import Standing
 from lmray.models.load import load_config, load_model, load_tokenizer
 from lmray.models.precision import resolve_dtype
 from lmray.models.rope import RopeScaling, check_positions, check_same_scaling
-from lmray.models.source import FoundModel, find_model, model_of
+from lmray.models.source import FoundModel, check_readable, find_model, model_of
 
-RESULT = "result.json"
+RESULT, WEIGHTS = "result.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,7 @@ def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> 
         return None
     folder = Path(adapter).expanduser()
     if (folder / "adapter_config.json").is_file():
+        _check_weights(folder)
         check_same_scaling(f"adapter in {folder}", RopeScaling.beside(folder), job.model.rope_scaling)
         return folder
     artifacts = Artifacts(open_store(job.storage))
@@ -221,8 +222,22 @@ def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> 
     return artifacts.checkout(artifact)
 
 
+def _check_weights(folder: Path) -> None:
+    """Raises ArtifactError where `folder` holds no whole safetensors file: PEFT would unpickle another, or ask the
+    Hub for one."""
+    if not (folder / WEIGHTS).is_file():
+        there = ", ".join(sorted(path.name for path in folder.glob("*"))[:6])
+        raise ArtifactError(f"adapter in {folder}", f"has no {WEIGHTS}, found {there}", hint="save it as safetensors")
+    check_readable(folder / WEIGHTS)
+
+
 def _with_adapter(model: Any, folder: Path, handle: str) -> Any:
-    if isinstance(model, PeftModel):
-        model.load_adapter(str(folder), handle)
-        return model
-    return PeftModel.from_pretrained(model, str(folder), adapter_name=handle).eval()
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), handle)
+            return model
+        return PeftModel.from_pretrained(model, str(folder), adapter_name=handle).eval()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        hint = "give the base model it was trained on: `--model`, or `model.source` of the job"
+        raise ArtifactError(f"adapter in {folder}", f"does not fit the model: {lines[0][:200]}", hint=hint) from None

@@ -29,11 +29,19 @@ class EventTail:
                     self._inode, self._offset = facts.st_ino, 0
                 file.seek(self._offset)
                 content = file.read()
-        except FileNotFoundError:
+        except OSError:  # not there yet, or the store is away for a while
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+        return [event for line in whole.splitlines() if (event := _event(line)) is not None]
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """None for a line that a kill cut off, behind which the log went on."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 @dataclass

@@ -65,7 +65,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, rope_scaling: 
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a spoilt file leads the library to
             raise unreadable(folder, error) from None
         if rope_scaling is not None:
             rope_scaling.apply(config)
@@ -99,7 +99,7 @@ def load_tokenizer(folder: Path, *, chat: bool = True, trust_remote_code: bool =
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a spoilt file leads the library to
             raise unreadable(folder, error) from None
     if chat and not tokenizer.chat_template:
         hint = (
@@ -111,16 +111,24 @@ def load_tokenizer(folder: Path, *, chat: bool = True, trust_remote_code: bool =
 
 
 def embedding_rows(folder: Path, *, trust_remote_code: bool = False) -> int:
-    """Rows of the embedding of the model in `folder`, from its config: ids are below. Raises ArtifactError."""
-    return load_config(folder, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+    """Rows of the embedding of the model in `folder`, from its config: ids are below. Raises ArtifactError, also where
+    it is no language model."""
+    config = load_config(folder, trust_remote_code=trust_remote_code).get_text_config()
+    if not hasattr(config, "vocab_size"):
+        found = f"holds a `{config.model_type}`, which has no vocabulary"
+        raise ArtifactError(f"model folder {folder}", found, allowed="a causal language model")
+    return config.vocab_size
 
 
 def stop_token_ids_in(folder: Path) -> tuple[int, ...]:
-    """Ids that the generation config in `folder` says end an answer; none where there is none."""
+    """Ids that the generation config in `folder` says end an answer; none where there is none. Raises ArtifactError
+    where it cannot be read: an answer might never end."""
+    if not (folder / "generation_config.json").is_file():
+        return ()
     try:
         config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        return ()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise unreadable(folder, error) from None
     ids = config.eos_token_id
     return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
+from lmray.errors import ArtifactError
 from lmray.models.deferred import reads_whole
 from lmray.models.fused import unfit
 from lmray.models.head import plain_head
@@ -100,14 +102,15 @@ def read_shape(
     trust_remote_code: bool = False,
 ) -> ModelShape:
     """The shape of the model in `folder` as loaded in `dtype`, with the adapter that `attach` gives it; no weight is
-    read. Raises what `attach` raises, and ConfigError for what cannot be quantised and where the model has no such
-    attention."""
+    read. Raises what `attach` raises, ArtifactError where the weights' shapes are not the config's, and ConfigError for
+    what cannot be quantised and where the model has no such attention."""
     with quiet():
         config = load_config(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model: Any = make_model(
                 config, dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             ).requires_grad_(False)
+            _check_weights(folder, model)
             whole = reads_whole(model, folder)
             base = sum(parameter.numel() for parameter in model.parameters())
             ends = {id(end.weight): end.weight.numel() for end in _ends(model)}
@@ -143,6 +146,21 @@ def read_shape(
         unfit="the weights are quantised" if quantization else unfit(model),
         reads_whole="the weights are quantised" if quantization else whole,
     )
+
+
+def _check_weights(folder: Path, model: Any) -> None:
+    """Raises ArtifactError where a tensor on disk has another shape than the config gives it. Weights that were
+    quantised before they were saved have shapes of their own."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(wanted.keys() & set(file.keys())):
+                found = tuple(file.get_slice(name).get_shape())
+                if found != wanted[name]:
+                    what = f"holds `{name}` as {list(found)}, and config.json asks for {list(wanted[name])}"
+                    raise ArtifactError(str(path), what, hint="one of them is another model's: download both again")
 
 
 def _ends(model: Any) -> list[Any]:

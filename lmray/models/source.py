@@ -164,7 +164,7 @@ def _converted(gguf: Path, name: str) -> Path:
         if not (folder / "config.json").is_file():
             try:
                 convert_gguf(gguf, folder)
-            except (OSError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+            except Exception as error:  # whatever a spoilt file leads the libraries to
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
                 hint = "download it again, or use the model's safetensors"
                 raise ArtifactError(str(gguf), f"cannot be converted: {reason}", hint=hint) from None
@@ -221,7 +221,7 @@ def _weights_digest(folder: Path) -> str:
         raise ArtifactError(f"model folder {folder}", f"holds no model, found {found or 'nothing'}", allowed=allowed)
     _check_complete(folder, weights)
     for path in weights:
-        _check_readable(path)
+        check_readable(path)
     return sha256_json([_file_digest(path) for path in weights])
 
 
@@ -240,8 +240,9 @@ def _check_complete(folder: Path, weights: list[Path]) -> None:
         raise ArtifactError(f"model folder {folder}", found, hint="download the model again")
 
 
-def _check_readable(path: Path) -> None:
-    """Reads the header, which must describe the whole file: a download that broke off is found without a worker."""
+def check_readable(path: Path) -> None:
+    """Raises ArtifactError where the header of `path` does not describe the whole file: a download that broke off is
+    found without a worker."""
     try:
         with safe_open(path, framework="pt"):
             pass

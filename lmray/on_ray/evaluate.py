@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ray
 
-from lmray.artifacts.files import only_writer
+from lmray.artifacts.files import check_writable, only_writer
 from lmray.artifacts.store import run_folder
 from lmray.context import LocalContext, Result
 from lmray.evaluate.program import evaluate as evaluate_program
@@ -27,6 +27,7 @@ def evaluate(job: EvaluateJob, *, progress: bool = True) -> Result:
     """Evaluates `job` on the cluster; after an interrupt the same job goes on with what it had not asked yet.
     `progress`: show it on stderr."""
     prepare(job)
+    check_writable(run_folder(job))
     with connected():
         job = placed(job)
         options = {"num_cpus": job.resources.cpus_per_worker, "num_gpus": job.resources.gpus_per_worker}

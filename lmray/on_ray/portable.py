@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmray.config import dump
+from lmray.data.dataset_info import entry_file
 from lmray.errors import ConfigError
 from lmray.job import Job
 
@@ -36,8 +37,9 @@ def _absolute(text: str, folder: Path) -> str | None:
         return str(Path(text).expanduser())
     if Path(text).is_absolute() or "://" in text or text.startswith(FETCHED):
         return text
+    file = entry_file(text) or text
     try:
-        there = (folder / text).exists() or next(folder.glob(text), None) is not None
+        there = (folder / file).exists() or next(folder.glob(file), None) is not None
     except ValueError:  # no pattern that could fit anything
         there = False
     return str((folder / text).absolute()) if there else None
@@ -54,6 +56,7 @@ def _paths(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, bool]]
         found += [(f"targets.{i}.{field}", target[field], False) for field in ("model", "adapter")]
     for i, task in enumerate((tree.get("evaluate") or {}).get("tasks") or ()):
         found.append((f"evaluate.tasks.{i}.include_path", task.get("include_path"), True))
+    found += [("sharding.config", (tree.get("sharding") or {}).get("config"), True)]
     found += [("http.api_keys_file", (tree.get("http") or {}).get("api_keys_file"), True)]
     for key, text, must_exist in found:
         if text:

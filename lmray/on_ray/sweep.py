@@ -26,7 +26,7 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from lmray.artifacts.artifact import Artifacts
-from lmray.artifacts.files import only_writer, write_atomic
+from lmray.artifacts.files import check_writable, only_writer, read_json, write_atomic
 from lmray.artifacts.store import Store, open_store, run_folder
 from lmray.config import dump
 from lmray.context import LocalContext, Result, RunContext
@@ -94,6 +94,7 @@ def sweep(job: SweepJob, *, progress: bool = True, train: Train = train_program)
     if (done := _finished(folder)) is not None:
         return done
     make_plan(job_of(job))
+    check_writable(folder)
     with connected():
         check_resources(job.job.resources)
         with only_writer(folder):
@@ -256,7 +257,8 @@ def _finished(folder: Path) -> Result | None:
     path = folder / "result.json"
     if not path.is_file():
         return None
-    return Result(**{"details": {}, **json.loads(path.read_text(encoding="utf-8")), "status": "already-done"})
+    fields = read_json(path, hint="remove it, and the same command writes it again")
+    return Result(**{"details": {}, **fields, "status": "already-done"})
 
 
 def _conclude(job: SweepJob, folder: Path, store: Store, started: float, *, progress: bool) -> Result:

@@ -64,9 +64,13 @@ def check_sweep(sweep: SweepJob, folder: Path) -> None:
     path = folder / "job.yaml"
     if not path.is_file():
         return
-    changed = sorted(_differences(yaml.safe_load(path.read_text(encoding="utf-8")), dump(sweep), ""))
+    hint = f"give the sweep another `name`, or remove {folder} to start over"
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        raise ConfigError(str(path), "is spoilt: it is no job", hint=hint) from None
+    changed = sorted(_differences(before, dump(sweep), ""))
     if changed:
-        hint = f"give the sweep another `name`, or remove {folder} to start over"
         raise ConfigError(f"sweep `{sweep.name}`", f"is already there with another {', '.join(changed)}", hint=hint)
 
 

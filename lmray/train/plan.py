@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 
-from lmray.artifacts.files import sha256_json
+from lmray.artifacts.files import read_json, sha256_json
 from lmray.config import dump
-from lmray.errors import ConfigError
+from lmray.errors import ArtifactError, ConfigError
 from lmray.job import TrainJob
 from lmray.models.precision import resolve_dtype
 from lmray.models.rope import RopeScaling
@@ -37,6 +36,8 @@ from lmray.units import human_bytes, human_count
 
 PLACEMENT = ("name", "storage", "sharding", "resources", "output", "report_to")
 """Fields of a job that are not part of what it computes."""
+KEPT = ("rows_per_step", "samples", "steps")
+"""What a run keeps of the plan that it began with."""
 WATCHED = ("train.divergence_factor",)
 """Fields below those that decide when a run is given up, not what it computes: a run may go on under another value."""
 
@@ -246,11 +247,8 @@ def _model_facts(job: TrainJob, ready: Prepared, shape: ModelShape) -> dict[str,
 
 def check_same_run(plan: Plan, folder: Path) -> None:
     """Raises ConfigError where `folder` holds another run under the same name, naming what differs."""
-    path = folder / "plan.json"
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before["run_key"] == plan.run_key:
+    before = _earlier(folder)
+    if before is None or before["run_key"] == plan.run_key:
         return
     keys = sorted(set(before["fields"]) | set(plan.fields))
     changed = [
@@ -268,11 +266,20 @@ def check_same_run(plan: Plan, folder: Path) -> None:
 def continued(plan: Plan, folder: Path) -> Plan:
     """`plan` with the steps that the run in `folder` began with: at another number of workers they stay what they
     were, so that the curve does."""
+    before = _earlier(folder)
+    return replace(plan, **{name: before[name] for name in KEPT}) if before else plan
+
+
+def _earlier(folder: Path) -> dict[str, Any] | None:
+    """The plan that the run in `folder` began with, if there is one. Raises ArtifactError where it is spoilt."""
     path = folder / "plan.json"
     if not path.is_file():
-        return plan
-    before = json.loads(path.read_text(encoding="utf-8"))
-    return replace(plan, **{name: before[name] for name in ("rows_per_step", "samples", "steps")})
+        return None
+    hint = f"remove it, and the job as it was goes on from its last checkpoint; or remove {folder} to start over"
+    found = read_json(path, hint=hint)
+    if not isinstance(found, dict) or not {"run_key", "fields", "model", "data", *KEPT} <= found.keys():
+        raise ArtifactError(str(path), "is spoilt: it is no plan", hint=hint)
+    return found
 
 
 def _trust_warnings(job: TrainJob) -> list[str]:

@@ -102,9 +102,11 @@ def check_virtual_tokens(job: TrainJob) -> None:
     """Raises ConfigError for what cannot be done with an adapter whose tokens lie before every row."""
     if not job.adapter.virtual_tokens:
         return
-    if job.data.packing:
+    apart = job.method.joins == "apart"
+    if apart or job.data.packing:
+        field, allowed = ("method.cross_document_attention", "true") if apart else ("data.packing", "false")
         found = f"the virtual tokens of `{job.adapter.name}` would lie before the first example of a row only"
-        raise ConfigError("data.packing", found, allowed="false")
+        raise ConfigError(field, found, allowed=allowed)
     if asking := [task.name for task in job.evaluate.tasks if task.needs == "answers"]:
         found = f"`{asking[0]}` needs answers, which the native engine cannot generate with `{job.adapter.name}`"
         raise ConfigError("evaluate.tasks", found, hint="`loss` and tasks that choose between answers need none")

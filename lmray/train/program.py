@@ -7,7 +7,6 @@ is not run again.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import yaml
 
 from lmray.artifacts.artifact import Artifacts
-from lmray.artifacts.files import write_atomic, write_json
+from lmray.artifacts.files import read_json, write_atomic, write_json
 from lmray.artifacts.store import open_store
 from lmray.config import dump
 from lmray.context import Result, RunContext
@@ -52,7 +51,7 @@ def finished(folder: Path) -> Result | None:
     path = folder / RESULT
     if not path.is_file():
         return None
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields = read_json(path, hint="remove it, and the same command measures and keeps the run's result again")
     return Result(**{"details": {}, **fields, "status": "already-done"})
 
 

@@ -17,6 +17,7 @@ import typer
 import lmray
 from lmray.cli.app import app
 from lmray.errors import LmrayError
+from lmray.train.plan import PLACEMENT
 from tests.architecture.source import ROOT, files, name_of
 
 PAGES = [path for path in files() if path.suffix == ".md" and path.name != "CHANGELOG.md" and "bench" not in path.parts]
@@ -102,6 +103,17 @@ def test_every_command_of_a_page_exists(page):
                 check_config(words)
         except (AssertionError, LmrayError) as error:
             pytest.fail(f"{name_of(page)}: `{' '.join(words)}`: {error}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_run_that_a_page_changes_has_a_name_of_its_own(page):
+    """Who types a page's commands one after the other is not told that a run of this name is there with other
+    content."""
+    for words in commands(page.read_text(encoding="utf-8")):
+        changed = {word.partition("=")[0] for word in words if re.match(r"[a-z_]+[\w.]*=", word)}
+        runs = words[:2] in (["lmray", "run"], ["python", "jobs/run.py"])
+        if runs and any(key.partition(".")[0] not in PLACEMENT for key in changed):
+            assert "name" in changed, f"{name_of(page)}: `{' '.join(words)}`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

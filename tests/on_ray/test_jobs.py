@@ -250,9 +250,11 @@ def test_a_job_killed_before_it_printed_anything_was_stopped():
 
 def test_relative_paths_become_absolute(job, tiny_data, tmp_path):
     fetched = ["pypi:bfcl-eval", "hf:owner/name:train", "python:pydoc_data.topics"]
-    sources = [{"source": text} for text in (tiny_data.name, "*.jsonl", *fetched)]
+    (tmp_path / "dataset_info.json").write_text("{}", encoding="utf-8")
+    mine = (tiny_data.name, "*.jsonl", "dataset_info.json:alpaca")
+    sources = [{"source": text} for text in (*mine, *fetched)]
     moved = portable(job(data__train=sources).changed({"storage": "s"}), folder=tiny_data.parent)
-    assert [one.source for one in moved.data.train] == [str(tiny_data), str(tmp_path / "*.jsonl"), *fetched]
+    assert [one.source for one in moved.data.train] == [*(str(tmp_path / name) for name in mine), *fetched]
     assert Path(moved.storage).is_absolute()
 
 
@@ -269,8 +271,11 @@ def test_names_and_home_folders_stay_what_they_are(job, tmp_path):
     assert moved.model.source == "smollm2-135m" and moved.data.train[0].source == str(Path.home() / "x.jsonl")
 
 
-def test_paths_of_other_kinds_are_found_too(tmp_path):
+def test_paths_of_other_kinds_are_found_too(job, tmp_path):
     (tmp_path / "keys").write_text("k")
+    sharding = {"name": "deepspeed", "config": "keys"}
+    moved = portable(job(sharding=sharding, data__train=[{"source": "pypi:x"}]), folder=tmp_path)
+    assert moved.sharding.config == str(tmp_path / "keys")
     (tmp_path / "adapter").mkdir()
     tree = {"name": "s", "model": {"source": "m"}, "engine": "native", "http": {"api_keys_file": "keys"}}
     assert portable(decode(ServeJob, Document("s", tree)), folder=tmp_path).http.api_keys_file == str(tmp_path / "keys")

@@ -27,6 +27,9 @@ def test_packing_and_answers_are_refused_by_the_plan(job):
     with pytest.raises(ConfigError, match="before the first example of a row only") as caught:
         make_plan(job(data__packing=True))
     assert caught.value.where == "data.packing"
+    with pytest.raises(ConfigError, match="before the first example of a row only") as caught:
+        make_plan(job(method={"name": "pretrain", "cross_document_attention": False}))
+    assert caught.value.where == "method.cross_document_attention"
     with pytest.raises(ConfigError, match="`json_match` needs answers") as caught:
         make_plan(job(evaluate={"tasks": ["loss", "json_match"]}))
     assert caught.value.where == "evaluate.tasks"

@@ -372,6 +372,23 @@ def test_an_entry_that_the_old_layout_lost_is_told_and_a_rollback_does_not_go_on
     assert artifacts.rollback("calls", "production") == kept[1]
 
 
+def test_a_spoilt_record_and_a_spoilt_list_of_stages_are_named(artifacts, folder):
+    kept = keep(artifacts, folder)
+    artifacts.promote("calls", "production")
+    root = artifacts.store.root / "artifacts" / "calls"
+    for path, found in (
+        (root / "stages.json", "no list of changes"),
+        (root / "versions" / f"{kept.id}.json", "record"),
+    ):
+        content = path.read_bytes()
+        path.write_bytes(content[:-9])
+        with pytest.raises(ArtifactError, match=found) as caught:
+            artifacts.find("calls@production")
+        assert caught.value.where == str(path) and "restore it" in str(caught.value.hint)
+        path.write_bytes(content)
+    assert artifacts.find("calls@production") == kept
+
+
 def test_a_record_is_plain_json(artifacts, folder):
     kept = keep(artifacts, folder, name="関数")
     path = artifacts.store.root / "artifacts" / "関数" / "versions" / f"{kept.id}.json"

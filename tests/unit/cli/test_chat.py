@@ -55,11 +55,11 @@ def test_an_endpoint_that_is_not_there(cli):
     assert said.code == 1 and "does not answer" in said.err
 
 
-@pytest.mark.parametrize(("content", "found"), [(None, "cannot be read"), (" \n", "is empty")])
+@pytest.mark.parametrize(("content", "found"), [(None, "cannot be read"), (b" \n", "is empty"), (b"\xff", "not UTF-8")])
 def test_a_key_file_that_holds_no_key(cli, tmp_path, content, found):
     path = tmp_path / "key"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content)
     said = cli("chat", "http://here", "hello", "--api-key-file", path)
     assert said.code == 2 and found in said.err
 

@@ -7,9 +7,12 @@ import socket
 
 import pytest
 
+from lmray.artifacts.files import write_json
+from lmray.artifacts.store import run_folder
 from lmray.job import load
 from lmray.models.machine import Machine
 from lmray.testing.jobs import write_jsonl
+from lmray.train.plan import make_plan
 
 
 @pytest.fixture
@@ -87,6 +90,17 @@ def test_weights_that_exceed_the_memory_are_an_error_and_the_rest_a_warning(cli,
     assert said.code == 0 and "warning    the job takes about" in said.out
 
 
+def test_a_run_of_another_content_and_a_store_that_is_a_file_are_told_before_the_run(cli, train_file, tmp_path):
+    job = load(str(train_file))
+    write_json(run_folder(job) / "plan.json", make_plan(job).to_json())
+    assert cli("check", train_file).code == 0, "the same job goes on"
+    said = cli("check", train_file, "adapter.r=4")
+    assert said.code == 2 and "adapter.r: 8 -> 4" in said.err and "another `name`" in said.err
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    said = cli("check", train_file, f"storage={tmp_path / 'file'}")
+    assert said.code == 2 and f"{tmp_path / 'file'}: is a file" in said.err
+
+
 def test_check_of_a_sweep_counts_trials_and_plans_one(cli, train_file, tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text(
@@ -95,6 +109,9 @@ def test_check_of_a_sweep_counts_trials_and_plans_one(cli, train_file, tmp_path)
         encoding="utf-8",
     )
     said = cli("check", path)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    wrong = cli("check", path, f"storage={tmp_path / 'file'}")
+    assert wrong.code == 2 and f"{tmp_path / 'file'}: is a file" in wrong.err
     assert said.code == 0 and "6 trials, 2 side by side, over adapter.r" in said.out and "steps      4" in said.out
     value = json.loads(cli("check", path, "--json").out)
     assert value["sweep"]["trials"] == 6
@@ -110,6 +127,9 @@ def test_check_of_an_evaluation(cli, tmp_path, tiny_model, tiny_data):
         encoding="utf-8",
     )
     said = cli("check", path)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    wrong = cli("check", path, f"storage={tmp_path / 'file'}")
+    assert wrong.code == 2 and f"{tmp_path / 'file'}: is a file" in wrong.err
     assert said.code == 0 and "6 held out, 3 answered for json_match" in said.out
     value = json.loads(cli("check", path, "--json").out)
     # two layers, keys and values of width 16, four bytes, 16 rows of 256 + 8 tokens

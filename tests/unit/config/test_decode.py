@@ -133,6 +133,7 @@ def test_a_missing_key_says_to_add_it(tmp_path):
         ({"inner": {"number": 1.5}}, "inner.number", "found 1.5 (float)"),
         ({"inner": {"number": None}}, "inner.number", "found None (NoneType)"),
         ({"inner": 3}, "inner", "found 3 (int)"),
+        ({"many": ["x"]}, "many.0", "found 'x' (str)"),
         ({"many": []}, "many", "found [] (list)"),
         ({"many": "text"}, "many", "found 'text' (str)"),
         ({"inner": {"mapping": "colums"}}, "inner.mapping", "unknown data mapping `colums`"),
@@ -144,6 +145,10 @@ def test_a_wrong_value_is_shown_with_its_type_and_what_is_allowed(tree, where, f
     (problem,) = of(tree)
     assert problem.splitlines()[0] == f"file: {where}: {found}"
     assert "allowed:" in problem
+
+
+def test_text_where_a_mapping_belongs_is_told_its_keys():
+    assert of({"inner": "x"}) == ["file: inner: found 'x' (str)\n  allowed: a mapping with number, mapping"]
 
 
 def test_a_wrong_item_does_not_also_make_its_list_too_short():
@@ -189,10 +194,19 @@ def test_a_file_without_kind_names_the_kinds(tmp_path, text):
     assert "allowed: " + ", ".join(KINDS) in found
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_a_generator_would_refuse_later_is_refused(tmp_path, seed):
+    (found,) = problems(load, tmp_path, JOB, f"train.seed={seed}")
+    assert f"train.seed: found {seed} (int)" in found and "allowed:" in found
+    assert load(tmp_path, JOB, f"train.seed={2**32 - 1}").train.seed == 2**32 - 1
+
+
 def test_an_unknown_kind_is_hinted_at(tmp_path):
     (found,) = problems(load, tmp_path, JOB.replace("kind: train", "kind: trian"))
     assert "job.yaml:1: kind: unknown kind `trian`" in found
     assert "hint: did you mean `train`?" in found
+    (found,) = problems(load, tmp_path, JOB.replace("kind: train", "kind: [train]"))
+    assert "job.yaml:1: kind: unknown kind `['train']`" in found
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,13 @@ def test_every_key_remembers_its_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("a: [1, 2\nb: 3\n", 2), ("a:\n  - 1\n b: 2\n", 3), ("a: 'open\n", 2), ("a: !!python/name:os.system x\n", 1)],
+    [
+        ("a: [1, 2\nb: 3\n", 2),
+        ("a:\n  - 1\n b: 2\n", 3),
+        ("a: 'open\n", 2),
+        ("a: !!python/name:os.system x\n", 1),
+        ("a: 1\n---\na: 2\n", 2),
+    ],
 )
 def test_malformed_yaml_names_file_and_line(tmp_path, text, line):
     path = write(tmp_path, text)
@@ -83,6 +89,18 @@ def test_malformed_yaml_names_file_and_line(tmp_path, text, line):
 @pytest.mark.parametrize("text", ["a: !!int many\n", "a: &x [*x]\n"])
 def test_yaml_that_no_value_can_be_made_of_is_malformed(tmp_path, text):
     assert "malformed YAML" in refused(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("character", ["\0", "\x1b", "\ufffe"])
+def test_a_control_character_is_named_with_its_line(tmp_path, character):
+    path = write(tmp_path, f"kind: train\nname: a{character}b\n")
+    assert refused(path) == f"{path}:2: malformed YAML: holds the control character {character!r}\n  hint: remove it"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    path = tmp_path / "bom.yaml"
+    path.write_bytes(b"\xef\xbb\xbfkind: train\n")
+    assert read_document(path).tree == {"kind": "train"}
 
 
 def test_a_key_given_twice_names_both_lines(tmp_path):

@@ -118,6 +118,7 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path):
     ("name", "content", "place", "message"),
     [
         ("x.jsonl", b'{"prompt": 1}\n{"prompt"', ":2", "malformed JSON"),
+        ("x.jsonl", b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ":1", "malformed JSON: maximum recursion"),
         ("x.jsonl", b'"text"', ":1", "a row is a str"),
         ("x.jsonl", b"[1]", ":1", "a row is a int"),
         ("x.jsonl", b'{"a": 1}\n\n{"a": "\xff\xfe"}', ":3", "not UTF-8 at byte 7"),

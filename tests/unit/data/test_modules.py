@@ -43,6 +43,11 @@ def test_a_module_without_source_is_told(name):
         values(f"python:{name}")
 
 
+def test_a_package_is_read_by_its_first_file():
+    with pytest.raises(DataError, match="no mapping of names to texts"):
+        values("python:json")
+
+
 def test_a_module_without_texts_is_told():
     with pytest.raises(DataError, match="no mapping of names to texts"):
         values("python:this")

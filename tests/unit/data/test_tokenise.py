@@ -19,6 +19,13 @@ def supervised(tokenizer, tokens) -> str:
     return tokenizer.decode([label for label in tokens.labels if label != IGNORED])
 
 
+def test_half_a_surrogate_pair_is_no_text_and_its_row_is_named():
+    odd = Example(({"role": "user", "content": "a"}, {"role": "assistant", "content": "\udfff"}), "file:7")
+    with pytest.raises(DataError, match="half of a surrogate pair") as caught:
+        tokenise_all(tiny_tokenizer(), [ONE, odd], max_length=100, over_long="error")
+    assert caught.value.where == "file:7" and "UTF-8" in str(caught.value.hint)
+
+
 def test_exactly_the_answers_and_their_stop_tokens_are_supervised():
     tokenizer = tiny_tokenizer()
     assert supervised(tokenizer, tokenise(tokenizer, ONE)) == "赤 red<|im_end|>"

@@ -104,6 +104,9 @@ def test_an_adapter_that_names_no_base_model(adapter):
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ArtifactError, match="does not say which base model"):
         make_job(words(str(adapter)))
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="is spoilt"):
+        make_job(words(str(adapter)))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +119,7 @@ def test_an_adapter_that_names_no_base_model(adapter):
         (words("base", model="m", tasks="f2"), "unknown evaluation task `f2`"),
         (words("base", model="m", tasks="bleu:tokenize"), "`tokenize` is no `field=value`"),
         (words("base", model="m", mapping="prompt=q,completion"), "`completion` is no `field=value`"),
+        (words("base", model="m", mapping="prompt=[,completion=a"), "--mapping: malformed YAML"),
         (words("base", model="m", data=()), "measures on data but has no `data`"),
         (words("base", model="m", data=(), tasks="lm_eval:tasks=[]"), "evaluate.tasks"),
         (words("base", model="m", split=1.5), "data.eval.split"),

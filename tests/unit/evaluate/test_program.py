@@ -94,6 +94,29 @@ def test_a_model_of_another_tokenizer_is_refused(job, tmp_path):
     assert "as `model.source`" in str(caught.value.hint)
 
 
+def test_an_adapter_without_whole_safetensors_is_refused_and_never_unpickled(job, tmp_path):
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-9])
+    with pytest.raises(ArtifactError, match="no whole safetensors file"):
+        prepare(job())
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ArtifactError, match=r"has no adapter_model.safetensors, found .*adapter_model\.bin"):
+        prepare(job())
+
+
+def test_more_workers_than_it_would_use_are_refused(job):
+    with pytest.raises(ConfigError, match="measures on one worker, not 2"):
+        job(resources={"workers": 2})
+
+
+def test_an_adapter_of_another_model_is_told(job, tmp_path):
+    other = tiny_model_folder(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(ArtifactError, match="does not fit the model") as caught:
+        run(job(model={"source": str(other), "dtype": "float32"}), tmp_path)
+    assert "--model" in str(caught.value.hint)
+
+
 def test_the_page_is_self_contained_and_escapes(job, tmp_path):
     rows = [{"prompt": f"<script>{n}</script> & 赤", "completion": f"<b>{n}</b>"} for n in range(8)]
     data = write_jsonl(tmp_path / "odd.jsonl", rows)

@@ -46,6 +46,19 @@ def test_a_tail_starts_over_when_a_resumed_run_rewrote_the_log(tmp_path):
     assert [one["step"] for one in tail.new()] == [1, 2]
 
 
+def test_a_tail_passes_over_a_line_that_a_kill_cut_off_and_waits_for_a_store_that_is_away(tmp_path):
+    path = tmp_path / "store" / "events.jsonl"
+    path.parent.mkdir()
+    log, tail = EventLog(path), EventTail(path)
+    path.write_text('{"step": 1}\n{"step": 2, "ti', encoding="utf-8")
+    assert [one["step"] for one in tail.new()] == [1]
+    log.append(3, {})
+    assert [one["step"] for one in tail.new()] == [3]
+    path.parent.rename(tmp_path / "away")
+    path.parent.write_text("a file where the folder was")
+    assert tail.new() == []
+
+
 def test_remaining_time_follows_the_pace_of_this_attempt():
     steps = Steps(total=11)
     steps.add([event(1)])

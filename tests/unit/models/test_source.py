@@ -11,7 +11,7 @@ from lmray.errors import ArtifactError
 from lmray.models import source
 from lmray.models.catalogue import CATALOGUE
 from lmray.models.export import export
-from lmray.models.load import load_model, load_tokenizer, stop_token_ids
+from lmray.models.load import load_model, load_tokenizer, stop_token_ids, stop_token_ids_in
 from lmray.models.precision import computing, resolve_dtype
 from lmray.models.source import find_model
 from lmray.models.supervised import IGNORED, supervised_logits
@@ -72,6 +72,42 @@ def test_corrupted_weights_and_a_missing_template_are_named(tmp_path):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_spoilt_generation_config_is_told_for_it_says_where_answers_end(tmp_path, content):
+    folder = tiny_model_folder(tmp_path / "m")
+    assert stop_token_ids_in(folder) == (2,)
+    (folder / "generation_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        stop_token_ids_in(folder)
+    (folder / "generation_config.json").unlink()
+    assert stop_token_ids_in(folder) == ()
+
+
+def spoil(folder, file: str, content: str | None = None, **fields) -> None:
+    """`content` in place of `file`, or `fields` laid over its object."""
+    path = folder / file
+    text = content if content is not None else json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields)
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "found"),
+    [
+        ("tokenizer_config.json", {"content": "[]"}, "cannot be loaded"),
+        ("config.json", {"content": '{"model_type": "vit"}'}, "holds a `vit`, which has no vocabulary"),
+        ("config.json", {"hidden_size": -1}, "cannot be loaded"),
+        ("config.json", {"intermediate_size": 96}, r"as \[32, 64\], and config.json asks for \[32, 96\]"),
+    ],
+)
+def test_a_folder_whose_files_do_not_fit_is_told_before_a_weight_is_read(tmp_path, tiny_data, file, fields, found):
+    folder = tiny_model_folder(tmp_path / "m")
+    job = tiny_job(folder, tiny_data, tmp_path / "store")
+    make_plan(job)
+    spoil(folder, file, **fields)
+    with pytest.raises(ArtifactError, match=found):
+        make_plan(job)
+
+
 def test_pickled_weights_are_refused(tmp_path):
     folder = tiny_model_folder(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -129,9 +165,10 @@ def test_a_gguf_file_is_converted_once_under_its_digest(tmp_path, monkeypatch):
 
 
 def test_what_is_no_gguf_file_is_refused(tmp_path):
-    (tmp_path / "bad.gguf").write_bytes(b"no model at all")
-    with pytest.raises(ArtifactError, match="cannot be converted"):
-        find_model(str(tmp_path / "bad.gguf"))
+    for content in (b"no model at all", b"GGUFxxxx"):
+        (tmp_path / "bad.gguf").write_bytes(content)
+        with pytest.raises(ArtifactError, match="cannot be converted"):
+            find_model(str(tmp_path / "bad.gguf"))
     with pytest.raises(ArtifactError, match="no such file"):
         find_model(str(tmp_path / "gone.gguf"))
 

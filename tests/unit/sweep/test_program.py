@@ -156,6 +156,9 @@ def test_the_same_name_with_other_content_is_refused(make, tmp_path):
     with pytest.raises(ConfigError, match=r"another job\.train\.max_steps, search\.num_trials") as caught:
         check_sweep(make(search={"num_trials": 3}, job={"train__max_steps": 99}), tmp_path)
     assert "another `name`" in str(caught.value)
+    (tmp_path / "job.yaml").write_text("job: {name: [", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is spoilt"):
+        check_sweep(make(), tmp_path)
 
 
 @pytest.mark.parametrize("trials", [TRIALS, (), (trial("s", "stopped"),)], ids=["all", "none", "one stopped"])

@@ -5,7 +5,7 @@ import pytest
 from lmray.artifacts import checkpoints
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store, run_folder
-from lmray.errors import CapacityError, CheckpointError, ConfigError, DataError
+from lmray.errors import ArtifactError, CapacityError, CheckpointError, ConfigError, DataError
 from lmray.evaluate import measure as measuring
 from lmray.metrics.events import read_events
 from lmray.models.load import load_model
@@ -113,6 +113,33 @@ def test_a_checkpoint_of_another_run_is_refused(job, tmp_path):
     (run_folder(job()) / "plan.json").unlink()
     with pytest.raises(CheckpointError, match="another run"):
         run_here(job(train__seed=5), tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("content", ['{"run_key": "a', "[]", "{}"])
+def test_a_spoilt_plan_is_named_and_without_it_the_job_as_it_was_goes_on(job, tmp_path, content):
+    straight, broken = job(name="straight"), job(name="broken")
+    run_here(straight, tmp_path / "scratch")
+    run_here(broken, tmp_path / "scratch", stop_at=3)
+    plan = run_folder(broken) / "plan.json"
+    plan.write_text(content, encoding="utf-8")
+    with pytest.raises(ArtifactError, match="is spoilt") as caught:
+        run_here(broken, tmp_path / "scratch")
+    assert caught.value.where == str(plan) and "goes on from its last checkpoint" in str(caught.value.hint)
+    plan.unlink()
+    run_here(broken, tmp_path / "scratch")
+    assert curve(broken) == curve(straight)
+
+
+def test_a_spoilt_result_is_named_and_without_it_the_run_ends_again(job, tmp_path):
+    first = run_here(job(evaluate={"tasks": ["loss"]}), tmp_path / "scratch")
+    result = run_folder(job()) / "result.json"
+    result.write_text(result.read_text(encoding="utf-8")[:20], encoding="utf-8")
+    with pytest.raises(ArtifactError, match="is spoilt") as caught:
+        run_here(job(evaluate={"tasks": ["loss"]}), tmp_path / "scratch")
+    assert caught.value.where == str(result) and caught.value.exit_code == 2
+    result.unlink()
+    again = run_here(job(evaluate={"tasks": ["loss"]}), tmp_path / "scratch")
+    assert again.status == "succeeded" and again.metrics["eval.loss"] == first.metrics["eval.loss"]
 
 
 def test_a_checkpoint_whose_adapter_does_not_fit_is_refused(job, tiny_model, tmp_path):
