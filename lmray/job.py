@@ -108,6 +108,9 @@ class Resources(Config):
     """CPU cores a worker reserves and computes with. Empty: the cores of the smallest node, shared evenly."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a failed worker group starts again from the last checkpoint."""
+    async_checkpoints: bool = False
+    """Training: checkpoints are copied to the store beside the steps that follow; a worker's temporary folder then
+    takes two of them."""
     price_per_worker_hour: Annotated[float, Field(ge=0.0)] | None = None
     """What one worker costs an hour, in any currency: estimates say what a run may cost, `run.cost` what it did."""
 
