@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from lmray.artifacts.checkpoints import checkpoint_name, commit, newest_good, remove_old, tidy
+from lmray.artifacts.files import seal
 from lmray.artifacts.patience import Patience, passing
 from lmray.metrics.events import EventLog
 
@@ -35,10 +36,17 @@ class RunContext(Protocol):
     patience: Patience
     """What the program does its own writes with."""
 
-    def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
-        """Records `metrics` of optimizer step `step`. With `checkpoint`, this rank's part of one, sealed, returns once
-        the parts of all ranks are committed as one folder: a process killed after the call finds it in
-        `resume_from`."""
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records `metrics` of optimizer step `step`."""
+        ...
+
+    def commit(
+        self, step: int, checkpoint: Path, *, before: Callable[[], object] = lambda: None, **facts: str | int
+    ) -> None:
+        """Seals the folder `checkpoint`, this rank's part of one, with `facts`, and returns once the parts of all ranks
+        are committed as one: a process killed after the call finds it in `resume_from`. What was reported up to `step`
+        is on disk before that, and `before` is done, on rank 0, where it may be done again. One at a time; a thread of
+        its own may commit beside all other calls. Raises CheckpointError, the same on every rank."""
         ...
 
     def wish(self) -> Wish:
@@ -111,28 +119,10 @@ class LocalContext:
         self._last: Path | None = None
         self._away = False
 
-    def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
-        self._events.add(step, metrics)
-        if checkpoint is None:
-            self._try_events()
-            return
-        name = self.folder / checkpoint_name(step)
-        self.patience(f"writing {name}", lambda: self._commit(step, checkpoint), hint=self.standing())
-        self._last = name
-        try:
-            remove_old(self.folder)
-        except OSError:  # nothing is lost by what stays; the next checkpoint or the next start removes it
-            return
-
-    def _commit(self, step: int, checkpoint: Path) -> None:
-        # Events first: one without its checkpoint is dropped at the resume, a checkpoint without its event is a gap.
-        self._events.flush(durable=True)
-        self._make_checkpoint(checkpoint, self.folder, step)
-        self._away = False  # Patience has said so
-
-    def _try_events(self) -> None:
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Steps need no store. Lines that cannot be written wait for the next; a kill that loses them loses nothing,
         for without a checkpoint their steps are done again."""
+        self._events.add(step, metrics)
         try:
             self._events.flush()
         except OSError as error:
@@ -146,6 +136,34 @@ class LocalContext:
             if self._away:
                 self.patience.say(f"writing {self._events.path}: done, no line is missing")
             self._away = False
+
+    def commit(
+        self, step: int, checkpoint: Path, *, before: Callable[[], object] = lambda: None, **facts: str | int
+    ) -> None:
+        self._seal(step, checkpoint, facts)
+        self._keep(step, checkpoint, before)
+
+    def _seal(self, step: int, checkpoint: Path, facts: Mapping[str, str | int]) -> None:
+        hint = f"{self.scratch} needs room for a checkpoint; {self.standing()}"
+        self.patience(f"writing {checkpoint}", lambda: seal(checkpoint, step=step, **facts), hint=hint)
+
+    def _keep(self, step: int, checkpoint: Path, before: Callable[[], object]) -> None:
+        name = self.folder / checkpoint_name(step)
+
+        def write() -> None:
+            # Events first: one without its checkpoint is dropped at the resume, a checkpoint without its event is a
+            # gap.
+            self._events.flush(durable=True)
+            before()
+            self._make_checkpoint(checkpoint, self.folder, step)
+            self._away = False  # Patience has said so
+
+        self.patience(f"writing {name}", write, hint=self.standing())
+        self._last = name
+        try:
+            remove_old(self.folder)
+        except OSError:  # nothing is lost by what stays; the next checkpoint or the next start removes it
+            return
 
     def standing(self) -> str:
         """What is safe, as the hint of an error that ends the run."""

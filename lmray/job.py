@@ -113,6 +113,9 @@ class Resources(Config):
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a failed worker group starts again from the last checkpoint. Machines that are taken away with notice,
     and changes of the number of workers, are not counted."""
+    async_checkpoints: bool = False
+    """Training: checkpoints are copied to the store beside the steps that follow; a worker's temporary folder then
+    takes two of them."""
     price_per_worker_hour: Annotated[float, Field(ge=0.0)] | None = None
     """What one worker costs an hour, in any currency: estimates say what a run may cost, `run.cost` what it did."""
 

@@ -7,7 +7,7 @@ Shapes: B rows, T tokens of the longest row.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -51,8 +51,16 @@ class Batch:
         """What the model is called with."""
         return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT}
 
+    def pin_memory(self) -> Batch:
+        """In memory that a GPU copies from by itself."""
+        return self._with(torch.Tensor.pin_memory)
+
     def to(self, device: str) -> Batch:
-        ids, positions, labels = (one.to(device) for one in (self.input_ids_BT, self.position_ids_BT, self.labels_BT))
+        """On `device`; from pinned memory the copy goes on beside what this thread does next."""
+        return self._with(lambda one: one.to(device, non_blocking=one.is_pinned()))
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        ids, positions, labels = map(change, (self.input_ids_BT, self.position_ids_BT, self.labels_BT))
         return Batch(ids, positions, labels, self.num_supervised, self.num_tokens, self.lengths)
 
 

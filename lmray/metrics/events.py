@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ class EventLog:
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock = threading.Lock()  # a checkpoint is committed beside the steps that follow
         self._waiting: list[str] = []
         self._whole: int | None = None
         """Length of the file before a write that failed: what is beyond is written again."""
@@ -29,22 +31,24 @@ class EventLog:
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes a report in; the next `flush` writes it."""
         line = json.dumps({"step": step, "time": round(time.time(), 3), **metrics}, ensure_ascii=False)
-        self._waiting.append(line + "\n")
+        with self._lock:
+            self._waiting.append(line + "\n")
 
     def flush(self, *, durable: bool = False) -> None:
         """Writes what waits, `durable`: to the disk itself. Raises OSError where it cannot; then all of it waits on,
         and a later call leaves each line once."""
-        with open(self.path, "ab+") as file:
-            if self._whole is not None:
-                file.truncate(self._whole)
-            start = file.seek(0, os.SEEK_END)
-            cut_off = start and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # by a kill
-            self._whole = start
-            file.write((("\n" if cut_off else "") + "".join(self._waiting)).encode())
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        self._waiting, self._whole = [], None
+        with self._lock:
+            with open(self.path, "ab+") as file:
+                if self._whole is not None:
+                    file.truncate(self._whole)
+                start = file.seek(0, os.SEEK_END)
+                cut_off = start and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"  # by a kill
+                self._whole = start
+                file.write((("\n" if cut_off else "") + "".join(self._waiting)).encode())
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            self._waiting, self._whole = [], None
 
     def read(self) -> list[dict[str, Any]]:
         """All complete lines."""

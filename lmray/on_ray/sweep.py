@@ -72,8 +72,8 @@ class TuneContext(LocalContext):
         super().__init__(folder, scratch=scratch, device=device, threads=threads)
         self.objective = objective
 
-    def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
-        super().report(step, metrics, checkpoint)
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().report(step, metrics)
         # The last step is reported once the trial is whole: a scheduler that ends it there would cost its adapter.
         if self.objective in metrics and step != self._last_step():
             ray.tune.report({"step": step, self.objective: metrics[self.objective]})

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmray.adapters.base import Adapter
-from lmray.artifacts.files import read_sealed, seal, write_json
+from lmray.artifacts.files import read_sealed, write_json
 from lmray.context import RunContext
 from lmray.errors import ArtifactError, CheckpointError
 from lmray.models.tensors import save_tensors
@@ -43,13 +43,13 @@ class Progress:
 
 
 def save_checkpoint(folder: Path, progress: Progress, placed: Placed, adapter: Adapter, rank: int) -> None:
-    """Writes this rank's part of a checkpoint into the empty or new `folder`; called on all ranks together."""
+    """Writes this rank's part of a checkpoint into the empty or new `folder`, for `RunContext.commit` to seal; called
+    on all ranks together."""
     placed.save(folder)
     save_tensors(_random_state(), folder / _random_file(rank))
     if rank == 0:
         save_tensors(adapter.resume_state(placed.model), folder / ADAPTER)
         write_json(folder / "progress.json", asdict(progress))
-    seal(folder, step=progress.step, run_key=progress.run_key)
 
 
 def save_weights(folder: Path, placed: Placed, adapter: Adapter, rank: int) -> bool:

@@ -1,8 +1,8 @@
 """The run context of processes that train together, over `torch.distributed`: rank 0 keeps the run folder as
 `LocalContext` keeps it, every rank adds its part of a checkpoint, and all of them decide alike.
 
-What the ranks agree on goes over a gloo group of its own: it works beside NCCL, and waits for a store that is away
-without the model's collectives timing out.
+What the ranks agree on goes over gloo groups of its own: they work beside NCCL, and wait for a store that is away
+without the model's collectives timing out. Commits have one to themselves: two threads cannot share a group.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,17 +39,20 @@ class GroupContext(LocalContext):
     def __init__(self, folder: Path, *, rank: int, world_size: int, **settings: Any):
         super().__init__(folder, **settings)
         self.rank, self.world_size = rank, world_size
-        self._agreement: Any = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT) if world_size > 1 else None
+        self._steps, self._commits = Agreement(rank, world_size), Agreement(rank, world_size)
 
-    def report(self, step: int, metrics: Mapping[str, float], checkpoint: Path | None = None) -> None:
-        if checkpoint is None:
-            if self.rank == 0:
-                super().report(step, metrics)
-            return
-        staging = self.agreed(lambda: staging_for(self.folder, step))
-        with self.together():
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.rank == 0:
+            super().report(step, metrics)
+
+    def commit(
+        self, step: int, checkpoint: Path, *, before: Callable[[], object] = lambda: None, **facts: str | int
+    ) -> None:
+        staging = self._commits.agreed(lambda: staging_for(self.folder, step))
+        with self._commits.together():
+            self._seal(step, checkpoint, facts)
             self.patience(f"writing {staging}", lambda: add_part(checkpoint, staging, self.rank), hint=self.standing())
-        self.agreed(lambda: LocalContext.report(self, step, metrics, staging))
+        self._commits.agreed(lambda: self._keep(step, staging, before))
         self._last = self.folder / checkpoint_name(step)
 
     def wish(self) -> Wish:
@@ -81,11 +84,26 @@ class GroupContext(LocalContext):
             (self.folder / name).unlink()
 
     def agreed(self, act: Callable[[], T]) -> T:
+        return self._steps.agreed(act)
+
+    def together(self) -> AbstractContextManager[None]:
+        return self._steps.together()
+
+
+class Agreement:
+    """What the ranks do or hear alike, over a gloo group of its own; all of them make one, together."""
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
+        self._group: Any = dist.new_group(backend="gloo", timeout=AGREEMENT_TIMEOUT) if world_size > 1 else None
+
+    def agreed(self, act: Callable[[], T]) -> T:
+        """See `RunContext.agreed`."""
         outcome: list[tuple[T | None, LmrayError | None] | None] = [None]
         if self.rank == 0:
             outcome[0] = _tried(act)
-        if self._agreement is not None:
-            dist.broadcast_object_list(outcome, src=0, group=self._agreement)
+        if self._group is not None:
+            dist.broadcast_object_list(outcome, src=0, group=self._group)
         value, error = outcome[0]  # type: ignore[misc]
         if error is not None:
             raise error
@@ -93,14 +111,15 @@ class GroupContext(LocalContext):
 
     @contextmanager
     def together(self) -> Iterator[None]:
+        """See `RunContext.together`."""
         mine: LmrayError | None = None
         try:
             yield
         except LmrayError as error:
             mine = error
         errors: list[LmrayError | None] = [mine] * self.world_size
-        if self._agreement is not None:
-            dist.all_gather_object(errors, mine, group=self._agreement)
+        if self._group is not None:
+            dist.all_gather_object(errors, mine, group=self._group)
         for error in errors:
             if error is not None:
                 raise error

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lmray.artifacts.files import replace_folder, write_json
+from lmray.artifacts.files import write_json
 from lmray.context import RunContext
 from lmray.data.batch import Batch, collate
 from lmray.data.sampler import Sampler
@@ -22,6 +22,8 @@ from lmray.job import TrainJob
 from lmray.models.load import pad_token_id
 from lmray.schedules.base import learning_rate
 from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
+from lmray.train.commits import Commits, Snapshot, best_folder
+from lmray.train.feed import Feed
 from lmray.train.learner import Learner, StepReport
 from lmray.train.peak import peak_memory_bytes
 from lmray.train.plan import Plan
@@ -38,6 +40,8 @@ class Loop:
         self.sampler = Sampler(len(prepared.rows), job.train.seed)
         self.progress = self._resumed()
         self.watch = Watch(**self.progress.watch)
+        self.feed = Feed(self._made, range(self.progress.samples, plan.samples, plan.rows_per_step), device=ctx.device)
+        self.commits = Commits(ctx, beside=job.resources.async_checkpoints)
         self._postponed = False
         self._compiles = job.train.torch_compile
         self.final_loss: float | None = None
@@ -53,11 +57,12 @@ class Loop:
 
         Raises DivergenceError, the same on every rank, where a step's numbers say that the run is lost; that step is
         in no checkpoint."""
-        while not self.done:
-            wish = self.ctx.wish()
-            self._step(save=wish != "go on")
-            if wish == "stop" and not self.done:
-                return False
+        with self.feed, self.commits:
+            while not self.done:
+                wish = self.ctx.wish()
+                self._step(save=wish != "go on")
+                if wish == "stop" and not self.done:
+                    return False
         if self.best_folder is not None:
             if self.learner.placed.whole:
                 self.job.adapter.load(self.learner.model, self.best_folder)
@@ -67,8 +72,10 @@ class Loop:
     @property
     def best_folder(self) -> Path | None:
         """Where the weights of the result are, where they are not those of the last step."""
-        earlier = self.watch.best_step not in (None, self.progress.step)
-        return self._best_folder() if self.job.train.load_best_model_at_end and earlier else None
+        best = self.watch.best_step
+        if not self.job.train.load_best_model_at_end or best in (None, self.progress.step):
+            return None
+        return best_folder(self.ctx.folder, best)
 
     def gathered(self) -> Path | None:
         """Where rank 0 finds the result's weights, saved by the adapter, where no rank holds the whole model; called on
@@ -90,7 +97,7 @@ class Loop:
 
     def _step(self, *, save: bool) -> None:
         step, start = self.progress.step + 1, time.perf_counter()
-        stop = min(self.progress.samples + self.plan.rows_per_step, self.plan.samples)
+        stop = self._end_of(self.progress.samples)
         args = self.job.train
         rate = learning_rate(
             args.lr_scheduler_type,
@@ -99,7 +106,8 @@ class Loop:
             peak=args.learning_rate,
             warmup_ratio=args.warmup_ratio,
         )
-        batches, num_idle = self._batches(stop)
+        made, num_idle = next(self.feed)
+        batches = [batch.to(self.ctx.device) for batch in made]
         report = self.learner.step(batches, learning_rate=rate, step=step, num_idle=num_idle)
         seconds = time.perf_counter() - start
         rows = self.sampler.rows(self.progress.samples, stop)
@@ -152,10 +160,14 @@ class Loop:
             all_sum=self.learner.placed.all_sum,
         )
 
-    def _batches(self, stop: int) -> tuple[list[Batch], int]:
-        """This rank's micro-batches of the samples up to `stop`, as many on every rank; and how many at the end are
-        only there for that: the first row again."""
-        rows = self.sampler.rows(self.progress.samples, stop)
+    def _end_of(self, start: int) -> int:
+        """Where the samples end of the step whose samples begin at `start`."""
+        return min(start + self.plan.rows_per_step, self.plan.samples)
+
+    def _made(self, start: int) -> tuple[list[Batch], int]:
+        """This rank's micro-batches of the step whose samples begin at `start`, as many on every rank; and how many at
+        the end are only there for that: the first row again. Called in a thread: reads what no step changes."""
+        rows = self.sampler.rows(start, self._end_of(start))
         mine = rows[self.ctx.rank :: self.ctx.world_size]
         size = self.job.train.per_device_train_batch_size
         parts = [mine[first : first + size] for first in range(0, len(mine), size)]
@@ -166,7 +178,8 @@ class Loop:
     def _batch(self, rows: Sequence[int]) -> Batch:
         packed = self.learner.joined([self.prepared.rows[row] for row in rows])
         pad = pad_token_id(self.prepared.tokenizer)
-        return collate(packed, pad_token_id=pad, multiple_of=self.learner.multiple_of).to(self.ctx.device)
+        batch = collate(packed, pad_token_id=pad, multiple_of=self.learner.multiple_of)
+        return batch.pin_memory() if self.ctx.device.startswith("cuda") else batch
 
     def _metrics(self, report: StepReport, rate: float, seconds: float) -> dict[str, float]:
         return {
@@ -181,36 +194,22 @@ class Loop:
         }
 
     def _report(self, step: int, metrics: dict[str, float], *, save: bool) -> None:
+        self.ctx.report(step, metrics)
         if not save:
-            self.ctx.report(step, metrics)
+            self.commits.look()
             return
-        folder = self.ctx.scratch / "checkpoint"
-        hint = f"{self.ctx.scratch} needs room for one checkpoint; the same command goes on from the last committed one"
-        self.ctx.patience(f"writing {folder}", lambda: self._save(folder), hint=hint)
-        self.ctx.report(step, metrics, folder)
-        self._forget_older_bests()
+        snapshot, scratch = Snapshot(self.commits.next_folder(), self.progress), self.ctx.scratch
+        hint = f"{scratch} needs room for one more checkpoint; the same command goes on from the last committed one"
+        self.ctx.patience(f"writing {snapshot.folder}", lambda: self._save(snapshot), hint=hint)
+        self.commits.begin(snapshot)
 
-    def _save(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    def _save(self, snapshot: Snapshot) -> None:
+        shutil.rmtree(snapshot.folder, ignore_errors=True)
+        snapshot.checkpoint.mkdir(parents=True)
         placed, adapter = self.learner.placed, self.job.adapter
         if self.job.train.load_best_model_at_end and self.watch.best_step == self.progress.step:
-            # Before the checkpoint that names it: what a committed checkpoint calls the best is always there.
-            best = self.ctx.scratch / "best"
-            shutil.rmtree(best, ignore_errors=True)
-            if save_weights(best, placed, adapter, self.ctx.rank):
-                replace_folder(best, self._best_folder())
-        save_checkpoint(folder, self.progress, placed, adapter, self.ctx.rank)
-
-    def _best_folder(self) -> Path:
-        return self.ctx.folder / f"best-{self.watch.best_step:08d}"
-
-    def _forget_older_bests(self) -> None:
-        """Only after a commit: until then a resume may go back to where an older one was the best."""
-        if self.ctx.rank == 0 and self.job.train.load_best_model_at_end and self.watch.best_step is not None:
-            for old in self.ctx.folder.glob("best-*"):
-                if old != self._best_folder():
-                    shutil.rmtree(old)
+            save_weights(snapshot.best, placed, adapter, self.ctx.rank)
+        save_checkpoint(snapshot.checkpoint, self.progress, placed, adapter, self.ctx.rank)
 
     def _resumed(self) -> Progress:
         folder = self.ctx.resume_from()

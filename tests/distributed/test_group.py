@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lmray.artifacts.checkpoints import committed
-from lmray.artifacts.files import read_sealed, seal
+from lmray.artifacts.files import read_sealed
 from lmray.artifacts.patience import Patience
 from lmray.artifacts.store import run_folder
 from lmray.errors import CapacityError, CheckpointError, ConfigError, DataError
@@ -20,7 +21,7 @@ from lmray.sharding.ddp import Ddp
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.testing.ranks import RankDiedError, outcomes, run_ranks, train_ranks
 from lmray.train import group
-from lmray.train.group import torchrun_context
+from lmray.train.group import GroupContext, torchrun_context
 from lmray.train.program import train
 
 
@@ -33,14 +34,13 @@ def job(tiny_model, tiny_data, tmp_path):
     return make
 
 
-def part(folder: Path, rank: int, *, step: int = 3) -> Path:
+def part(folder: Path, rank: int) -> Path:
     """A rank's part of a checkpoint; the first's is larger."""
     path = folder / f"part-{rank}"
     (path / "shards").mkdir(parents=True)
     (path / "shards" / f"__{rank}_0").write_bytes(bytes([rank]))
     if rank == 0:
         (path / "progress.json").write_text("{}", encoding="utf-8")
-    seal(path, step=step, run_key="key")
     return path
 
 
@@ -51,7 +51,8 @@ def _report(rank: int, folder: Path, parts: Path) -> tuple[str | None, list[str]
         assert ctx.resume_from() is None
         wishes = [ctx.wish() for _ in range(4)]
         ctx.report(1, {"train.loss": 1.0})
-        ctx.report(3, {"train.loss": 0.5}, part(parts, rank))
+        ctx.report(3, {"train.loss": 0.5})
+        ctx.commit(3, part(parts, rank), run_key="key")
         found = ctx.resume_from()
         return (found and found.name), wishes
 
@@ -77,14 +78,83 @@ def test_a_part_that_cannot_be_written_ends_all_ranks_and_leaves_the_checkpoint_
 
 def _full_disk(rank: int, folder: Path, parts: Path) -> None:
     with torchrun_context(folder, patience=Patience(total_s=0)) as ctx:
-        ctx.report(3, {}, part(parts, rank))
+        ctx.commit(3, part(parts, rank))
         if rank == 1:
             group.add_part = _no_space
-        ctx.report(4, {}, part(parts, rank + 10, step=4))
+        ctx.commit(4, part(parts, rank + 10))
 
 
 def _no_space(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+def _full_disk_beside(rank: int, job) -> None:
+    """Rank 1 cannot write its part of the second checkpoint."""
+    add = group.add_part
+
+    def add_part(part: Path, staging: Path, at: int) -> None:
+        if rank == 1 and "checkpoint-00000004" in staging.name:
+            raise OSError(28, "No space left on device")
+        add(part, staging, at)
+
+    group.add_part = add_part
+    with torchrun_context(run_folder(job), patience=Patience(total_s=0)) as ctx:
+        try:
+            train(job, ctx)
+        finally:
+            assert not [one.name for one in threading.enumerate() if one.name.startswith("lmray-")]
+
+
+def test_a_commit_that_fails_beside_the_steps_ends_all_ranks_with_what_one_found(job):
+    one = job(resources={"workers": 2, "async_checkpoints": True})
+    found = outcomes(2, _full_disk_beside, one)
+    assert [type(error) for error in found] == [CheckpointError, CheckpointError]
+    assert str(found[0]) == str(found[1]) and "No space left" in str(found[0])
+    assert "checkpoint-00000002 is good" in str(found[0])
+    assert [path.name[-1] for path in committed(run_folder(one))] == ["2"]
+    assert train_ranks(one).status == "succeeded"
+    assert [event["step"] for event in read_events(run_folder(one) / "events.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert not list(run_folder(one).glob(".*.tmp"))
+
+
+def _slow_store(rank: int, job) -> list[str]:
+    """The first checkpoint is committed once both ranks have done the step after it; what rank 0 saw, in order."""
+    log, make, begun, let = list[str](), GroupContext._make_checkpoint, threading.Event(), threading.Event()
+
+    def commit(staging: Path, folder: Path, step: int) -> None:
+        begun.set()
+        assert step != 2 or let.wait(60)
+        make(staging, folder, step)
+        log.append(f"committed {step}")
+
+    GroupContext._make_checkpoint = staticmethod(commit)
+    with torchrun_context(run_folder(job)) as ctx:
+        report = ctx.report
+
+        def reported(step: int, metrics) -> None:
+            report(step, metrics)
+            log.append(f"step {step}")
+            if step == 3:
+                assert rank or begun.wait(60)
+                let.set()
+
+        ctx.report = reported
+        train(job, ctx)
+    return log
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_ranks_go_on_while_their_checkpoint_is_committed(job, sharding):
+    one = job(sharding=sharding, resources={"workers": 2, "async_checkpoints": True})
+    log, other = run_ranks(2, _slow_store, one)
+    assert log.index("step 3") < log.index("committed 2") < log.index("committed 4") < log.index("committed 6")
+    assert other == [f"step {step}" for step in range(1, 7)]
+    again, straight = (one.model_copy(update={"name": name}) for name in ("again", "straight"))
+    straight = straight.changed({"resources.async_checkpoints": False})
+    assert train_ranks(again, stop_at=3).status == "stopped"
+    assert [path.name[-1] for path in committed(run_folder(again))] == ["2", "3"]
+    assert train_ranks(again).status == train_ranks(straight).status == "succeeded"
+    assert curve(one) == curve(again) == curve(straight)
 
 
 def _apart(rank: int, job) -> None:

@@ -60,8 +60,9 @@ def fake(job, ctx):
     write_json(ctx.folder / "plan.json", {"steps": STEPS})
     for step in range(start + 1, STEPS + 1):
         checkpoint = ctx.scratch / "checkpoint"
-        write_json(checkpoint / "manifest.json", {"step": step})
-        ctx.report(step, {"eval.loss": loss + 1 / step}, checkpoint)
+        write_json(checkpoint / "progress.json", {"step": step})
+        ctx.report(step, {"eval.loss": loss + 1 / step})
+        ctx.commit(step, checkpoint)
     write_json(ctx.folder / "adapter" / "adapter_config.json", {"r": job.adapter.r})
     origin = {"kind": "adapter", "base": {"source": job.model.source}, "parents": (), "run_key": "k"}
     details = {"adapter": str(ctx.folder / "adapter"), **origin}

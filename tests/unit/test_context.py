@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lmray.artifacts.checkpoints import checkpoint_name, committed
-from lmray.artifacts.files import seal
+from lmray.artifacts.files import MANIFEST, read_sealed
 from lmray.artifacts.patience import Patience
 from lmray.context import LocalContext, Result, RunContext
 from lmray.errors import CheckpointError
@@ -22,13 +22,13 @@ def ctx(tmp_path) -> LocalContext:
     return LocalContext(tmp_path / "run", scratch=tmp_path / "scratch")
 
 
-def checkpoint(ctx: LocalContext, step: int, *, sealed: bool = True) -> Path:
+def save(ctx: LocalContext, step: int, metrics: dict[str, float] | None = None) -> None:
+    """Reports `step` and commits a checkpoint of it."""
+    ctx.report(step, metrics or {})
     folder = ctx.scratch / checkpoint_name(step)
     folder.mkdir()
     (folder / "weights").write_text(str(step), encoding="utf-8")
-    if sealed:
-        seal(folder, step=step)
-    return folder
+    ctx.commit(step, folder, run_key="key")
 
 
 def test_it_is_a_run_context_of_one_process(ctx):
@@ -46,27 +46,30 @@ def test_a_report_is_in_the_event_log_when_the_call_returns(ctx):
 
 
 def test_a_checkpoint_is_committed_when_the_call_returns(ctx):
-    ctx.report(5, {}, checkpoint(ctx, 5))
+    save(ctx, 5)
     found = ctx.resume_from()
     assert found == ctx.folder / "checkpoint-00000005"
     assert (found / "weights").read_text(encoding="utf-8") == "5"
+    manifest = read_sealed(found)
+    assert (manifest["step"], manifest["run_key"]) == (5, "key")
 
 
 def test_the_last_two_checkpoints_stay_in_the_order_of_steps(ctx):
     for step in (5, 10, 100):
-        ctx.report(step, {}, checkpoint(ctx, step))
+        save(ctx, step)
     assert [path.name for path in committed(ctx.folder)] == ["checkpoint-00000010", "checkpoint-00000100"]
     assert ctx.resume_from() == ctx.folder / "checkpoint-00000100"
 
 
 def test_a_folder_without_manifest_was_not_committed(ctx):
-    ctx.report(5, {}, checkpoint(ctx, 5))
-    ctx.report(10, {}, checkpoint(ctx, 10, sealed=False))
+    save(ctx, 5)
+    shutil.copytree(ctx.folder / checkpoint_name(5), ctx.folder / checkpoint_name(10))
+    (ctx.folder / checkpoint_name(10) / MANIFEST).unlink()
     assert ctx.resume_from() == ctx.folder / "checkpoint-00000005"
 
 
 def test_a_new_context_on_the_folder_of_a_run_goes_on_with_it(ctx, tmp_path):
-    ctx.report(5, {"train.loss": 0.5}, checkpoint(ctx, 5))
+    save(ctx, 5, {"train.loss": 0.5})
     again = LocalContext(ctx.folder, scratch=tmp_path / "other")
     assert again.resume_from() == ctx.resume_from()
     again.report(6, {})
@@ -132,28 +135,28 @@ def test_steps_go_on_while_the_store_is_away_and_no_event_is_missing(store):
 
 
 def test_a_checkpoint_waits_for_the_store_and_is_then_whole(store):
-    store.ctx.report(1, {}, checkpoint(store.ctx, 1))
+    save(store.ctx, 1)
     store.take_away()
     store.returns_at = 60
     store.ctx.report(2, {})
-    store.ctx.report(3, {}, checkpoint(store.ctx, 3))
+    save(store.ctx, 3)
     assert store.steps() == [1, 2, 3]
     assert store.ctx.resume_from() == store.folder / "checkpoint-00000003"
     assert len(store.said) == 3 and store.now >= 60
 
 
 def test_a_store_that_stays_away_ends_the_run_and_names_what_is_safe(store):
-    store.ctx.report(1, {}, checkpoint(store.ctx, 1))
+    save(store.ctx, 1)
     store.take_away()
     with pytest.raises(CheckpointError, match="checkpoint-00000001 is good") as caught:
-        store.ctx.report(2, {}, checkpoint(store.ctx, 2))
+        save(store.ctx, 2)
     assert "same command goes on" in str(caught.value) and not store.folder.exists(), "nothing is made in its place"
     store.elsewhere.rename(store.folder)
     assert store.ctx.resume_from() == store.folder / "checkpoint-00000001"
 
 
 def test_a_full_disk_half_way_through_a_checkpoint_leaves_no_half(store, monkeypatch):
-    store.ctx.report(1, {}, checkpoint(store.ctx, 1))
+    save(store.ctx, 1)
 
     def full(source, target):
         target.mkdir()
@@ -162,7 +165,7 @@ def test_a_full_disk_half_way_through_a_checkpoint_leaves_no_half(store, monkeyp
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left"):
         patch.setattr(shutil, "copytree", full)
-        store.ctx.report(2, {}, checkpoint(store.ctx, 2))
+        save(store.ctx, 2)
     assert [path.name for path in committed(store.folder)] == ["checkpoint-00000001"]
     assert not list(store.folder.glob(".*.tmp"))
     assert store.ctx.resume_from() == store.folder / "checkpoint-00000001"

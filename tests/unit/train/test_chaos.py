@@ -19,8 +19,8 @@ def place(tiny_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("chaos")
     data = write_jsonl(root / "data.jsonl", tiny_rows(12))
 
-    def make(name: str):
-        job = tiny_job(tiny_model, data, root / name / "store", **CHANGES)
+    def make(name: str, *, beside: bool):
+        job = tiny_job(tiny_model, data, root / name / "store", **CHANGES, resources={"async_checkpoints": beside})
         return job, lambda: run_here(job, root / name / "scratch")
 
     return root, make
@@ -36,15 +36,17 @@ def one_of_each(seen: list[tuple[str, str]]) -> list[int]:
     )
 
 
-def test_a_kill_at_any_write_loses_nothing_and_leaves_nothing(place):
+@pytest.mark.parametrize("beside", [False, True], ids=["between steps", "beside steps"])
+def test_a_kill_at_any_write_loses_nothing_and_leaves_nothing(place, beside):
     root, make = place
-    whole, run = make("whole")
+    root = root / str(beside)
+    whole, run = make(f"{beside}/whole", beside=beside)
     seen = file_operations(root / "whole", run)
     expected = sorted(path.relative_to(root / "whole").as_posix() for path in (root / "whole").rglob("*"))
     kills = one_of_each(seen)
     assert len(kills) == MAX_KILLS, "few operations were heard: the test says little"
     for kill in kills:
-        job, run = make(f"kill{kill}")
+        job, run = make(f"{beside}/kill{kill}", beside=beside)
         with pytest.raises(Killed):
             file_operations(root / f"kill{kill}", run, kill_at=kill)
         what = f"killed at {seen[kill - 1]}"

@@ -62,7 +62,8 @@ def test_the_same_name_with_other_content_is_refused_naming_the_fields(job, tmp_
 
 
 def test_placement_is_not_part_of_a_runs_identity(job, tmp_path):
-    keys = {make_plan(one).run_key for one in (job(), job(resources={"cpus_per_worker": 3}), job(name="other"))}
+    placed = {"cpus_per_worker": 3, "async_checkpoints": True}
+    keys = {make_plan(one).run_key for one in (job(), job(resources=placed), job(name="other"))}
     assert len(keys) == 1
     assert make_plan(job(train__seed=1)).run_key not in keys
 
@@ -201,7 +202,8 @@ def test_epochs_and_evaluation_steps(job, tmp_path):
 
 @pytest.mark.parametrize("call", range(1, 6))
 @pytest.mark.parametrize("before", [True, False])
-def test_a_kill_around_a_commit_leaves_no_gap_in_the_events(job, tmp_path, monkeypatch, call, before):
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_kill_around_a_commit_leaves_no_gap_in_the_events(job, tmp_path, monkeypatch, call, before, beside):
     class Killed(BaseException):
         pass
 
@@ -215,7 +217,7 @@ def test_a_kill_around_a_commit_leaves_no_gap_in_the_events(job, tmp_path, monke
         if dies:
             raise Killed
 
-    one = job(train__max_steps=6, train__save_steps=1)
+    one = job(train__max_steps=6, train__save_steps=1, resources={"async_checkpoints": beside})
     monkeypatch.setattr(checkpoints, "replace_folder", dying)
     with pytest.raises(Killed):
         run_here(one, tmp_path / "scratch")

@@ -8,6 +8,7 @@ import math
 import pytest
 from safetensors.torch import load_file
 
+from lmray.artifacts import checkpoints
 from lmray.artifacts.store import run_folder
 from lmray.errors import ConfigError, DivergenceError
 from lmray.evaluate.loss import held_out_loss
@@ -150,23 +151,26 @@ def test_interrupted_or_not_a_run_ends_at_the_same_step_with_the_same_model(job,
     assert all((first[name] == second[name]).all() for name in first)
 
 
-def test_a_kill_between_a_new_best_and_its_commit_keeps_the_older_best(job, tmp_path, held_out, monkeypatch):
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_kill_between_a_new_best_and_its_commit_keeps_the_older_best(job, tmp_path, held_out, monkeypatch, beside):
     class Killed(BaseException):
         pass
 
     one = job(train__eval_steps=2, train__load_best_model_at_end=True, train__save_steps=1000)
-    commit = loops.save_checkpoint
+    one = one.changed({"resources.async_checkpoints": beside})
+    commit = checkpoints.replace_folder
 
-    def dying(folder, progress, *rest):
-        if progress.step == 4:
+    def dying(source, target):
+        if target.name == "checkpoint-00000004":
+            assert (target.parent / "best-00000004").is_dir()
             raise Killed
-        commit(folder, progress, *rest)
+        commit(source, target)
 
-    held_out([5.0, 4.0])
-    monkeypatch.setattr(loops, "save_checkpoint", dying)
+    held_out([5.0, 4.0, 3.5])
+    monkeypatch.setattr(checkpoints, "replace_folder", dying)
     with pytest.raises(Killed):
         run_here(one, tmp_path / "scratch")
-    monkeypatch.setattr(loops, "save_checkpoint", commit)
+    monkeypatch.setattr(checkpoints, "replace_folder", commit)
     held_out([6.0, 7.0])  # on the second road step 4 is no better than step 2
     assert run_here(one, tmp_path / "scratch").metrics["train.best_step"] == 2
     assert [path.name for path in run_folder(one).glob("best-*")] == ["best-00000002"]
