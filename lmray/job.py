@@ -108,6 +108,9 @@ class Resources(Config):
     """CPU cores a worker reserves and computes with. Empty: the cores of the smallest node, shared evenly."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a failed worker group starts again from the last checkpoint."""
+    on_oom: Literal["fail", "halve"] = "fail"
+    """What a training run does that runs out of memory. `fail`: it ends and says what would fit. `halve`: it goes on
+    from its last checkpoint with half the rows in a forward pass and as many in a step, so that its curve stays."""
     price_per_worker_hour: Annotated[float, Field(ge=0.0)] | None = None
     """What one worker costs an hour, in any currency: estimates say what a run may cost, `run.cost` what it did."""
 
