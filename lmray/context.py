@@ -187,6 +187,7 @@ class LocalContext:
             return newest_good(self.folder, self.patience.say)
 
         self._last = self.patience(f"reading {self.folder}", found, hint=self.standing())
+        self._events = EventLog(self._events.path)  # what an attempt before this one could not write is done again
         return self._last
 
     def agreed(self, act: Callable[[], T]) -> T:

@@ -110,6 +110,15 @@ class DivergenceError(LmrayError):
     final = True
 
 
+class OutOfMemoryError(LmrayError):
+    """A training step, or a model to train, that there was not memory enough for. Raised on the rank that ran out
+    alone."""
+
+    final = True
+    micro_batch: int | None = None
+    """Rows of a forward pass with which the run can go on from its last checkpoint; None where it ends with this."""
+
+
 class RemoteError(LmrayError):
     """A cluster or endpoint that does not answer, or answers with a failure."""
 

@@ -113,6 +113,9 @@ class Resources(Config):
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a failed worker group starts again from the last checkpoint. Machines that are taken away with notice,
     and changes of the number of workers, are not counted."""
+    on_oom: Literal["fail", "halve"] = "fail"
+    """What a training run does that runs out of memory. `fail`: it ends and says what would fit. `halve`: it goes on
+    from its last checkpoint with half the rows in a forward pass and as many in a step, so that its curve stays."""
     async_checkpoints: bool = False
     """Training: checkpoints are copied to the store beside the steps that follow; a worker's temporary folder then
     takes two of them."""

@@ -22,12 +22,13 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from lmray.artifacts.files import check_writable, only_writer
 from lmray.artifacts.store import open_store, run_folder
 from lmray.context import Result
-from lmray.errors import CheckpointError, LmrayError, RemoteError
+from lmray.errors import CheckpointError, LmrayError, OutOfMemoryError, RemoteError
 from lmray.job import Resources, TrainJob
 from lmray.metrics.progress import follow
 from lmray.on_ray.cluster import check_resources, cluster_resources, connected
 from lmray.on_ray.context import STOP, RayContext
 from lmray.on_ray.notices import heard
+from lmray.on_ray.out_of_memory import EndsOutOfMemory, with_room
 from lmray.train.group import backend_for
 from lmray.train.plan import check_same_run, make_plan
 from lmray.train.program import finished
@@ -88,6 +89,7 @@ def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
             name=RAY_FOLDER,  # not the run's: Ray Train puts it into metrics that hold ASCII only
             storage_path=str(folder),
             failure_config=ray.train.FailureConfig(max_failures=resources.max_failures, max_preemption_failures=-1),
+            callbacks=[EndsOutOfMemory()],
         ),
     )
 
@@ -110,7 +112,8 @@ def _worker(config: dict[str, Any]) -> Result | LmrayError:
         context.open()
         return train_program(job, context)
     except LmrayError as error:
-        if not error.final and not isinstance(error, CheckpointError):
+        alone = isinstance(error, OutOfMemoryError)  # the other workers wait for this one
+        if alone or (not error.final and not isinstance(error, CheckpointError)):
             raise
         # Wrong input stays wrong, a diverged run diverges again, and a store was waited for long enough: handed back
         # instead of raised, so that it is not tried again.
@@ -125,7 +128,7 @@ def _fit(job: TrainJob, folder: Path) -> Result:
 
     def fit() -> None:
         try:
-            future.set_result(_outlasting_controllers(job, folder))
+            future.set_result(with_room(lambda: _outlasting_controllers(job, folder)))
         except BaseException as error:
             future.set_exception(error)
 

@@ -25,6 +25,7 @@ from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint, s
 from lmray.train.commits import Commits, Snapshot, best_folder
 from lmray.train.feed import Feed
 from lmray.train.learner import Learner, StepReport
+from lmray.train.out_of_memory import noticing_shortage
 from lmray.train.peak import peak_memory_bytes
 from lmray.train.plan import Plan
 from lmray.train.prepare import Prepared
@@ -35,8 +36,12 @@ from lmray.train.watch import Watch
 class Loop:
     """One training run from where it stands to its end."""
 
-    def __init__(self, job: TrainJob, plan: Plan, prepared: Prepared, learner: Learner, ctx: RunContext):
+    def __init__(
+        self, job: TrainJob, plan: Plan, prepared: Prepared, learner: Learner, ctx: RunContext, *, micro_batch: int
+    ):
         self.job, self.plan, self.prepared, self.learner, self.ctx = job, plan, prepared, learner, ctx
+        self.micro_batch = micro_batch
+        """Rows of one forward pass: the job's, or fewer where those ran out of memory."""
         self.sampler = Sampler(len(prepared.rows), job.train.seed)
         self.progress = self._resumed()
         self.watch = Watch(**self.progress.watch)
@@ -56,11 +61,12 @@ class Loop:
         """Trains to the end; True when done, False when asked to stop; the last step is committed either way.
 
         Raises DivergenceError, the same on every rank, where a step's numbers say that the run is lost; that step is
-        in no checkpoint."""
+        in no checkpoint. Raises RanOutError on a rank whose memory a step was too large for, and there alone."""
         with self.feed, self.commits:
             while not self.done:
                 wish = self.ctx.wish()
-                self._step(save=wish != "go on")
+                with noticing_shortage(self.progress.step + 1):
+                    self._step(save=wish != "go on")
                 if wish == "stop" and not self.done:
                     return False
         if self.best_folder is not None:
@@ -153,7 +159,7 @@ class Loop:
         return held_out_loss(
             self.learner.model,
             self.prepared.eval_rows,
-            batch_size=self.job.train.per_device_train_batch_size,
+            batch_size=self.micro_batch,
             pad_token_id=pad_token_id(self.prepared.tokenizer),
             device=self.ctx.device,
             share=(self.ctx.rank, self.ctx.world_size),
@@ -169,7 +175,7 @@ class Loop:
         the end are only there for that: the first row again. Called in a thread: reads what no step changes."""
         rows = self.sampler.rows(start, self._end_of(start))
         mine = rows[self.ctx.rank :: self.ctx.world_size]
-        size = self.job.train.per_device_train_batch_size
+        size = self.micro_batch
         parts = [mine[first : first + size] for first in range(0, len(mine), size)]
         most = -(-len(rows) // self.ctx.world_size)  # rank 0's
         num_idle = -(-most // size) - len(parts)

@@ -1,14 +1,15 @@
 """The training program: from a job to a kept adapter or model. Runs on every rank; rank 0 writes the run folder.
 
-Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, checkpoints, `adapter/` or `model/`,
-`answers-*.jsonl`, `loss.png`, `report.html`, and last `result.json`. A run whose folder holds `result.json` is done and
-is not run again.
+Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, checkpoints, `memory.json` where memory ran out,
+`adapter/` or `model/`, `answers-*.jsonl`, `loss.png`, `report.html`, and last `result.json`. A run whose folder holds
+`result.json` is done and is not run again.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lmray.metrics.events import EventLog
 from lmray.trackers.base import TrackedRun
 from lmray.train.loop import Loop
 from lmray.train.model import Learnt, base_model, free_memory, make_learner
+from lmray.train.out_of_memory import noticing_shortage, with_room
 from lmray.train.plan import Plan, check_same_run, continued, make_plan
 from lmray.train.preflight import run_cost
 from lmray.train.prepare import Prepared, prepare
@@ -58,7 +60,8 @@ def finished(folder: Path) -> Result | None:
 def train(job: TrainJob, ctx: RunContext) -> Result:
     """Runs `job` to its end, or until asked to stop; goes on from the last committed checkpoint.
 
-    Raises what planning raises, and ConfigError where the run folder holds another run.
+    Raises what planning raises, ConfigError where the run folder holds another run, and OutOfMemoryError on a rank that
+    ran out of memory where `resources.on_oom` does not let it go on, or where there are others to begin anew with it.
     """
     started = time.time()
     torch.set_num_threads(ctx.threads)
@@ -70,10 +73,20 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
         return begun
     with ctx.together():
         _check_same_data(begun, prepared, ctx)
-    loop = Loop(job, begun, prepared, make_learner(job, begun, prepared, ctx), ctx)
+    attempt = partial(_attempt, job, begun, prepared, ctx, started=started)
+    return with_room(job, begun, prepared, ctx, attempt)
+
+
+def _attempt(
+    job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext, micro_batch: int, *, started: float
+) -> Result:
+    """Goes on from the last committed checkpoint, to the end or as far as the memory goes."""
+    with noticing_shortage(step=None):
+        learner = make_learner(job, plan, prepared, ctx)
+    loop = Loop(job, plan, prepared, learner, ctx, micro_batch=micro_batch)
     ctx.agreed(lambda: _forget_events_after(loop.progress.step, ctx))
-    with Tracking(job.report_to if ctx.rank == 0 else (), _tracked(job, begun, ctx)) as tracking:
-        tracking.result = _run(job, begun, prepared, loop, started=started)
+    with Tracking(job.report_to if ctx.rank == 0 else (), _tracked(job, plan, ctx)) as tracking:
+        tracking.result = _run(job, plan, prepared, loop, started=started)
     return tracking.result
 
 
@@ -216,7 +229,7 @@ def _finish(
         metrics["run.cost"] = round(run_cost(job.resources, metrics["run.seconds"], workers=loop.ctx.world_size), 6)
     base = {name: plan.model[name] for name in BASE if name in plan.model}
     origin = {"kind": kind, "base": base, "parents": loop.prepared.model.parents, "run_key": plan.run_key}
-    details: dict[str, Any] = {kind: str(folder / kind), **origin}
+    details: dict[str, Any] = {kind: str(folder / kind), **origin, "micro_batch": loop.micro_batch}
     details["peak_memory_bytes_by_worker"] = list(peaks)
     details["deltas"] = deltas_json({label: one.evidence for label, one in measured.items()})
     kept = None

@@ -15,6 +15,7 @@ from lmray.metrics.events import read_events
 from lmray.train.plan import Plan
 
 RESULT, PLAN, JOB, DATA, DIVERGED = "result.json", "plan.json", "job.yaml", "data.json", "diverged.json"
+MEMORY = "memory.json"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Record:
     """See `data_statistics`."""
     diverged: Mapping[str, Any] | None
     """Why it was given up, where it was."""
+    memory: Mapping[str, Any] | None = None
+    """Where it ran out of memory, if it did; see `lmray.train.out_of_memory`."""
 
     @property
     def name(self) -> str:
@@ -79,6 +82,7 @@ def read_record(folder: Path) -> Record:
             answers=read_answers(folder),
             data=_json(folder / DATA) or {},
             diverged=_json(folder / DIVERGED),
+            memory=_json(folder / MEMORY),
         )
     except OSError as error:
         hint = "give the folder of a training run, or its name in the store"

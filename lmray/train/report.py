@@ -14,6 +14,7 @@ from lmray.evaluate.page import INTERVALS, answer_block, delta_text, shade, show
 from lmray.metrics.names import metric
 from lmray.metrics.page import Cell, cards, heading, number, page, paragraph, picture, split, table, verbatim
 from lmray.metrics.plots import SMALL, plot_lengths, plot_losses, plot_metric
+from lmray.train.out_of_memory import shortage_text
 from lmray.train.record import Record, read_record
 from lmray.units import human_bytes, human_count, human_seconds
 
@@ -36,6 +37,7 @@ def write_report(folder: Path, result: Result | None = None) -> Path:
         heading(run.name, 1),
         paragraph(_ending(run), "quiet"),
         *_alarm(run.diverged),
+        *_shortages(run),
         *_head(run),
         *before_and_after(run.metrics, run.deltas),
         heading("Curves"),
@@ -72,6 +74,17 @@ def _alarm(diverged: Mapping[str, Any] | None) -> Iterator[str]:
         yield paragraph("The step was taken over these rows:")
         yield verbatim("\n".join(diverged["rows"]))
         yield "</div>"
+
+
+def _shortages(run: Record) -> Iterator[str]:
+    """Where it ran out of memory, and how it came to its end nevertheless."""
+    for one in run.memory["history"] if run.memory else ():
+        yield paragraph(f"Out of memory {shortage_text(one)}: {one['found']}", "bad")
+    if run.memory and run.result:
+        rows = run.result.details["micro_batch"]
+        yield paragraph(
+            f"It ended with {rows} row(s) a forward pass, and {run.plan.rows_per_step} rows a step as ever."
+        )
 
 
 def _head(run: Record) -> Iterator[str]:

@@ -11,15 +11,19 @@ import threading
 import psutil
 import pytest
 import ray
+import ray.train
+import torch
 from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 
 from lmray.artifacts.store import run_folder
-from lmray.errors import CapacityError, ConfigError
+from lmray.errors import CapacityError, ConfigError, OutOfMemoryError
 from lmray.metrics.events import read_events
+from lmray.on_ray import train as on_ray_train
 from lmray.on_ray.train import train
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.waiting import wait_until
+from lmray.train.learner import Learner
 
 
 @pytest.fixture
@@ -161,3 +165,35 @@ def test_whole_checkpoints_that_nobody_registered_are_taken_up_and_spoilt_ones_a
     ]
     reserved = [one for one in placement_group_table().values() if one["state"] == "CREATED"]
     assert reserved == [], "the dead controller's bundles are given back"
+
+
+def test_one_worker_that_runs_out_of_memory_ends_all_and_halved_the_run_goes_on(
+    ray_cluster, job, tmp_path, monkeypatch, capfd
+):
+    """Neither is a failure of those that `max_failures` allows."""
+
+    def poor_worker(config):
+        real = Learner._loss
+
+        def loss(self, batch):
+            if sum(map(len, batch.lengths)) > 2:
+                torch.empty(2**60, dtype=torch.uint8)
+            return real(self, batch)
+
+        if ray.train.get_context().get_world_rank() == 1:
+            Learner._loss = loss
+        return on_ray_train._worker(config)
+
+    local = job("local", train__per_device_train_batch_size=8)
+    run_here(local, tmp_path / "scratch")
+    monkeypatch.setattr(on_ray_train, "_worker", poor_worker)
+    remote = job("remote").changed({"sharding": "ddp", "resources.workers": 2, "resources.max_failures": 0})
+    with pytest.raises(OutOfMemoryError, match=r"at step 1 with 4 row\(s\) a forward pass, on worker 1") as caught:
+        train(remote, progress=False)
+    assert "on_oom=halve" in caught.value.hint
+    (run_folder(remote) / "memory.json").unlink()  # else it would begin with half
+    capfd.readouterr()
+    result = train(remote.changed({"resources.on_oom": "halve"}), progress=False)
+    assert result.status == "succeeded" and result.details["micro_batch"] == 2
+    assert "2 row(s) a forward pass instead of 4" in capfd.readouterr().err
+    assert curve(remote) == pytest.approx(curve(local), abs=1e-5)
