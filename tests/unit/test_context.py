@@ -135,7 +135,7 @@ def test_steps_go_on_while_the_store_is_away_and_no_event_is_missing(store):
 
 
 def test_steps_that_waited_for_the_store_are_not_written_once_an_attempt_does_them_again(store):
-    store.ctx.report(1, {}, checkpoint(store.ctx, 1))
+    save(store.ctx, 1)
     store.take_away()
     store.ctx.report(2, {})
     store.elsewhere.rename(store.folder)
