@@ -205,7 +205,7 @@ class EvaluateJob(Job):
 
     @model_validator(mode="after")
     def _one_worker(self):
-        if self.resources.workers != 1:
+        if self.resources.workers.max != 1:
             raise ValueError(f"measures on one worker, not {self.resources.workers}; hint: set `resources.workers: 1`")
         return self
 

@@ -223,7 +223,7 @@ def _planned_with(
     job: TrainJob, plan: Plan, prepared: Prepared, change: Mapping[str, Any], micro_batch: int
 ) -> int | None:
     """Of the job with `change`; None where that does not go with the rest of it, or cannot even be planned here."""
-    if "sharding" in change and (job.resources.workers == 1 or plan.sharding["name"] not in ("single", "ddp")):
+    if "sharding" in change and (job.resources.workers.max == 1 or plan.sharding["name"] not in ("single", "ddp")):
         return None
     try:
         changed = make_plan(job.changed(dict(change)), prepared)
