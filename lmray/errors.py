@@ -110,6 +110,10 @@ class DivergenceError(LmrayError):
     final = True
 
 
+class HangError(LmrayError):
+    """A training run of which a step or a collective made no progress, again and again."""
+
+
 class RemoteError(LmrayError):
     """A cluster or endpoint that does not answer, or answers with a failure."""
 

@@ -108,6 +108,10 @@ class Resources(Config):
     """CPU cores a worker reserves and computes with. Empty: the cores of the smallest node, shared evenly."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often a failed worker group starts again from the last checkpoint."""
+    step_timeout_s: Annotated[float, Field(gt=0)] | None = 1800.0
+    """Time in which a worker that trains must get on by a micro-batch, a batch of held-out rows or a file of a
+    checkpoint. One that does not writes the stacks of its threads to `stacks-RANK.txt` in the run folder and ends, and
+    the group starts again. Waiting for a store and compiling do not count. Empty: never."""
     price_per_worker_hour: Annotated[float, Field(ge=0.0)] | None = None
     """What one worker costs an hour, in any currency: estimates say what a run may cost, `run.cost` what it did."""
 

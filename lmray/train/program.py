@@ -1,8 +1,8 @@
 """The training program: from a job to a kept adapter or model. Runs on every rank; rank 0 writes the run folder.
 
-Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, checkpoints, `adapter/` or `model/`,
-`answers-*.jsonl`, `loss.png`, `report.html`, and last `result.json`. A run whose folder holds `result.json` is done and
-is not run again.
+Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, `attempts.json`, checkpoints, `adapter/` or `model/`,
+`answers-*.jsonl`, `loss.png`, `report.html`, and last `result.json`; `stacks-RANK.txt` where a worker hung. A run whose
+folder holds `result.json` is done and is not run again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from lmray.models.load import load_model
 from lmray.models.machine import release_heap
 from lmray.registry import SHARDINGS
 from lmray.trackers.base import TrackedRun
+from lmray.train.hang import set_aside, watched
 from lmray.train.learner import Learner
 from lmray.train.loop import Loop
 from lmray.train.plan import Plan, check_same_run, continued, make_plan
@@ -76,7 +77,7 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
     with ctx.together():
         _check_same_data(begun, prepared, ctx)
     loop = Loop(job, begun, prepared, make_learner(job, begun, prepared, ctx), ctx)
-    ctx.agreed(lambda: _forget_events_after(loop.progress.step, ctx))
+    ctx.begin_attempt(loop.progress.step)
     with Tracking(job.report_to if ctx.rank == 0 else (), _tracked(job, begun, ctx)) as tracking:
         tracking.result = _run(job, begun, prepared, loop, started=started)
     return tracking.result
@@ -111,21 +112,17 @@ def _check_same_data(plan: Plan, prepared: Prepared, ctx: RunContext) -> None:
         raise DataError(f"run `{plan.name}`", f"worker {ctx.rank} reads another {what} than worker 0", hint=hint)
 
 
-def _forget_events_after(step: int, ctx: RunContext) -> None:
-    events = EventLog(ctx.folder / "events.jsonl")
-    ctx.patience(f"writing {events.path}", lambda: events.truncate_after(step), hint=_again(ctx))
-
-
 def _again(ctx: RunContext) -> str:
     return f"once {ctx.folder} can be written, the same command goes on"
 
 
 def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
     ctx, prepared_s = loop.ctx, time.time() - started
-    if not _ran(loop):
-        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
-    peaks = loop.peaks_by_worker()
-    gathered = loop.gathered()
+    with watched(ctx, job.resources.step_timeout_s):
+        if not _ran(loop):
+            return Result("stopped", str(ctx.folder), seconds=time.time() - started)
+        peaks = loop.peaks_by_worker()
+        gathered = loop.gathered()
     if ctx.rank != 0:  # from here on rank 0 works alone, and nobody waits for it in a collective
         return Result("succeeded", str(ctx.folder))
     model = loop.learner.model if gathered is None else _whole_model(job, plan, prepared, ctx, gathered)
@@ -210,6 +207,7 @@ def _ran(loop: Loop) -> bool:
 
 def _open_folder(job: TrainJob, plan: Plan, prepared: Prepared, folder: Path) -> None:
     (folder / DIVERGED).unlink(missing_ok=True)  # an earlier attempt's
+    set_aside(folder)
     write_json(folder / PLAN, plan.to_json())
     write_json(folder / DATA, data_statistics(prepared))
     write_atomic(folder / JOB, yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))

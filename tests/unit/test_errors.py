@@ -11,7 +11,7 @@ from lmray import errors
 from lmray.errors import ArtifactError, ConfigError, LmrayError, Problem, did_you_mean
 
 CLASSES = [errors.ConfigError, errors.DataError, errors.ArtifactError, errors.CapacityError]
-CLASSES += [errors.CheckpointError, errors.RemoteError, errors.DivergenceError, errors.LmrayError]
+CLASSES += [errors.CheckpointError, errors.RemoteError, errors.DivergenceError, errors.HangError, errors.LmrayError]
 
 
 def test_a_message_has_only_the_lines_it_needs():
@@ -49,6 +49,7 @@ def test_exit_codes_tell_wrong_input_from_a_failed_job():
         "CheckpointError": 1,
         "RemoteError": 1,
         "DivergenceError": 1,
+        "HangError": 1,
         "LmrayError": 1,
     }
 
