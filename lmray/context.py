@@ -62,6 +62,11 @@ class RunContext(Protocol):
         """The last committed checkpoint's folder, or None at a fresh start."""
         ...
 
+    def begin_attempt(self, step: int) -> None:
+        """The run goes on after `step`: the event log drops what was reported beyond it, which was never committed. All
+        ranks ask together, once."""
+        ...
+
     def agreed(self, act: Callable[[], T]) -> T:
         """What `act` gives or raises on rank 0, where alone it is done, on every rank."""
         ...
@@ -189,6 +194,14 @@ class LocalContext:
         self._last = self.patience(f"reading {self.folder}", found, hint=self.standing())
         self._events = EventLog(self._events.path)  # what an attempt before this one could not write is done again
         return self._last
+
+    def begin_attempt(self, step: int) -> None:
+        events = self._events
+
+        def begin() -> None:
+            events.begin_attempt(step, world_size=self.world_size)
+
+        self.agreed(lambda: self.patience(f"writing {events.path}", begin, hint=self.standing()))
 
     def agreed(self, act: Callable[[], T]) -> T:
         return act()

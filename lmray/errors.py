@@ -119,6 +119,10 @@ class OutOfMemoryError(LmrayError):
     """Rows of a forward pass with which the run can go on from its last checkpoint; None where it ends with this."""
 
 
+class HangError(LmrayError):
+    """A training run of which a step or a collective made no progress, again and again."""
+
+
 class RemoteError(LmrayError):
     """A cluster or endpoint that does not answer, or answers with a failure."""
 

@@ -119,6 +119,10 @@ class Resources(Config):
     async_checkpoints: bool = False
     """Training: checkpoints are copied to the store beside the steps that follow; a worker's temporary folder then
     takes two of them."""
+    step_timeout_s: Annotated[float, Field(gt=0)] | None = 1800.0
+    """Time in which a worker that trains must get on by a micro-batch, a batch of held-out rows or a file of a
+    checkpoint. One that does not writes the stacks of its threads to `stacks-RANK.txt` in the run folder and ends, and
+    the group starts again. Waiting for a store and compiling do not count. Empty: never."""
     price_per_worker_hour: Annotated[float, Field(ge=0.0)] | None = None
     """What one worker costs an hour, in any currency: estimates say what a run may cost, `run.cost` what it did."""
 

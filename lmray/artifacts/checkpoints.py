@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lmray.artifacts.files import MANIFEST, fsync, read_sealed, replace_folder, temporary_beside, write_json
 from lmray.errors import ArtifactError, CheckpointError
+from lmray.pulse import PULSE
 
 CHECKPOINTS_KEPT = 2
 """Older committed checkpoints of a run are removed."""
@@ -28,7 +29,12 @@ def checkpoint_name(step: int) -> str:
 
 def committed(folder: Path) -> list[Path]:
     """Checkpoint folders of a run that carry their manifest, oldest first."""
-    return sorted(path for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file())
+    return [path for path in _folders(folder) if (path / MANIFEST).is_file()]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """With or without a manifest, oldest first. What is being written has another name: these were whole once."""
+    return sorted(folder.glob("checkpoint-*"))
 
 
 def commit(source: Path, folder: Path, step: int) -> None:
@@ -54,6 +60,7 @@ def add_part(part: Path, staging: Path, rank: int) -> None:
         name = source.relative_to(part)
         target = staging / (_part_manifest(rank) if name == Path(MANIFEST) else name)
         target.parent.mkdir(parents=True, exist_ok=True)
+        PULSE.beat(f"copying {name}")
         shutil.copyfile(source, target)
         fsync(target)
 
@@ -85,11 +92,11 @@ def _part_manifest(rank: int | str) -> str:
 def newest_good(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is what its manifest says, or None where none was ever committed.
 
-    Newer ones that are not are set aside, and `say` hears what is wrong with each. Raises CheckpointError where there
-    are checkpoints and none is good; then nothing is moved.
+    Newer ones that are not, or lost it, are set aside, and `say` hears what is wrong with each. Raises CheckpointError
+    where there are checkpoints and none is good; then nothing is moved.
     """
     bad: list[tuple[Path, ArtifactError]] = []
-    for path in reversed(committed(folder)):
+    for path in reversed(_folders(folder)):
         try:
             read_sealed(path)
         except ArtifactError as error:
@@ -108,24 +115,23 @@ def newest_good(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def tidy(folder: Path) -> None:
-    """Removes what a killed writer of the run in `folder` left: temporary files, checkpoints without a manifest, and
-    those beyond the last CHECKPOINTS_KEPT. To be called by the run's only writer."""
+    """Removes what a killed writer of the run in `folder` left: temporary files, and checkpoints beyond the last
+    CHECKPOINTS_KEPT. To be called by the run's only writer."""
     for path in list(folder.rglob(".*.tmp")):
         _remove(path)
-    there = committed(folder)
-    for path in folder.glob("checkpoint-*"):
-        if path not in there:
-            _remove(path)
     remove_old(folder)
 
 
 def remove_old(folder: Path) -> None:
-    """Removes all but the last CHECKPOINTS_KEPT checkpoints, and those set aside that the run is past."""
+    """Removes all but the last CHECKPOINTS_KEPT checkpoints, and what is no good and the run is past."""
     there = committed(folder)
-    for path in there[:-CHECKPOINTS_KEPT]:
-        _remove(path)
+    if not there:
+        return
+    for path in _folders(folder):
+        if path < there[-1] and path not in there[-CHECKPOINTS_KEPT:]:
+            _remove(path)
     for path in folder.glob(f"{REJECTED}checkpoint-*"):
-        if there and path.name.removeprefix(REJECTED) <= there[-1].name:
+        if path.name.removeprefix(REJECTED) <= there[-1].name:
             _remove(path)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lmray.errors import ArtifactError, CapacityError
+from lmray.pulse import PULSE
 
 MANIFEST = "manifest.json"
 ABANDONED_S = 24 * 3600.0
@@ -128,6 +129,7 @@ def only_writer(folder: Path, *, lock_name: str = ".lock", wait_s: float = 0) ->
 def replace_folder(source: Path, target: Path) -> None:
     """Copies folder `source` next to `target`, then renames it into place; an older `target` is replaced."""
     temporary, replaced = temporary_beside(target), temporary_beside(target)
+    PULSE.beat(f"copying {source} to {target}")
     try:
         shutil.copytree(source, temporary)
         for path in (temporary, *temporary.rglob("*")):
@@ -164,6 +166,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's content."""
+    PULSE.beat(f"reading {path}")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -195,10 +198,13 @@ def read_sealed(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        files = dict(manifest["files"])
+    except FileNotFoundError:
+        raise ArtifactError(str(folder), "has no manifest", hint="the folder was not finished") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(str(path), f"no readable manifest: {error}", hint="the folder was not finished") from None
     found = folder_digests(folder)
-    for name, facts in manifest["files"].items():
+    for name, facts in files.items():
         if found.get(name) != facts:
             raise ArtifactError(
                 str(folder / name), "is missing or not what its manifest says", hint="restore it or remove the folder"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lmray.errors import CheckpointError
+from lmray.pulse import PULSE
 from lmray.units import human_seconds
 
 T = TypeVar("T")
@@ -72,7 +73,8 @@ class Patience:
             left = began + self.total_s - self._clock()
             if left <= 0:
                 raise CheckpointError(what, f"failed for {human_seconds(self.total_s)}: {trouble}", hint=hint)
-            self._sleep(min(pause, left))
+            with PULSE.waiting(f"{what} again"):
+                self._sleep(min(pause, left))
             pause = min(pause * 2, LONGEST_PAUSE_S)
 
 

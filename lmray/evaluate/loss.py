@@ -9,6 +9,7 @@ import torch
 from lmray.data.batch import Packed, collate
 from lmray.models.precision import computing
 from lmray.models.supervised import supervised_losses
+from lmray.pulse import PULSE
 
 
 @torch.no_grad()
@@ -28,6 +29,7 @@ def example_losses(
     found: list[tuple[float, int]] = []
     for first in range(0, len(rows), batch_size):
         chosen = rows[first : first + batch_size]
+        PULSE.beat(f"held-out row {first + 1} of {len(rows)}")
         batch = collate(chosen, pad_token_id=pad_token_id).to(device)
         with computing(model):
             losses_N = supervised_losses(model, batch.inputs, batch.labels_BT)

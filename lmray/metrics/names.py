@@ -29,6 +29,7 @@ METRICS = {
     "train.compile_seconds": Metric("s", "First step of every attempt, in which layers are compiled.", "min"),
     "train.steps": Metric("steps", "Optimizer steps done."),
     "train.best_step": Metric("", "Optimizer step with the lowest held-out loss."),
+    "train.samples": Metric("rows", "Rows of the training data seen so far."),
     "train.epoch": Metric("epochs", "Passes over the training data so far."),
     "eval.loss": Metric("nats/token", "Mean loss over the supervised tokens of the held-out data.", "min"),
     "eval.perplexity": Metric("", "exp(eval.loss).", "min"),

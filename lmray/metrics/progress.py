@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lmray.metrics.display import Standing, followed
+from lmray.metrics.events import metrics_of
 
 
 class EventTail:
@@ -54,14 +55,16 @@ class Steps:
     latest: dict[str, float] = field(default_factory=dict)
     """The last value of each metric."""
     pace: list[tuple[int, float]] = field(default_factory=list)
-    """Step and time of the first and of the last event seen in this attempt."""
+    """Step and time of the first and of the last event of this attempt."""
+    attempt: int | None = None
 
     def add(self, events: list[dict[str, Any]]) -> None:
         """Takes in new events, in order."""
         for event in events:
             self.step = event["step"]
-            self.latest |= {key: value for key, value in event.items() if key not in ("step", "time")}
-            self.pace = [*self.pace[:1], (event["step"], event["time"])]
+            self.latest |= metrics_of(event)
+            first = self.pace[:1] if event.get("attempt") == self.attempt else []
+            self.attempt, self.pace = event.get("attempt"), [*first, (event["step"], event["time"])]
 
     def standing(self) -> Standing | None:
         """None before the first step."""

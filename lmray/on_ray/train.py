@@ -27,9 +27,11 @@ from lmray.job import Resources, TrainJob
 from lmray.metrics.progress import follow
 from lmray.on_ray.cluster import check_resources, cluster_resources, connected
 from lmray.on_ray.context import STOP, RayContext
+from lmray.on_ray.failures import error_inside
 from lmray.on_ray.notices import heard
 from lmray.on_ray.out_of_memory import EndsOutOfMemory, with_room
-from lmray.train.group import backend_for
+from lmray.train.group import backend_for, collective_timeout
+from lmray.train.hang import hang_error
 from lmray.train.plan import check_same_run, make_plan
 from lmray.train.program import finished
 from lmray.train.program import train as train_program
@@ -83,7 +85,10 @@ def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
     return TorchTrainer(
         _worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend=backend_for("cuda" if resources.gpus_per_worker else "cpu")),
+        torch_config=TorchConfig(
+            backend=backend_for("cuda" if resources.gpus_per_worker else "cpu"),
+            timeout_s=int(collective_timeout(resources.step_timeout_s).total_seconds()),
+        ),
         scaling_config=_scaling(resources),
         run_config=ray.train.RunConfig(
             name=RAY_FOLDER,  # not the run's: Ray Train puts it into metrics that hold ASCII only
@@ -138,7 +143,12 @@ def _fit(job: TrainJob, folder: Path) -> Result:
     except KeyboardInterrupt:
         print("stopping: the workers save and end; once more ends them at once", file=sys.stderr, flush=True)
         _ask_to_stop(folder)
-    result = future.result().return_value
+    try:
+        result = future.result().return_value
+    except ray.train.WorkerGroupError as error:  # a worker that hung has ended its process: Ray knows no more of it
+        if error_inside(error) is None and (hung := hang_error(job.name, folder)) is not None:
+            raise hung from None
+        raise
     if isinstance(result, LmrayError):
         raise result
     if result is None:

@@ -23,9 +23,12 @@ from lmray.artifacts.checkpoints import add_part, checkpoint_name, commit_parts,
 from lmray.artifacts.files import temporary_beside
 from lmray.context import LocalContext, Wish
 from lmray.errors import ConfigError, LmrayError
+from lmray.pulse import PULSE
 
 T = TypeVar("T")
 
+COLLECTIVE_TIMEOUT_S = 1860.0
+"""Shortest time that a collective of the model waits."""
 AGREEMENT_TIMEOUT = timedelta(hours=2)
 """How long a rank waits for the others' word: longer than anyone's patience with a store. A rank that died is noticed
 at once."""
@@ -103,7 +106,8 @@ class Agreement:
         if self.rank == 0:
             outcome[0] = _tried(act)
         if self._group is not None:
-            dist.broadcast_object_list(outcome, src=0, group=self._group)
+            with PULSE.waiting("hearing rank 0"):
+                dist.broadcast_object_list(outcome, src=0, group=self._group)
         value, error = outcome[0]  # type: ignore[misc]
         if error is not None:
             raise error
@@ -119,7 +123,8 @@ class Agreement:
             mine = error
         errors: list[LmrayError | None] = [mine] * self.world_size
         if self._group is not None:
-            dist.all_gather_object(errors, mine, group=self._group)
+            with PULSE.waiting("hearing all ranks"):
+                dist.all_gather_object(errors, mine, group=self._group)
         for error in errors:
             if error is not None:
                 raise error
@@ -133,14 +138,17 @@ def _tried(act: Callable[[], T]) -> tuple[T | None, LmrayError | None]:
 
 
 @contextmanager
-def torchrun_context(folder: Path, *, threads: int = 1, **settings: Any) -> Iterator[GroupContext]:
+def torchrun_context(
+    folder: Path, *, threads: int = 1, step_timeout_s: float | None = None, **settings: Any
+) -> Iterator[GroupContext]:
     """The context of a process that `torchrun` started (it reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT); the process group ends with the block. NCCL on GPUs where there are any, gloo on CPUs."""
+    MASTER_PORT); the process group ends with the block. NCCL on GPUs where there are any, gloo on CPUs.
+    `step_timeout_s`: the job's, where it is longer than the default."""
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group(backend_for(device))
+    dist.init_process_group(backend_for(device), timeout=collective_timeout(step_timeout_s))
     try:
         with tempfile.TemporaryDirectory(prefix="lmray-") as scratch:
             context = GroupContext(
@@ -161,3 +169,8 @@ def torchrun_context(folder: Path, *, threads: int = 1, **settings: Any) -> Iter
 def backend_for(device: str) -> str:
     """Both where the model is on a GPU: what is offloaded to the CPU is summed there."""
     return "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+
+
+def collective_timeout(step_timeout_s: float | None) -> timedelta:
+    """How long a collective of the model waits: longer than the watchdog (`lmray/train/hang.py`), which says more."""
+    return timedelta(seconds=max(COLLECTIVE_TIMEOUT_S, (step_timeout_s or 0.0) + 60.0))

@@ -20,6 +20,7 @@ from lmray.methods.base import Objective
 from lmray.models.fused import Fused
 from lmray.models.precision import computing
 from lmray.optim.base import use_average
+from lmray.pulse import PULSE
 from lmray.sharding.base import Placed
 
 Around = Callable[[Batch], AbstractContextManager[object]]
@@ -88,9 +89,11 @@ class Learner:
         use_average(self.placed.optimizer, False)
         total = 0.0
         for number, batch in enumerate(batches, 1):
+            PULSE.beat(f"micro-batch {number} of {len(batches)}")
             loss_sum = self._loss(batch) * (number <= len(counted))
             self.placed.backward(loss_sum / count, last=number == len(batches))
             total += float(loss_sum.detach())
+        PULSE.beat("the optimizer's step")
         penalty = self.adapter.penalty(self.model) if self.adapter else None
         if penalty is not None:
             penalty.backward()

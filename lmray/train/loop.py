@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lmray.errors import DivergenceError
 from lmray.evaluate.loss import held_out_loss
 from lmray.job import TrainJob
 from lmray.models.load import pad_token_id
+from lmray.pulse import PULSE
 from lmray.schedules.base import learning_rate
 from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from lmray.train.commits import Commits, Snapshot, best_folder
@@ -112,9 +114,11 @@ class Loop:
             peak=args.learning_rate,
             warmup_ratio=args.warmup_ratio,
         )
+        PULSE.beat("its batches", step=step)
         made, num_idle = next(self.feed)
         batches = [batch.to(self.ctx.device) for batch in made]
-        report = self.learner.step(batches, learning_rate=rate, step=step, num_idle=num_idle)
+        with PULSE.waiting("compiling") if self._compiles else nullcontext():
+            report = self.learner.step(batches, learning_rate=rate, step=step, num_idle=num_idle)
         seconds = time.perf_counter() - start
         rows = self.sampler.rows(self.progress.samples, stop)
         self.progress = Progress(self.plan.run_key, step, stop, self.progress.seconds + seconds)
@@ -195,6 +199,7 @@ class Loop:
             "train.tokens_per_s": report.num_tokens / seconds,
             "train.tokens": report.num_tokens,
             "train.supervised_tokens": report.num_supervised,
+            "train.samples": self.progress.samples,
             "train.epoch": self.progress.samples / len(self.prepared.rows),
             **peak_memory_bytes(self.ctx.device),
         }
@@ -204,6 +209,7 @@ class Loop:
         if not save:
             self.commits.look()
             return
+        PULSE.beat("its checkpoint")
         snapshot, scratch = Snapshot(self.commits.next_folder(), self.progress), self.ctx.scratch
         hint = f"{scratch} needs room for one more checkpoint; the same command goes on from the last committed one"
         self.ctx.patience(f"writing {snapshot.folder}", lambda: self._save(snapshot), hint=hint)

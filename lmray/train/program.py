@@ -1,8 +1,8 @@
 """The training program: from a job to a kept adapter or model. Runs on every rank; rank 0 writes the run folder.
 
-Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, checkpoints, `memory.json` where memory ran out,
-`adapter/` or `model/`, `answers-*.jsonl`, `loss.png`, `report.html`, and last `result.json`. A run whose folder holds
-`result.json` is done and is not run again.
+Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, `attempts.json`, checkpoints, `adapter/` or `model/`,
+`answers-*.jsonl`, `loss.png`, `report.html`, and last `result.json`; `memory.json` where memory ran out,
+`stacks-RANK.txt` where a worker hung. A run whose folder holds `result.json` is done and is not run again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lmray.evaluate.measure import HeldOut, Measured, measure
 from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
 from lmray.trackers.base import TrackedRun
+from lmray.train.hang import set_aside, watched
 from lmray.train.loop import Loop
 from lmray.train.model import Learnt, base_model, free_memory, make_learner
 from lmray.train.out_of_memory import noticing_shortage, with_room
@@ -84,7 +85,7 @@ def _attempt(
     with noticing_shortage(step=None):
         learner = make_learner(job, plan, prepared, ctx)
     loop = Loop(job, plan, prepared, learner, ctx, micro_batch=micro_batch)
-    ctx.agreed(lambda: _forget_events_after(loop.progress.step, ctx))
+    ctx.begin_attempt(loop.progress.step)
     with Tracking(job.report_to if ctx.rank == 0 else (), _tracked(job, plan, ctx)) as tracking:
         tracking.result = _run(job, plan, prepared, loop, started=started)
     return tracking.result
@@ -120,21 +121,17 @@ def _check_same_data(plan: Plan, prepared: Prepared, ctx: RunContext) -> None:
         raise DataError(f"run `{plan.name}`", f"worker {ctx.rank} reads another {what} than worker 0", hint=hint)
 
 
-def _forget_events_after(step: int, ctx: RunContext) -> None:
-    events = EventLog(ctx.folder / "events.jsonl")
-    ctx.patience(f"writing {events.path}", lambda: events.truncate_after(step), hint=_again(ctx))
-
-
 def _again(ctx: RunContext) -> str:
     return f"once {ctx.folder} can be written, the same command goes on"
 
 
 def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: float) -> Result:
     ctx, prepared_s = loop.ctx, time.time() - started
-    if not _ran(loop):
-        return Result("stopped", str(ctx.folder), seconds=time.time() - started)
-    peaks = loop.peaks_by_worker()
-    gathered = loop.gathered()
+    with watched(ctx, job.resources.step_timeout_s):
+        if not _ran(loop):
+            return Result("stopped", str(ctx.folder), seconds=time.time() - started)
+        peaks = loop.peaks_by_worker()
+        gathered = loop.gathered()
     if ctx.rank != 0:  # from here on rank 0 works alone, and nobody waits for it in a collective
         return Result("succeeded", str(ctx.folder))
     learnt = Learnt(job, plan, prepared, ctx.device, gathered or loop.learner.model)
@@ -171,6 +168,7 @@ def _ran(loop: Loop) -> bool:
 
 def _open_folder(job: TrainJob, plan: Plan, prepared: Prepared, folder: Path) -> None:
     (folder / DIVERGED).unlink(missing_ok=True)  # an earlier attempt's
+    set_aside(folder)
     write_json(folder / PLAN, plan.to_json())
     write_json(folder / DATA, data_statistics(prepared))
     write_atomic(folder / JOB, yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))

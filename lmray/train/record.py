@@ -11,7 +11,7 @@ from typing import Any
 from lmray.context import Result
 from lmray.errors import ArtifactError
 from lmray.evaluate.answers import Answer, read_answers
-from lmray.metrics.events import read_events
+from lmray.metrics.events import Attempt, metrics_of, read_attempts, read_events
 from lmray.train.plan import Plan
 
 RESULT, PLAN, JOB, DATA, DIVERGED = "result.json", "plan.json", "job.yaml", "data.json", "diverged.json"
@@ -27,6 +27,7 @@ class Record:
     job: str
     """Its `job.yaml`."""
     events: Sequence[Mapping[str, Any]]
+    attempts: Sequence[Attempt]
     result: Result | None
     """None while it goes on, and where it was stopped or failed."""
     answers: Mapping[str, Sequence[Answer]]
@@ -59,8 +60,7 @@ class Record:
         """The result's; of an unfinished run, the last value that its events hold of each."""
         if self.result is not None:
             return self.result.metrics
-        latest = {key: value for event in self.events for key, value in event.items()}
-        return {key: value for key, value in latest.items() if key not in ("step", "time")}
+        return {name: value for event in self.events for name, value in metrics_of(event).items()}
 
     @property
     def deltas(self) -> Mapping[str, Mapping[str, float]]:
@@ -78,6 +78,7 @@ def read_record(folder: Path) -> Record:
             plan=plan,
             job=(folder / JOB).read_text(encoding="utf-8"),
             events=read_events(folder / "events.jsonl"),
+            attempts=read_attempts(folder),
             result=Result(**result) if result else None,
             answers=read_answers(folder),
             data=_json(folder / DATA) or {},

@@ -36,6 +36,7 @@ def write_report(folder: Path, result: Result | None = None) -> Path:
     body = [
         heading(run.name, 1),
         paragraph(_ending(run), "quiet"),
+        *_attempts(run),
         *_alarm(run.diverged),
         *_shortages(run),
         *_head(run),
@@ -65,6 +66,17 @@ def _ending(run: Record) -> str:
         return run.status
     kept = f"; kept as {run.result.artifact}" if run.result.artifact else ""
     return f"{run.status} in {human_seconds(run.result.seconds)}{kept}"
+
+
+def _attempts(run: Record) -> Iterator[str]:
+    """Where the run was interrupted, and what that cost."""
+    if len(run.attempts) < 2:
+        return
+    starts = (f"after step {one.after_step}" if one.after_step else "from the start" for one in run.attempts)
+    places = (f"{start} (workers: {one.world_size})" for start, one in zip(starts, run.attempts, strict=True))
+    again = sum(event.get("replayed", False) for event in run.events)
+    text = f"{len(run.attempts)} attempts: {', '.join(places)}. Steps that were done again: {again}"
+    yield paragraph(text, "quiet")
 
 
 def _alarm(diverged: Mapping[str, Any] | None) -> Iterator[str]:

@@ -18,14 +18,13 @@ from typing import Any
 
 from lmray.artifacts.files import write_json
 from lmray.context import Result
-from lmray.metrics.events import read_events
+from lmray.metrics.events import metrics_of, read_events
 from lmray.metrics.progress import EventTail
 from lmray.trackers.base import Session, TrackedRun, Tracker
 
 POLL_S = 1.0
 END_S = 30.0
 """How long the end of a run waits for a tracker that is behind."""
-NOT_METRICS = ("step", "time")
 
 
 class Tracking:
@@ -120,8 +119,7 @@ class _Follower:
     def _tell(self, session: Session, told: _Told, events: Sequence[Mapping[str, Any]]) -> None:
         new = [event for event in events if event["step"] > told.step]
         for event in new:
-            metrics = {name: value for name, value in event.items() if name not in NOT_METRICS}
-            session.log(event["step"], event["time"], metrics)
+            session.log(event["step"], event["time"], metrics_of(event))
             told.step = event["step"]
         if new:
             session.flush()

@@ -12,7 +12,7 @@ from ray.train import PreemptionInfo
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 
 from lmray.artifacts.files import only_writer
-from lmray.errors import CapacityError, CheckpointError, RemoteError
+from lmray.errors import CapacityError, CheckpointError, HangError, RemoteError
 from lmray.on_ray import cluster, context, preemption, train
 from lmray.on_ray.cluster import ClusterResources, Node
 from lmray.on_ray.context import RayContext
@@ -108,6 +108,29 @@ def test_the_run_outlasts_as_many_controllers_as_failures_are_allowed(tmp_path, 
             train._outlasting_controllers(job, tmp_path)
         assert "same command goes on" in str(caught.value)
     assert capfd.readouterr().err.count("the run's controller died") == 2
+
+
+@pytest.mark.parametrize(
+    ("left", "failure", "expected", "said"),
+    [
+        (True, ActorDiedError(), HangError, "rank 1 of 2 at step 7, its batches: no progress for 20.0 s"),
+        (False, ActorDiedError(), ray.train.WorkerGroupError, "the workers died"),
+        (True, CapacityError("resources", "are gone"), ray.train.WorkerGroupError, "the workers died"),
+    ],
+)
+def test_workers_that_hung_until_no_failure_was_left_are_an_error_of_that(
+    tmp_path, monkeypatch, left, failure, expected, said
+):
+    def fails(job, folder):
+        raise ray.train.WorkerGroupError("the workers died", {1: failure})
+
+    if left:
+        head = "rank 1 of 2 at step 7, its batches: no progress for 20.0 s"
+        (tmp_path / "stacks-1.txt").write_text(f"{head}\n\nThread\n", encoding="utf-8")
+    monkeypatch.setattr(train, "_outlasting_controllers", fails)
+    with pytest.raises(expected, match=said) as caught:
+        train._fit(tiny_job(tmp_path, tmp_path, tmp_path), tmp_path)
+    assert expected is not HangError or str(tmp_path / "stacks-1.txt") in str(caught.value)
 
 
 def test_a_store_that_is_away_cannot_be_asked_to_stop(tmp_path):

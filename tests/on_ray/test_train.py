@@ -16,10 +16,12 @@ import torch
 from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 
+from lmray import pulse
 from lmray.artifacts.store import run_folder
-from lmray.errors import CapacityError, ConfigError, OutOfMemoryError
-from lmray.metrics.events import read_events
-from lmray.on_ray import train as on_ray_train
+from lmray.errors import CapacityError, ConfigError, HangError, OutOfMemoryError
+from lmray.methods import sft
+from lmray.metrics.events import read_attempts, read_events
+from lmray.on_ray import train as on_ray
 from lmray.on_ray.train import train
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.waiting import wait_until
@@ -96,6 +98,50 @@ def test_two_workers_give_the_curve_of_one_also_when_one_is_killed(ray_cluster, 
     for name, tensor in adapter(local).items():
         assert (adapter(remote)[name] - tensor).abs().max() < 1e-4
     assert not list(run_folder(remote).glob(".*.tmp"))
+
+
+def hanging_at(step: int, until: int):
+    """What a worker runs whose loss never comes at `step`, in the attempts before number `until`."""
+    worker = on_ray._worker
+
+    def work(config):
+        loss, folder = sft.sft_loss, run_folder(config["job"])
+
+        def never_comes_back(model, batch):
+            if pulse.PULSE.step == step and len(read_attempts(folder)) < until:
+                threading.Event().wait()
+            return loss(model, batch)
+
+        sft.sft_loss = never_comes_back
+        return worker(config)
+
+    return work
+
+
+def test_a_worker_that_hangs_starts_again_and_one_that_hangs_on_is_an_error(
+    ray_cluster, job, tmp_path, monkeypatch, capfd
+):
+    local, remote = (job(name, train__max_steps=12, train__save_steps=4) for name in ("local", "remote"))
+    run_here(local, tmp_path / "scratch")
+    remote = remote.changed({"resources.step_timeout_s": 10.0, "resources.max_failures": 1})
+    folder = run_folder(remote)
+    monkeypatch.setattr(on_ray, "_worker", hanging_at(7, until=3))
+    with pytest.raises(HangError, match="rank 0 of 1 at step 7, micro-batch 1 of 1: no progress for") as caught:
+        train(remote, progress=False)
+    assert str(folder / "stacks-0.txt") in str(caught.value)
+    for name in ("stacks-0.txt", "earlier-stacks-0.txt"):
+        assert "in never_comes_back" in (folder / name).read_text(encoding="utf-8")
+    assert [(one.attempt, one.after_step) for one in read_attempts(folder)] == [(1, 0), (2, 4)]
+    assert train(remote, progress=False).status == "succeeded"
+    said = capfd.readouterr().err
+    assert said.count("rank 0 of 1 at step 7, micro-batch 1 of 1: no progress for") >= 2, "the driver hears of each"
+    assert curve(remote) == pytest.approx(curve(local), abs=1e-6)
+    events = read_events(folder / "events.jsonl")
+    assert [(event["step"], event["attempt"]) for event in events] == [
+        *((step, 1) for step in range(1, 5)),
+        *((step, 3) for step in range(5, 13)),
+    ]
+    assert [event["step"] for event in events if event.get("replayed")] == [5, 6]
 
 
 def test_asked_to_stop_it_saves_and_the_same_job_goes_on(ray_cluster, job, tmp_path):
@@ -182,11 +228,11 @@ def test_one_worker_that_runs_out_of_memory_ends_all_and_halved_the_run_goes_on(
 
         if ray.train.get_context().get_world_rank() == 1:
             Learner._loss = loss
-        return on_ray_train._worker(config)
+        return on_ray._worker(config)
 
     local = job("local", train__per_device_train_batch_size=8)
     run_here(local, tmp_path / "scratch")
-    monkeypatch.setattr(on_ray_train, "_worker", poor_worker)
+    monkeypatch.setattr(on_ray, "_worker", poor_worker)
     remote = job("remote").changed({"sharding": "ddp", "resources.workers": 2, "resources.max_failures": 0})
     with pytest.raises(OutOfMemoryError, match=r"at step 1 with 4 row\(s\) a forward pass, on worker 1") as caught:
         train(remote, progress=False)

@@ -12,7 +12,7 @@ from lmray.errors import ArtifactError, ConfigError, LmrayError, Problem, did_yo
 
 CLASSES = [errors.ConfigError, errors.DataError, errors.ArtifactError, errors.CapacityError]
 CLASSES += [errors.CheckpointError, errors.RemoteError, errors.DivergenceError, errors.OutOfMemoryError]
-CLASSES += [errors.LmrayError]
+CLASSES += [errors.HangError, errors.LmrayError]
 
 
 def test_a_message_has_only_the_lines_it_needs():
@@ -51,6 +51,7 @@ def test_exit_codes_tell_wrong_input_from_a_failed_job():
         "RemoteError": 1,
         "DivergenceError": 1,
         "OutOfMemoryError": 1,
+        "HangError": 1,
         "LmrayError": 1,
     }
 

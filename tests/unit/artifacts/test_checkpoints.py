@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from lmray.artifacts.checkpoints import checkpoint_name, commit, committed, newest_good, remove_old, tidy
+from lmray.artifacts.checkpoints import (
+    add_part,
+    checkpoint_name,
+    commit,
+    committed,
+    newest_good,
+    remove_old,
+    staging_for,
+    tidy,
+)
 from lmray.artifacts.files import MANIFEST, seal
 from lmray.errors import CheckpointError
 
@@ -37,7 +46,6 @@ def test_a_run_folder_that_is_gone_is_not_made_anew(tmp_path):
 def test_tidying_keeps_the_last_whole_ones_and_removes_what_a_kill_left(tmp_path):
     for step in (2, 4, 6):
         checkpoint(tmp_path, step)
-    (checkpoint(tmp_path, 8) / MANIFEST).unlink()
     (tmp_path / ".checkpoint-00000010.host-1-00000000.tmp" / "adapter").mkdir(parents=True)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / ".weights.host-1-00000000.tmp").write_bytes(b"half")
@@ -61,6 +69,46 @@ def test_the_newest_good_one_is_taken_and_those_before_it_are_named_and_set_asid
     checkpoint(tmp_path, 5)
     remove_old(tmp_path)
     assert names(tmp_path) == ["checkpoint-00000002", "checkpoint-00000005", "rejected-checkpoint-00000006"]
+
+
+def test_a_manifest_that_was_lost_is_said_and_the_one_before_is_taken(tmp_path):
+    said = []
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-00000006" / MANIFEST).unlink()
+    tidy(tmp_path)
+    assert newest_good(tmp_path, said.append) == tmp_path / "checkpoint-00000004"
+    assert said == [
+        f"warning: {tmp_path / 'checkpoint-00000006'}: has no manifest; checkpoint-00000006 is set aside, going on "
+        "from checkpoint-00000004"
+    ]
+    assert names(tmp_path) == ["checkpoint-00000002", "checkpoint-00000004", "rejected-checkpoint-00000006"]
+
+
+def test_what_a_killed_writer_left_is_not_worth_a_word(tmp_path):
+    checkpoint(tmp_path, 2)
+    half = staging_for(tmp_path, 4)
+    add_part(checkpoint(tmp_path / "scratch", 4), half, 0)
+    tidy(tmp_path)
+    said = []
+    assert newest_good(tmp_path, said.append) == tmp_path / "checkpoint-00000002"
+    assert said == [] and names(tmp_path) == ["checkpoint-00000002", "scratch"]
+
+
+def test_an_older_one_without_manifest_goes_once_the_run_is_past_it(tmp_path):
+    for step in (2, 4, 6):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-00000004" / MANIFEST).unlink()
+    remove_old(tmp_path)
+    assert names(tmp_path) == ["checkpoint-00000002", "checkpoint-00000006"]
+
+
+def test_a_run_whose_only_checkpoint_lost_its_manifest_does_not_start_over_in_silence(tmp_path):
+    (checkpoint(tmp_path, 2) / MANIFEST).unlink()
+    tidy(tmp_path)
+    with pytest.raises(CheckpointError, match="has no manifest; no checkpoint of this run is good"):
+        newest_good(tmp_path, print)
+    assert names(tmp_path) == ["checkpoint-00000002"]
 
 
 def test_none_at_all_is_a_fresh_start_and_none_good_is_an_error(tmp_path):

@@ -123,10 +123,11 @@ def test_a_sealed_folder_tells_which_file_changed(tmp_path, change):
         read_sealed(tmp_path)
 
 
-@pytest.mark.parametrize("manifest", [None, "", "{", '{"files"'])
+@pytest.mark.parametrize("manifest", ["", "{", '{"files"', "{}", "[]", '{"files": 3}'])
 def test_a_folder_without_a_readable_manifest_was_not_finished(tmp_path, manifest):
-    if manifest is not None:
-        (tmp_path / "manifest.json").write_text(manifest, encoding="utf-8")
+    with pytest.raises(ArtifactError, match="has no manifest"):
+        read_sealed(tmp_path)
+    (tmp_path / "manifest.json").write_text(manifest, encoding="utf-8")
     with pytest.raises(ArtifactError, match="no readable manifest"):
         read_sealed(tmp_path)
 

@@ -42,7 +42,7 @@ def test_a_tail_starts_over_when_a_resumed_run_rewrote_the_log(tmp_path):
     for step in (1, 2, 3):
         log.append(step, {})
     tail.new()
-    log.truncate_after(2)
+    log.begin_attempt(2, world_size=1)
     assert [one["step"] for one in tail.new()] == [1, 2]
 
 
@@ -65,6 +65,17 @@ def test_remaining_time_follows_the_pace_of_this_attempt():
     assert left_s(steps) is None
     steps.add([event(2), event(6)])
     assert left_s(steps) == 10.0  # 5 steps took 10 s, 5 are left
+
+
+def test_the_time_between_two_attempts_is_no_pace():
+    steps = Steps(total=11)
+    steps.add([event(1, attempt=1), event(2, attempt=1)])
+    assert left_s(steps) == 18.0
+    steps.add([{**event(3, attempt=2), "time": 5000.0}])
+    assert left_s(steps) is None
+    steps.add([{**event(5, attempt=2, replayed=True, world_size=2), "time": 5008.0}])
+    assert left_s(steps) == 24.0
+    assert not {"attempt", "replayed", "world_size"} & steps.latest.keys()
 
 
 def test_a_line_says_step_loss_rate_speed_and_times():

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -10,6 +11,7 @@ from lmray.evaluate import measure as measuring
 from lmray.metrics.events import read_events
 from lmray.models.load import load_model
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
+from lmray.testing.tiny import tiny_model_folder
 from lmray.train.plan import make_plan
 
 
@@ -81,6 +83,20 @@ def test_the_plan_counts_what_is_trained(job):
     assert len(head) == 4 and head[0] in run_text and head[-1].startswith("memory ")
 
 
+@pytest.mark.parametrize("damage", ["lost", "cut off"])
+def test_a_manifest_that_is_not_there_or_cut_off_costs_the_steps_since_the_one_before(job, tmp_path, capfd, damage):
+    straight, broken = job(name="straight"), job(name="broken")
+    run_here(straight, tmp_path / "scratch")
+    run_here(broken, tmp_path / "scratch", stop_at=3)
+    manifest = run_folder(broken) / "checkpoint-00000003" / "manifest.json"
+    manifest.unlink() if damage == "lost" else manifest.write_bytes(manifest.read_bytes()[:40])
+    assert run_here(broken, tmp_path / "scratch").status == "succeeded"
+    found = f"{manifest.parent}: has no manifest" if damage == "lost" else f"{manifest}: no readable manifest"
+    said = capfd.readouterr().err
+    assert found in said and "checkpoint-00000003 is set aside, going on from checkpoint-00000002" in said
+    assert curve(broken) == curve(straight)
+
+
 def spoil(checkpoint):
     path = checkpoint / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
@@ -141,6 +157,34 @@ def test_a_spoilt_result_is_named_and_without_it_the_run_ends_again(job, tmp_pat
     result.unlink()
     again = run_here(job(evaluate={"tasks": ["loss"]}), tmp_path / "scratch")
     assert again.status == "succeeded" and again.metrics["eval.loss"] == first.metrics["eval.loss"]
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.glob("checkpoint-*/*")}
+
+
+@pytest.mark.parametrize("other", ["model", "adapter"])
+def test_a_checkpoint_of_another_model_or_adapter_is_refused_and_none_is_lost(job, tiny_model, tmp_path, other):
+    """Also where its manifest says that it is this run's."""
+    changes: dict = {"adapter__r": 8}
+    if other == "model":
+        changes = {"model__source": str(tiny_model_folder(tmp_path / "wide", hidden_size=64))}
+    stranger, one = job(name="stranger", **changes), job()
+    for run in (stranger, one):
+        run_here(run, tmp_path / "scratch", stop_at=3)
+    theirs, mine = (run_folder(run) / "checkpoint-00000003" for run in (stranger, one))
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)
+    before = contents(run_folder(one))
+    with pytest.raises(CheckpointError, match="belongs to another run") as caught:
+        run_here(one, tmp_path / "scratch")
+    assert contents(run_folder(one)) == before and caught.value.exit_code == 1
+    manifest = json.loads((mine / "manifest.json").read_text(encoding="utf-8"))
+    (mine / "manifest.json").write_text(json.dumps(manifest | {"run_key": make_plan(one).run_key}), encoding="utf-8")
+    before = contents(run_folder(one))
+    with pytest.raises(CheckpointError, match=r"checkpoint-00000003.*does not fit the job's adapter, first at .*lora_"):
+        run_here(one, tmp_path / "scratch")
+    assert contents(run_folder(one)) == before
 
 
 def test_a_checkpoint_whose_adapter_does_not_fit_is_refused(job, tiny_model, tmp_path):
