@@ -137,6 +137,12 @@ def test_what_a_template_refuses_is_named():
     assert caught.value.where == "file:7, turn 2"
 
 
+def test_a_template_that_breaks_down_is_told_by_the_row():
+    with pytest.raises(DataError, match="refuses the conversation: division by zero") as caught:
+        tokenise_all(tokenizer_with("{{ 1 / 0 }}"), [TWO], **LONG)
+    assert caught.value.where == "file:1, turn 1"
+
+
 def test_no_second_start_token_is_written():
     tokenizer = tokenizer_with("<|endoftext|>" * 2 + THINKING)
     tokenizer.bos_token = "<|endoftext|>"
