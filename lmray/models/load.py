@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lmray.errors import ArtifactError, ConfigError
+from lmray.models.machine import is_out_of_memory
 from lmray.models.quantised import quantization_config
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
@@ -56,6 +57,8 @@ def load_model(
                 **more,
             ).eval()
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise unreadable(folder, error) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ import torch
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 """Where Linux says how much memory a container may use."""
+
+ALLOCATORS = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|^std::bad_alloc$|CUDA error: out of memory"
+    r"|unable to mmap .*Cannot allocate memory"
+)
+"""What allocators say, and what maps files, that have no exception of their own."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,13 @@ def _limit(path: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that there was not memory enough, of the process or of a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and ALLOCATORS.search(str(error)) is not None
 
 
 def release_heap() -> None:

@@ -25,7 +25,7 @@ from lmray.artifacts.files import write_json
 from lmray.context import RunContext
 from lmray.errors import CheckpointError, LmrayError, OutOfMemoryError
 from lmray.job import TrainJob
-from lmray.models.machine import release_heap, this_machine
+from lmray.models.machine import is_out_of_memory, release_heap, this_machine
 from lmray.train.memory import USABLE, largest_micro_batch
 from lmray.train.peak import peak_memory_bytes
 from lmray.train.plan import Plan, make_plan
@@ -36,8 +36,6 @@ from lmray.units import human_bytes
 
 T = TypeVar("T")
 
-ALLOCATORS = re.compile(r"DefaultCPUAllocator: can't allocate memory|^std::bad_alloc$|CUDA error: out of memory")
-"""What allocators say that have no exception of their own."""
 CPU_TEXT = re.compile(r"you tried to allocate (\d+) bytes")
 LESS: Mapping[str, Any] = {"train.gradient_checkpointing": True, "sharding": "fsdp2", "model.dtype": "bfloat16"}
 """Settings that take less memory in most jobs; the plan says whether, and how much, in one."""
@@ -49,13 +47,6 @@ class RanOutError(Exception):
     def __init__(self, step: int | None, found: str):
         super().__init__(step, found)
         self.step, self.found = step, found
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that there was not memory enough, of the process or of a GPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and ALLOCATORS.search(str(error)) is not None
 
 
 @contextmanager

@@ -18,14 +18,14 @@ from lmray.context import LocalContext
 from lmray.errors import ConfigError, OutOfMemoryError
 from lmray.job import Resources
 from lmray.metrics.events import read_events
+from lmray.models.machine import is_out_of_memory
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.train import loop as loops
-from lmray.train import out_of_memory, program
+from lmray.train import model, out_of_memory, program
 from lmray.train.learner import Learner
 from lmray.train.out_of_memory import (
     RanOutError,
     fitting,
-    is_out_of_memory,
     noticing_shortage,
     planned_bytes,
     smaller_micro_batch,
@@ -96,6 +96,7 @@ def test_a_gpus_words_are_kept_without_the_allocators_advice():
     with pytest.raises(RanOutError, match=r"Tried to allocate 20.00 MiB. GPU 0 has 1 GiB.'\)$"), noticing_shortage(1):
         raise torch.OutOfMemoryError(text)
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"))
+    assert is_out_of_memory(RuntimeError("unable to mmap 6352568 bytes from file <a>: Cannot allocate memory (12)"))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("memory")])
@@ -202,7 +203,7 @@ def test_the_same_job_begins_with_what_was_found_where_it_halves_and_with_its_ow
 
 
 def test_a_model_that_does_not_fit_is_no_matter_of_the_micro_batch(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "load_model", lambda *args, **rest: allocate())
+    monkeypatch.setattr(model, "load_model", lambda *args, **rest: allocate())
     one = job(**HALVE)
     with pytest.raises(OutOfMemoryError, match="while the model was placed, on worker 0") as caught:
         run_here(one, tmp_path / "scratch")
