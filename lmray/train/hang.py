@@ -88,13 +88,13 @@ class Watchdog:
             self._beats, self._idle_s = self.pulse.beats, 0.0
         else:
             self._idle_s += min(now - before, 2 * self.look_s)
-            if self._idle_s >= self.timeout_s:
-                return f"no progress for {human_seconds(self._idle_s)}"
-        if self._idle_s or self.pulse.waits:
-            with suppress(OSError):  # a store that is away tells of nobody
-                if others := stacks(self.ctx.folder):
-                    return f"followed rank {next(iter(others))}"
-        return None
+        if not self._idle_s and not self.pulse.waits:
+            return None
+        silent = human_seconds(self._idle_s)
+        with suppress(OSError):  # a store that is away tells of nobody
+            if others := stacks(self.ctx.folder):
+                return f"followed rank {next(iter(others))}, after {silent} without progress"
+        return f"no progress for {silent}" if self._idle_s >= self.timeout_s else None
 
     def leave(self, why: str) -> None:
         """Writes the stacks, says so, waits for the other ranks to have written theirs, and ends the process."""

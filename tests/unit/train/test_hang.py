@@ -115,8 +115,9 @@ def test_a_rank_that_waits_follows_one_that_hangs_and_one_that_moves_does_not(tm
     for number in range(20):
         other.pulse.beat(str(number))
         assert other.looks(other.dog.look_s) is None
-    assert other.looks(other.dog.look_s) == "followed rank 1"
-    other.dog.leave("followed rank 1")
+    why = other.looks(other.dog.look_s)
+    assert why == "followed rank 1, after 5.0 s without progress"
+    other.dog.leave(why)
     assert list(stacks(other.ctx.folder)) == [0, 1]
     assert len(first.said) == 1 and other.said == [], "one line a hang"
     assert first.ended == other.ended == [HUNG]
