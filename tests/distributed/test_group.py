@@ -195,14 +195,14 @@ def test_another_number_of_ranks_than_the_job_asks_for(job):
         assert isinstance(one, CapacityError) and "3, 2 were started" in str(one)
 
 
-def _dying(rank: int, job, step: int) -> None:
+def _dying(rank: int, job, last: int) -> None:
     with torchrun_context(run_folder(job)) as ctx:
         report = ctx.report
 
-        def dies(at: int, *rest) -> None:
-            if rank == 1 and at == step:
+        def dies(step: int, metrics) -> None:
+            if rank == 1 and step == last:
                 os._exit(9)
-            report(at, *rest)
+            report(step, metrics)
 
         ctx.report = dies
         train(job, ctx)

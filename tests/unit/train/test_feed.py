@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,7 +76,7 @@ def test_the_thread_makes_on_the_callers_gpu(monkeypatch):
 
 
 def test_a_batch_is_pinned_whole(monkeypatch):
-    example = Tokenised((5, 6, 7), (-100, 6, 7))
+    example = Tokenised(np.array([5, 6, 7]), np.array([-100, 6, 7]))
     batch = collate([(example,), (example,)], pad_token_id=0)
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda one: (pinned.append(one), one.clone())[1])
@@ -87,7 +88,7 @@ def test_a_batch_is_pinned_whole(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_is_pinned_arrives():
-    example = Tokenised(tuple(range(1000)), (-100, *range(1, 1000)))
+    example = Tokenised(np.arange(1000), np.arange(1000))
     batch = collate([(example,)] * 8, pad_token_id=0)
     pinned = batch.pin_memory()
     assert pinned.input_ids_BT.is_pinned() and torch.equal(pinned.to("cuda").input_ids_BT.cpu(), batch.input_ids_BT)
