@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 from lmray.errors import ConfigError
 
@@ -97,7 +98,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> Document:
 def _loader(text: str, path: Path) -> _Loader:
     try:
         return _Loader(text)
-    except yaml.reader.ReaderError as error:
+    except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         found = f"malformed YAML: holds the control character {chr(error.character)!r}"
         raise ConfigError(f"{path}:{line}", found, hint="remove it") from None

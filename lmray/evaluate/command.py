@@ -126,7 +126,7 @@ def _base_of(targets: Sequence[str]) -> dict[str, Any]:
                 return {"source": ARTIFACT + target}
             return {name: artifact.base.get(name) for name in ("source", "revision", "rope_scaling")}
         config = read_json(folder / "adapter_config.json", hint="copy the adapter again")
-        source = config.get("base_model_name_or_path")
+        source = config.get("base_model_name_or_path") if isinstance(config, dict) else None
         if not source:
             raise ArtifactError(str(folder), "does not say which base model it belongs to", hint="add `--model MODEL`")
         scaling = RopeScaling.beside(folder)

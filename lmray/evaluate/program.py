@@ -237,7 +237,9 @@ def _with_adapter(model: Any, folder: Path, handle: str) -> Any:
             model.load_adapter(str(folder), handle)
             return model
         return PeftModel.from_pretrained(model, str(folder), adapter_name=handle).eval()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         hint = "give the base model it was trained on: `--model`, or `model.source` of the job"
         raise ArtifactError(f"adapter in {folder}", f"does not fit the model: {lines[0][:200]}", hint=hint) from None

@@ -9,7 +9,11 @@ import sys
 
 import pytest
 
+from lmray.config import Document, decode
+from lmray.errors import CapacityError
 from lmray.evaluate.kept import kept_path
+from lmray.job import EvaluateJob
+from lmray.on_ray.evaluate import evaluate
 from lmray.testing.jobs import tiny_rows, write_jsonl
 from lmray.testing.tiny import tiny_adapter_folder
 from lmray.testing.waiting import wait_until
@@ -29,3 +33,13 @@ def test_one_signal_ends_an_evaluation_and_keeps_what_was_measured(tiny_model, t
     assert running.returncode == 130, complaint
     assert json.loads(said)["status"] == "stopped" and "Traceback" not in complaint
     assert kept.is_file() and not (kept.parent / "result.json").exists()
+
+
+def test_a_store_that_is_a_file_is_told_before_ray_starts(tiny_model, tiny_data, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    tree = {"name": "e", "storage": str(tmp_path / "file"), "model": {"source": str(tiny_model), "dtype": "float32"}}
+    tree |= {"data": {"train": [{"source": str(tiny_data)}], "eval": {"split": 0.25}, "max_length": 256}}
+    tree |= {"targets": [{"label": "base"}], "evaluate": {"tasks": ["loss"]}}
+    monkeypatch.setattr("lmray.on_ray.evaluate.connected", lambda: pytest.fail("Ray started"))
+    with pytest.raises(CapacityError, match="is a file"):
+        evaluate(decode(EvaluateJob, Document("test", tree)))

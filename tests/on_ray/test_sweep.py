@@ -17,7 +17,7 @@ from lmray.artifacts.files import write_json
 from lmray.artifacts.store import open_store
 from lmray.config import Document, decode, dump
 from lmray.context import Result
-from lmray.errors import DataError, LmrayError
+from lmray.errors import CapacityError, DataError, LmrayError
 from lmray.job import SweepJob, load
 from lmray.metrics.events import read_events
 from lmray.on_ray.run import sigterm_as_interrupt
@@ -69,6 +69,13 @@ def fake(job, ctx):
     result = Result("succeeded", str(ctx.folder), metrics={"eval.loss": loss + 1 / STEPS}, details=details)
     write_json(ctx.folder / "result.json", result.to_json())
     return result
+
+
+def test_a_store_that_is_a_file_is_told_before_ray_starts(make, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr("lmray.on_ray.sweep.connected", lambda: pytest.fail("Ray started"))
+    with pytest.raises(CapacityError, match="is a file"):
+        sweep(make(storage=str(tmp_path / "file")))
 
 
 def test_a_sweep_keeps_the_best_of_real_trainings(ray_cluster, make, folder, tmp_path, capsys):

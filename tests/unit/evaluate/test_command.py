@@ -104,6 +104,9 @@ def test_an_adapter_that_names_no_base_model(adapter):
     path.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ArtifactError, match="does not say which base model"):
         make_job(words(str(adapter)))
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="does not say which base model"):
+        make_job(words(str(adapter)))
     path.write_text("{", encoding="utf-8")
     with pytest.raises(ArtifactError, match="is spoilt"):
         make_job(words(str(adapter)))
