@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lmray.errors import ArtifactError
-from lmray.models.quantised import quantization_config
+from lmray.models.quantised import keep_layout, quantization_config
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
 
@@ -45,7 +45,7 @@ def load_model(
         more = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
     with quiet():
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=getattr(torch, dtype),
@@ -55,6 +55,8 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 **more,
             ).eval()
+            keep_layout(model)
+            return model
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise _corrupted(folder, error) from None
 
