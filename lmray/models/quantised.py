@@ -42,7 +42,7 @@ def keep_layout(model: torch.nn.Module) -> None:
     evaluation, for good: they then compute in bfloat16 and pass no gradient on."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def check_library() -> None:
