@@ -19,7 +19,7 @@ from transformers import (
 
 from lmray.errors import ArtifactError, ConfigError
 from lmray.models.machine import is_out_of_memory
-from lmray.models.quantised import quantization_config
+from lmray.models.quantised import keep_layout, quantization_config
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
 
@@ -46,7 +46,7 @@ def load_model(
         more = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
     with quiet():
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=getattr(torch, dtype),
@@ -56,6 +56,8 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 **more,
             ).eval()
+            keep_layout(model)
+            return model
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise

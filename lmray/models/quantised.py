@@ -37,6 +37,14 @@ def quantization_config(quantization: str, dtype: str) -> BitsAndBytesConfig:
     )
 
 
+def keep_layout(model: torch.nn.Module) -> None:
+    """Has `bitsandbytes` compute with 4-bit weights as they lie. On CPUs with AVX512-BF16 it would lay them out anew in
+    evaluation, for good: they then compute in bfloat16 and pass no gradient on."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def check_library() -> None:
     """Raises ConfigError where `bitsandbytes` is not installed."""
     if find_spec("bitsandbytes") is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 
-from lmray.artifacts.store import run_folder
 from lmray.errors import CheckpointError
 from lmray.models.deferred import Deferred
 from lmray.models.load import load_model
@@ -21,8 +18,7 @@ from lmray.optim.adamw_torch import AdamwTorch
 from lmray.sharding.base import Placed, Sharding
 from lmray.sharding.deepspeed import Deepspeed
 from lmray.sharding.single import Single
-from lmray.testing.jobs import curve, run_here, tiny_job
-from lmray.testing.ranks import run_ranks, train_ranks
+from lmray.testing.ranks import run_ranks
 from lmray.train.group import torchrun_context
 
 STEPS, SAVED_AT, ROWS = 4, 2, 8
@@ -167,36 +163,6 @@ def test_every_stage_trained_in_every_way_at_every_number_of_ranks(tiny_model, a
     for ranks in (1, 2, 4):
         found, *_ = run_ranks(ranks, resumed, tmp_path, ranks, tiny_model, again)
         assert_same(found, alone, first=SAVED_AT)
-
-
-@pytest.mark.parametrize(("adapter", "stage"), [({"name": "lora", "r": 3}, 2), ({"name": "full"}, 3)])
-def test_a_run_that_was_stopped_goes_on_on_one_worker(tiny_model, tiny_data, tmp_path, adapter, stage):
-    """Through the loop: layers that run again, held-out loss, checkpoints, what is kept at the end."""
-    settings = {"train__max_steps": 4, "train__save_steps": 2, "train__eval_steps": 2, "evaluate": {"tasks": ["loss"]}}
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
-
-    def job(name: str, workers: int, sharding):
-        rows = {"train__per_device_train_batch_size": 8 // workers, **settings}
-        resources = {"workers": workers}
-        placing = {"sharding": sharding, "resources": resources, "adapter": adapter}
-        return tiny_job(tiny_model, tiny_data, tmp_path / name, **placing, **rows)
-
-    straight = job("straight", 1, "single")
-    broken = job("broken", 2, {"name": "deepspeed", "stage": stage, "config": str(path)})
-    broken = broken.changed({"train.gradient_checkpointing": True})
-    result = run_here(straight, tmp_path / "scratch")
-    assert train_ranks(broken, stop_at=2).status == "stopped"
-    (checkpoint,) = run_folder(broken).glob("checkpoint-*")
-    assert {"deepspeed-00000.safetensors", "deepspeed-00001.safetensors"} <= {one.name for one in checkpoint.iterdir()}
-    assert not [one for one in checkpoint.rglob("*") if one.is_file() and one.suffix not in (".safetensors", ".json")]
-    again = train_ranks(broken.changed({"resources.workers": 1}))
-    assert again.metrics["eval.loss"] == pytest.approx(result.metrics["eval.loss"], abs=1e-5)
-    for name in ("train.loss", "eval.loss"):
-        assert curve(broken, name) == pytest.approx(curve(straight, name), abs=1e-5)
-    folder = broken.adapter.kept
-    kept, expected = (load_file(next((run_folder(one) / folder).glob("*.safetensors"))) for one in (broken, straight))
-    assert all((kept[name] - tensor).abs().max() < 1e-4 for name, tensor in expected.items())
 
 
 def test_a_checkpoint_of_another_strategy_is_refused(tiny_model, tmp_path):

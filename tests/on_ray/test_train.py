@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -18,85 +19,111 @@ from safetensors.torch import load_file
 
 from lmray import pulse
 from lmray.artifacts.store import run_folder
+from lmray.context import Result
 from lmray.errors import CapacityError, ConfigError, HangError, OutOfMemoryError
 from lmray.methods import sft
 from lmray.metrics.events import read_attempts, read_events
 from lmray.on_ray import train as on_ray
+from lmray.on_ray.context import STOP
 from lmray.on_ray.train import train
 from lmray.testing.jobs import curve, run_here, tiny_job
+from lmray.testing.matrix import ADAPTERS, sharding, shared_by
 from lmray.testing.waiting import wait_until
 from lmray.train.learner import Learner
 
 
 @pytest.fixture
-def job(tiny_model, tiny_data, tmp_path):
-    def make(store: str, **changes):
-        return tiny_job(tiny_model, tiny_data, tmp_path / store, resources={"cpus_per_worker": 1}, **changes)
+def job(matrix_model, tiny_data, tmp_path):
+    def make(store: str, *, adapter: str = "lora", **changes):
+        changes = {"resources__cpus_per_worker": 1, **ADAPTERS[adapter], **changes}
+        return tiny_job(matrix_model(adapter), tiny_data, tmp_path / store, **changes)
 
     return make
 
 
-def adapter(job) -> dict:
-    return load_file(run_folder(job) / "adapter" / "adapter_model.safetensors")
+def weights(job) -> dict:
+    (path,) = (run_folder(job) / job.adapter.kept).glob("*model.safetensors")
+    return load_file(path)
 
 
-def processes(name: str) -> list[int]:
+def assert_same(one, expected, *, atol: float) -> None:
+    """Each step once, with the losses that were expected, and in the end the weights."""
+    steps = [event["step"] for event in read_events(run_folder(one) / "events.jsonl")]
+    assert steps == list(range(1, one.train.max_steps + 1))
+    assert curve(one) == pytest.approx(curve(expected), abs=atol)
+    for name, tensor in weights(expected).items():
+        assert (weights(one)[name] - tensor).abs().max() < 10 * atol
+
+
+def processes(name: str) -> set[int]:
     """Of the local Ray, those that run the actor `name`."""
-    return [one.pid for one in psutil.Process().children(recursive=True) if name in " ".join(one.cmdline())]
+    return {one.pid for one in psutil.Process().children(recursive=True) if name in " ".join(one.cmdline())}
 
 
-def worker_pids() -> list[int]:
-    return processes("RayTrainWorker")
+def train_and(job, act: Callable[[], object], *, at: int) -> Result:
+    """Trains `job`, and does `act` beside it once there are `at` steps."""
+    events = run_folder(job) / "events.jsonl"
+    outcome = {}
+    runner = threading.Thread(target=lambda: outcome.update(result=train(job, progress=False)))
+    runner.start()
+    wait_until(lambda: len(read_events(events)) >= at or not runner.is_alive(), f"{at} steps")
+    assert len(read_events(events)) < job.train.max_steps, "in the middle, else the test says nothing"
+    act()
+    runner.join()
+    return outcome["result"]
+
+
+def killing(actor: str, count: int = 1) -> Callable[[], None]:
+    """Kills one of the `count` processes of `actor` that are not there yet."""
+    earlier = processes(actor)  # of other tests, on their way out
+
+    def kill() -> None:
+        new = processes(actor) - earlier
+        assert len(new) == count
+        os.kill(max(new), signal.SIGKILL)
+
+    return kill
 
 
 def test_a_killed_worker_loses_nothing_and_the_curve_is_the_local_one(ray_cluster, job, tmp_path):
     changes = {"train__max_steps": 40, "train__save_steps": 4, "output": {"artifact": "kept"}}
     local, remote = job("local", **changes), job("remote", **changes)
     run_here(local, tmp_path / "scratch")
-    events = run_folder(remote) / "events.jsonl"
-    earlier = set(worker_pids())  # of other tests, on their way out
-    outcome = {}
-    runner = threading.Thread(target=lambda: outcome.update(result=train(remote, progress=False)))
-    runner.start()
-    wait_until(lambda: len(read_events(events)) >= 10 or not runner.is_alive(), "ten steps")
-    (pid,) = set(worker_pids()) - earlier
-    assert len(read_events(events)) < 40, "killed in the middle, else the test says nothing"
-    os.kill(pid, signal.SIGKILL)
-    runner.join()
-    result = outcome["result"]
+    result = train_and(remote, killing("RayTrainWorker"), at=10)
     assert result.status == "succeeded" and result.artifact.startswith("kept@")
-    assert curve(remote) == pytest.approx(curve(local), abs=1e-6)
-    assert [event["step"] for event in read_events(events)] == list(range(1, 41))
-    for name, tensor in adapter(local).items():
-        assert (adapter(remote)[name] - tensor).abs().max() < 1e-5
+    assert_same(remote, local, atol=1e-6)
     assert train(remote, progress=False).status == "already-done"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
-def test_two_workers_give_the_curve_of_one_also_when_one_is_killed(ray_cluster, job, tmp_path, sharding):
-    changes = {"train__max_steps": 24, "train__save_steps": 4, "evaluate": {"tasks": ["loss"]}}
-    local = job("local", **changes, train__per_device_train_batch_size=8)
-    remote = job("remote", **changes).changed({"sharding": sharding, "resources.workers": 2})
+@pytest.mark.parametrize(
+    ("strategy", "adapter", "killed"),
+    [
+        ("ddp", "lora", True),
+        ("ddp", "full", False),
+        ("ddp", "qlora", False),
+        ("fsdp2", "lora", True),
+        ("fsdp2", "full", False),
+        ("zero 3", "lora", False),
+        ("zero 3", "full", False),
+    ],
+)
+def test_two_workers_give_the_curve_of_one_also_when_one_is_killed(
+    ray_cluster, job, tmp_path, strategy, adapter, killed
+):
+    steps = 24 if killed else 4
+    changes = {"train__max_steps": steps, "train__save_steps": 4, "evaluate": {"tasks": ["loss"]}}
+    local = job("local", adapter=adapter, **changes, **shared_by(1))
+    remote = job("remote", adapter=adapter, **changes, **shared_by(2), sharding=sharding(strategy, tmp_path))
     alone = run_here(local, tmp_path / "scratch")
-    events = run_folder(remote) / "events.jsonl"
-    earlier = set(worker_pids())
-    outcome = {}
-    runner = threading.Thread(target=lambda: outcome.update(result=train(remote, progress=False)))
-    runner.start()
-    wait_until(lambda: len(read_events(events)) >= 6 or not runner.is_alive(), "six steps")
-    pids = set(worker_pids()) - earlier
-    assert len(pids) == 2 and len(read_events(events)) < 24, "killed in the middle, else the test says nothing"
-    os.kill(max(pids), signal.SIGKILL)
-    runner.join()
-    result = outcome["result"]
+    if killed:
+        result = train_and(remote, killing("RayTrainWorker", 2), at=6)
+    else:
+        result = train(remote, progress=False)
     assert result.status == "succeeded"
-    assert curve(remote) == pytest.approx(curve(local), abs=1e-5)
-    assert [event["step"] for event in read_events(events)] == list(range(1, 25))
+    assert_same(remote, local, atol=1e-5)
     for name in ("eval.loss", "base.loss"):
         assert result.metrics[name] == pytest.approx(alone.metrics[name], abs=1e-5)
-    for name, tensor in adapter(local).items():
-        assert (adapter(remote)[name] - tensor).abs().max() < 1e-4
     assert not list(run_folder(remote).glob(".*.tmp"))
 
 
@@ -144,22 +171,29 @@ def test_a_worker_that_hangs_starts_again_and_one_that_hangs_on_is_an_error(
     assert [event["step"] for event in events if event.get("replayed")] == [5, 6]
 
 
+@pytest.mark.slow
+def test_what_two_workers_saved_goes_on_on_one(ray_cluster, job, tmp_path):
+    changes = {"train__max_steps": 24, "train__save_steps": 1000}
+    local = job("local", **changes, **shared_by(1))
+    remote = job("remote", **changes, **shared_by(2), sharding="fsdp2")
+    run_here(local, tmp_path / "scratch")
+    result = train_and(remote, (run_folder(remote) / STOP).touch, at=1)
+    assert result.status == "stopped"
+    assert train(remote.changed({"resources.workers": 1}), progress=False).status == "succeeded"
+    assert_same(remote, local, atol=1e-5)
+
+
 def test_asked_to_stop_it_saves_and_the_same_job_goes_on(ray_cluster, job, tmp_path):
     remote = job("remote", name="実験", train__max_steps=30, train__save_steps=1000)
     local = job("local", train__max_steps=30, train__save_steps=1000)
     run_here(local, tmp_path / "scratch")
     folder = run_folder(remote)
-    outcome = {}
-    runner = threading.Thread(target=lambda: outcome.update(result=train(remote, progress=False)))
-    runner.start()
-    wait_until(lambda: read_events(folder / "events.jsonl") or not runner.is_alive(), "a first step")
-    (folder / "stop").touch()
-    runner.join()
+    result = train_and(remote, (folder / STOP).touch, at=1)
     done = len(read_events(folder / "events.jsonl"))
-    assert outcome["result"].status == "stopped" and 0 < done < 30
+    assert result.status == "stopped" and 0 < done < 30
     assert [path.name for path in folder.rglob("checkpoint-*")] == [f"checkpoint-{done:08d}"]
     assert train(remote, progress=False).status == "succeeded"
-    assert curve(remote) == pytest.approx(curve(local), abs=1e-6)
+    assert_same(remote, local, atol=1e-6)
 
 
 def test_what_is_not_there_is_refused_before_anything_is_written(ray_cluster, job):
@@ -191,20 +225,12 @@ def test_whole_checkpoints_that_nobody_registered_are_taken_up_and_spoilt_ones_a
     shutil.copytree(folder / "checkpoint-00000010", folder / "checkpoint-00000012")
     (folder / "checkpoint-00000012" / "weights.safetensors").write_bytes(b"half")
     (folder / "checkpoint-00000016").mkdir(parents=True)
-    earlier = set(processes("TrainController"))
-    outcome = {}
-    runner = threading.Thread(target=lambda: outcome.update(result=train(remote, progress=False)))
-    runner.start()
-    wait_until(lambda: len(read_events(folder / "events.jsonl")) > 20 or not runner.is_alive(), "twenty steps")
-    for pid in set(processes("TrainController")) - earlier:
-        os.kill(pid, signal.SIGKILL)
-    runner.join()
+    result = train_and(remote, killing("TrainController"), at=21)
     said = capfd.readouterr().err
-    assert outcome["result"].status == "succeeded"
+    assert result.status == "succeeded"
     assert "checkpoint-00000012 is set aside, going on from checkpoint-00000010" in said
     assert "the run's controller died; going on" in said
-    assert curve(remote) == pytest.approx(curve(local), abs=1e-6)
-    assert [event["step"] for event in read_events(folder / "events.jsonl")] == list(range(1, 61))
+    assert_same(remote, local, atol=1e-6)
     assert [path.name for path in sorted(folder.glob("*checkpoint-*"))] == [
         "checkpoint-00000056",
         "checkpoint-00000060",

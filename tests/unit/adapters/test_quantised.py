@@ -97,6 +97,18 @@ def test_a_quantised_run_learns_resumes_exactly_and_exports_into_the_base_as_it_
 
 
 @needs_library
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_step_after_a_measurement_is_what_it_would_have_been(job, tmp_path, quantization):
+    """In float32: on some CPUs `bitsandbytes` would measure in bfloat16, and pass no gradient on from then."""
+    changes = {"model__quantization": quantization, "model__dtype": "float32", "train__max_steps": 3}
+    plain, measured = job("plain", **changes), job("measured", **changes, train__eval_steps=1)
+    for one in (plain, measured):
+        run_here(one, tmp_path / "scratch")
+    assert curve(measured) == curve(plain)
+    assert len(curve(measured, "eval.loss")) == 3
+
+
+@needs_library
 @pytest.mark.parametrize("adapter", [{"name": "lora", "use_dora": True}, {"name": "adalora"}, {"name": "ia3"}])
 def test_other_adapters_learn_beside_quantised_weights(job, tmp_path, adapter):
     result = run_here(job(adapter=adapter, evaluate={"tasks": ["loss"]}), tmp_path / "scratch")
