@@ -130,12 +130,14 @@ def pack(examples: Sequence[Tokenised], *, max_length: int) -> Rows:
     return Rows(table, members, np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))]))
 
 
-def collate(rows: Sequence[Packed], *, pad_token_id: int, multiple_of: int = 1) -> Batch:
-    """`rows` side by side, padded to a multiple of `multiple_of` tokens. Padding counts positions on where no row is
+def collate(
+    rows: Sequence[Packed], *, pad_token_id: int, padded: Callable[[int], int] = lambda longest: longest
+) -> Batch:
+    """`rows` side by side, padded to `padded(longest)` tokens. Padding counts positions on where no row is
     packed (causal attention suffices); else a row's padding is an example of its own, which nothing attends to."""
     packed = any(len(row) > 1 for row in rows)
     longest = max(sum(map(len, row)) for row in rows)
-    shape = (len(rows), -(-longest // multiple_of) * multiple_of)
+    shape = (len(rows), padded(longest))
     ids_BT = np.full(shape, pad_token_id, dtype=np.int64)
     labels_BT = np.full(shape, IGNORED, dtype=np.int64)
     positions_BT = np.zeros(shape, dtype=np.int64) if packed else np.tile(np.arange(shape[1]), (shape[0], 1))

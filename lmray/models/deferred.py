@@ -131,7 +131,7 @@ def _weights_on_meta() -> Iterator[None]:
     def moved(module: torch.nn.Module, name: str, weight: torch.nn.Parameter) -> torch.nn.Parameter | None:
         return None if weight.is_meta else torch.nn.Parameter(weight.to("meta"), weight.requires_grad)
 
-    handle = register_module_parameter_registration_hook(moved)  # type: ignore[arg-type]
+    handle = register_module_parameter_registration_hook(moved)  # type: ignore[arg-type]  # what it returns is taken
     try:
         yield
     finally:

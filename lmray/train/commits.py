@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lmray.artifacts.files import replace_folder
 from lmray.context import RunContext
+from lmray.pulse import PULSE
 from lmray.train.checkpoint import Progress
 
 
@@ -86,7 +87,8 @@ class Commits:
         """Returns once nothing is under way. Raises what ended it."""
         if self._under_way is None:
             return
-        self._under_way.exception()  # waits; interrupted here, it is still under way
+        with PULSE.waiting("its commit"):
+            self._under_way.exception()  # waits; interrupted here, it is still under way
         done, self._under_way = self._under_way, None
         done.result()
 

@@ -19,13 +19,14 @@ from lmray.data.batch import Batch, Packed
 from lmray.methods.base import Objective
 from lmray.models.fused import Fused
 from lmray.models.precision import computing
+from lmray.models.sizes import row_sizes
 from lmray.optim.base import use_average
 from lmray.pulse import PULSE
 from lmray.sharding.base import Placed
 
 Around = Callable[[Batch], AbstractContextManager[object]]
 FUSED_MULTIPLE = 64
-"""Tokens. Products of a size not seen before cost time and memory, and joined rows have a size of their own each."""
+"""Tokens. Rows behind each other are long: an eighth of them would be more than need be."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,22 @@ class Learner:
         adapter: Adapter | None = None,
         fused: Fused | None = None,
         around: Sequence[Around] = (),
+        device: str = "cpu",
     ):
         self.placed, self.objective, self.max_grad_norm = placed, objective, max_grad_norm
         self.adapter, self.fused, self.around = adapter, fused, around
+        self._row_sizes = row_sizes(placed.model, device)
 
     @property
     def model(self) -> torch.nn.Module:
         return self.placed.model
 
-    @property
-    def multiple_of(self) -> int:
-        """What a micro-batch's rows are padded to a multiple of: the fused products compile code for every size."""
-        return FUSED_MULTIPLE if self.fused else 1
+    def padded(self, longest: int) -> int:
+        """What the rows of a micro-batch are padded to, of which the longest has `longest` tokens: CPUs are given few
+        sizes."""
+        if self.fused:
+            return -(-longest // FUSED_MULTIPLE) * FUSED_MULTIPLE
+        return self._row_sizes(longest)
 
     def joined(self, rows: Sequence[Packed]) -> Sequence[Packed]:
         """`rows` of a micro-batch as this learner computes them: as they are, or behind each other in one."""

@@ -55,7 +55,13 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
     around = layers_and_noise(job.train, placed.model, fused)
     release_heap()
     return Learner(
-        placed, objective, max_grad_norm=job.train.max_grad_norm, adapter=job.adapter, fused=fused, around=around
+        placed,
+        objective,
+        max_grad_norm=job.train.max_grad_norm,
+        adapter=job.adapter,
+        fused=fused,
+        around=around,
+        device=ctx.device,
     )
 
 

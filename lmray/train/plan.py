@@ -181,8 +181,6 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         check_quantization(job, sharding)
     kernels, kernels_reason = kernels_of(job, shape.unfit, device, sharding)
     loading, loading_reason = loading_of(job, shape, sharding)
-    fewest = job.resources.workers.min  # each holds most then
-    shares = {"workers": fewest, "divides": sharding.divides, "reads_whole": loading == "whole"}
     model = _model_facts(job, ready, shape)
     data = data_facts(ready, max_length=job.data.max_length) | {"joined": job.method.joins}
     rows = replace(rows, fused=kernels == "fused")
@@ -206,7 +204,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
-        memory_bytes=memory_parts(shape, rows, **settings, **shares),
+        memory_bytes=memory_parts(shape, rows, **settings, divides=sharding.divides, reads_whole=loading == "whole"),
         row_bytes=bytes_per_row(shape, rows, dtype, device=device),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
         warnings=(*_trust_warnings(job), *_schedule_warnings(job), *data_warnings(data)),
@@ -234,7 +232,9 @@ def _settings(job: TrainJob, shape: ModelShape, dtype: str, device: str) -> dict
     """Of the memory estimate. Optimizers say their size for float32 weights."""
     optimizer_bytes = job.train.optim.state_bytes(shape.trained_shapes) * shape.trained_bytes
     optimizer_bytes //= 4 * max(1, shape.trained)
-    return {"dtype": dtype, "device": device, "process_bytes": process_bytes(), "optimizer_bytes": optimizer_bytes}
+    sizes = {"process_bytes": process_bytes(), "optimizer_bytes": optimizer_bytes}
+    fewest = job.resources.workers.min  # each holds most then
+    return {"dtype": dtype, "device": device, "workers": fewest, **sizes}
 
 
 def _model_facts(job: TrainJob, ready: Prepared, shape: ModelShape) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def measure(setting: Setting, steps: int, kernels: str) -> dict[str, Any]:
         learner = make_learner(job, plan, prepared, context)
     loaded = peak_bytes()
     rows = sorted(prepared.rows, key=lambda row: -sum(map(len, row)))[: setting[0]]
-    batch = collate(learner.joined(rows), pad_token_id=0, multiple_of=learner.multiple_of)
+    batch = collate(learner.joined(rows), pad_token_id=0, padded=learner.padded)
     for _ in range(steps):
         learner.step([batch], learning_rate=1e-4)
     return {

@@ -47,7 +47,7 @@ def main() -> None:
             batch = collate(
                 learner.joined(rows),
                 pad_token_id=pad_token_id(prepared.tokenizer),
-                multiple_of=learner.multiple_of,
+                padded=learner.padded,
             )
             losses.append(learner.step([batch], learning_rate=settings["learning_rate"]).loss)
             seconds.append(time.perf_counter() - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_the_jobs_attention_positions_and_ways_of_generating_are_the_models(tmp_
     folder = tiny_model_folder(tmp_path)
     settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")) | {"temperature": 0.5}
     (folder / "generation_config.json").write_text(json.dumps(settings | {"do_sample": True}), encoding="utf-8")
-    how = {"attn_implementation": "eager", "rope_scaling": RopeScaling(rope_type="yarn", factor=4.0)}
+    how: dict[str, Any] = {"attn_implementation": "eager", "rope_scaling": RopeScaling(rope_type="yarn", factor=4.0)}
     deferred = Deferred(folder, "float32", **how)
     deferred.fill(deferred.model, "cpu")
     whole = load_model(folder, "float32", **how)
