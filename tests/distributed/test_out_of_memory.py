@@ -31,17 +31,19 @@ def memory(job) -> dict:
 
 
 def _limited(rank: int, job, scratch: Path) -> dict:
-    """Trains `job` here; from its first step on the process may map little more than it has. Every tensor is mapped on
-    its own, so that what one attempt frees is no hole in what the next may have."""
+    """Trains `job` here. During steps the process may map little more than it had before its attempt began them. Every
+    tensor is mapped on its own, so that what one attempt frees is no hole in what the next may have."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
-    real = Learner.step
+    real, hard = Learner.step, resource.getrlimit(resource.RLIMIT_AS)[1]
 
     def step(self, batches, **given):
-        if Learner.step is not real:
-            Learner.step = real
-            limit = psutil.Process().memory_info().vms + ROOM_BYTES
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        return real(self, batches, **given)
+        if not hasattr(self, "limit"):  # a learner an attempt
+            self.limit = psutil.Process().memory_info().vms + ROOM_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (self.limit, hard))
+        try:
+            return real(self, batches, **given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
     Learner.step = step
     return dict(run_here(job, scratch).details)
