@@ -16,6 +16,7 @@ from lmray.data.sampler import Sampler
 from lmray.data.tokenise import Tokenised
 from lmray.errors import DataError, DivergenceError
 from lmray.models.load import pad_token_id
+from lmray.models.sizes import eighths
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.train import loop as loops
 from lmray.train.feed import Feed
@@ -130,9 +131,11 @@ def test_steps_get_the_rows_that_the_sampler_says_also_after_a_stop(job, seen, t
     pad = pad_token_id(ready.tokenizer)
     parts = [rows[first : first + 4] for first in range(0, len(rows), 4)]
     cut = [[part[first : first + 2] for first in range(0, len(part), 2)] for part in parts]
-    expected = [
-        [collate([ready.rows[row] for row in micro], pad_token_id=pad).input_ids_BT for micro in step] for step in cut
-    ]
+
+    def made(micro: list[int]) -> torch.Tensor:
+        return collate([ready.rows[row] for row in micro], pad_token_id=pad, padded=eighths).input_ids_BT
+
+    expected = [[made(micro) for micro in step] for step in cut]
     assert same(seen, expected)
     assert len(seen[-1]) < 2 or len(seen[-1][-1]) < 2, "the last step is short, else the test says less"
 
