@@ -28,6 +28,10 @@ HEAP_SHARE = 0.5
 """What the C library's heap adds to kept tensors on a CPU: temporaries freed between them leave holes that later
 tensors do not fill. `tests/bench/memory.py` found 0.3 to 0.9 of them, half on average; with every tensor mapped on
 its own (MALLOC_MMAP_THRESHOLD_=65536) it is 0.06."""
+FUSED_SHARE = {4: 0.0, 2: 0.35}
+"""The same where steps run fused, by the bytes of a number: they free little in between."""
+FUSED_BYTES = 140 * 2**20
+"""Code and buffers of the products that fused steps are made of, in all."""
 CUDA_SHARE = 0.1
 """The same for PyTorch's CUDA allocator, which keeps blocks of similar sizes."""
 CUDA_PROCESS_BYTES = 512 * 2**20
@@ -153,8 +157,10 @@ def bytes_per_row(shape: ModelShape, rows: Rows, dtype: str, *, device: str) -> 
 
 
 def _activations(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
-    share = CUDA_SHARE if device == "cuda" else HEAP_SHARE
-    return int(kept_bytes(shape, rows, dtype, device=device) * (1 + share))
+    kept = kept_bytes(shape, rows, dtype, device=device)
+    if rows.fused:
+        return int(kept * (1 + FUSED_SHARE[WIDTH[dtype]])) + FUSED_BYTES
+    return int(kept * (1 + (CUDA_SHARE if device == "cuda" else HEAP_SHARE)))
 
 
 def _logits(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:

@@ -37,6 +37,9 @@ SETTINGS: tuple[Setting, ...] = (
     (2, 512, True, "bfloat16"),
     (4, 256, True, "float32"),
     (4, 512, False, "bfloat16"),
+    (2, 256, False, "bfloat16"),
+    (8, 256, True, "float32"),
+    (3, 512, True, "bfloat16"),
 )
 MIB = 2**20
 

@@ -20,25 +20,31 @@ from lmray.train.report import write_report
 @pytest.fixture
 def killed(tiny_model, tiny_data, tmp_path, monkeypatch):
     """A run of eight steps that is saved at 3 and 6 and killed after the steps given, and then ends; its job, and the
-    rows that each attempt trained on, by attempt and step."""
+    rows that each attempt was given, by attempt and where in the stream their step begins."""
     report, fed = LocalContext.report, defaultdict(list)
-    batch = Loop._batch
+    place: list[int] = []
+    made, batch = Loop._made, Loop._batch
 
     def run(*steps: int):
         settings = {"train__max_steps": 8, "train__save_steps": 3, "evaluate": {"tasks": []}}
         job = tiny_job(tiny_model, tiny_data, tmp_path / "store", name=f"killed-{len(steps)}", **settings)
         for attempt, kill in enumerate([*steps, None], 1):
 
-            def dies(self, step, metrics, checkpoint=None, *, at=kill):
-                report(self, step, metrics, checkpoint)
+            def dies(self, step, metrics, *, at=kill):
+                report(self, step, metrics)
                 if step == at:
                     raise Killed
 
-            def feeds(self, rows, *, now=attempt):
-                fed[now, self.progress.step + 1].extend(rows)
+            def begins(self, start, *, now=attempt):
+                place[:] = [now, start]  # one thread makes all batches
+                return made(self, start)
+
+            def feeds(self, rows):
+                fed[tuple(place)].extend(rows)
                 return batch(self, rows)
 
             monkeypatch.setattr(LocalContext, "report", dies)
+            monkeypatch.setattr(Loop, "_made", begins)
             monkeypatch.setattr(Loop, "_batch", feeds)
             if kill is None:
                 assert run_here(job, tmp_path / "scratch").status == "succeeded"
@@ -64,7 +70,7 @@ def test_steps_that_are_done_again_are_flagged_and_every_sample_stands_once(kill
     assert ends == list(range(4, 33, 4))
     stream, place = Sampler(read_record(run_folder(job)).plan.data["rows"], job.train.seed), 0
     for event in events:
-        took = fed[event["attempt"], event["step"]]
+        took = fed[event["attempt"], place]
         assert took == stream.rows(place, event["train.samples"]), event
         place = event["train.samples"]
 
