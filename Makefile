@@ -10,6 +10,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off --constraint constraints.txt
 
+# Two processes of tests: those that start a Ray of their own stay in one (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
 .PHONY: help venv demo test test-full lint
 
 help:  ## this list
@@ -21,12 +24,12 @@ demo: $(READY)  ## fine-tunes, keeps, serves and asks a small model, on this mac
 	@$(BIN)/lmray demo
 
 test: lint  ## lint and every test but the slow ones and those that need a GPU
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(PYTEST) -m "not slow and not gpu"
 	@echo "make test: the deselected tests above are marked slow (make test-full runs them) or gpu (they need a GPU)"
 
 test-full: lint  ## lint and every test but those that need a GPU, with the packages only some of them need
 	@$(PIP) --editable ".[dev,quant,optimizers]"
-	@$(BIN)/python -m pytest -m "not gpu"
+	@$(PYTEST) -m "not gpu"
 	@echo "make test-full: the deselected tests above are marked gpu (they need a GPU)"
 
 lint: $(READY)  ## style, floors and types, without running anything

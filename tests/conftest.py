@@ -12,6 +12,15 @@ import torch
 from lmray.testing.jobs import tiny_rows, write_jsonl
 from lmray.testing.tiny import tiny_model_folder
 
+RAY_FOLDERS = {"on_ray", "e2e"}
+"""Tests here share a cluster or start their own: one process of `make test` runs them all, and begins with them."""
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if RAY_FOLDERS & set(item.path.relative_to(config.rootpath).parts):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
