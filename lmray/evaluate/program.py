@@ -33,6 +33,7 @@ from lmray.evaluate.progress import ProgressFile
 from lmray.job import EvaluateJob, Target
 from lmray.metrics.display import Standing
 from lmray.models.load import load_config, load_model, load_tokenizer
+from lmray.models.machine import keep_few_products
 from lmray.models.precision import resolve_dtype
 from lmray.models.rope import RopeScaling, check_positions, check_same_scaling
 from lmray.models.source import FoundModel, check_readable, find_model, model_of
@@ -95,6 +96,7 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
     """
     started = time.time()
     torch.set_num_threads(ctx.threads)
+    keep_few_products()
     ready = prepare(job)
     if (ctx.folder / RESULT).is_file():
         forget(ctx.folder)  # what is kept beside no result is an interrupted run's: go on from there

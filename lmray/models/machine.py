@@ -63,6 +63,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ALLOCATORS.search(str(error)) is not None
 
 
+def keep_few_products() -> None:
+    """Bounds the code that oneDNN keeps for products of this process on CPUs, unless the user has. Each size has its
+    own: by default up to 1,024 are kept, which take a gigabyte. To be called before the first product."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
 def release_heap() -> None:
     """Gives freed memory back to the system. What converting a model's weights freed stays with the C library
     otherwise, in holes that a training step's larger tensors do not fill. Does nothing but under glibc."""

@@ -28,6 +28,7 @@ from lmray.evaluate.kept import Kept, forget, kept_path
 from lmray.evaluate.measure import HeldOut, Measured, measure
 from lmray.job import TrainJob
 from lmray.metrics.events import EventLog
+from lmray.models.machine import keep_few_products
 from lmray.trackers.base import TrackedRun
 from lmray.train.hang import set_aside, watched
 from lmray.train.loop import Loop
@@ -66,6 +67,7 @@ def train(job: TrainJob, ctx: RunContext) -> Result:
     """
     started = time.time()
     torch.set_num_threads(ctx.threads)
+    keep_few_products()
     with ctx.together():
         _check_workers(job, ctx)
         prepared = prepare(job)

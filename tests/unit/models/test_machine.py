@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 import platform
 
 import psutil
 import pytest
 
-from lmray.models.machine import measure_flops, release_heap, this_machine
+from lmray.models.machine import keep_few_products, measure_flops, release_heap, this_machine
 
 
 def test_a_containers_limit_is_the_memory_there_is(tmp_path):
@@ -30,3 +31,12 @@ def test_released_memory_is_the_systems_again():
     del blocks
     release_heap()
     assert process.memory_info().rss < held - 128 * 2**20 and len(kept)
+
+
+def test_few_products_are_kept_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    keep_few_products()
+    assert int(os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) < 1024
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2048")
+    keep_few_products()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "2048"
