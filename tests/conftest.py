@@ -27,11 +27,11 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _hears_sigint():
-    """A shell starts background commands deaf to SIGINT, and children inherit that."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell starts background commands deaf to SIGINT, and children inherit that; Ray Tune leaves a handler of its
+    own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -225,7 +225,7 @@ def test_a_shortage_that_cannot_be_noted_ends_the_run_with_both(job, tmp_path, r
 
 
 def test_what_fits_is_what_the_planner_says_of_the_changed_job(job):
-    one = job(resources={"workers": 2}, sharding="ddp")
+    one = job(resources={"workers": 2}, sharding="ddp", model__kernels="plain")
     plan, prepared = make_plan(one), prepare(one)
     found = fitting(one, plan, prepared, 8, None)
     assert [text.split(" ")[0].strip("`") for text in found] == [
