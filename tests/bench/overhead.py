@@ -5,7 +5,9 @@
 SmolLM2-135M, LoRA r=8 on all linear layers, E2E rows, one thread a worker. Measured from the end of step 3 to that of
 the last step but one: tokens a second, and the CPU seconds that all processes of the command spent on a token, Ray's
 own among them. Overhead is the mean of the pairs' ratios less one, with a 95 % interval (Student's t over the
-logarithms of the ratios); the middle value is the ratios' median.
+logarithms of the ratios); the middle value is the ratios' median. The CPU time of processes that do not train (driver,
+controller, Ray's daemons; torchrun's launcher) over that of those that do is taken within each run, and so is free of
+the machine's drift from run to run.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ BATCH_SIZE = 4
 T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 """97.5 % quantile of Student's t for 1, 2, ... degrees of freedom."""
 SYSTEMS = ("torchrun", "lmray run")
+TRAINS = ("RayTrainWorker", "--child")
+"""What the command line of a process that trains contains, under Ray and under torchrun."""
 
 
 def job_of(data: Path, folder: Path, workers: int, steps: int) -> dict[str, Any]:
@@ -62,20 +66,24 @@ def job_of(data: Path, folder: Path, workers: int, steps: int) -> dict[str, Any]
     }
 
 
-def cpu_seconds(root: psutil.Process) -> float:
-    """User and system time of a process and all below it that are alive."""
-    total = 0.0
+def cpu_seconds(root: psutil.Process) -> tuple[float, float]:
+    """User and system time of a process and all below it that are alive: of those that train, and of the others."""
+    train, other = 0.0, 0.0
     for process in (root, *root.children(recursive=True)):
         try:
-            times = process.cpu_times()
+            times, line = process.cpu_times(), process.cmdline()
         except psutil.NoSuchProcess:
             continue
-        total += times.user + times.system
-    return total
+        spent = times.user + times.system
+        if any(mark in part for part in line for mark in TRAINS) and "torch.distributed.run" not in line:
+            train += spent
+        else:
+            other += spent
+    return train, other
 
 
 def measure(system: str, data: Path, workers: int, steps: int) -> dict[str, float]:
-    """One run: `tokens_per_s` and `cpu_s_per_token`."""
+    """One run: `tokens_per_s`, `cpu_s_per_token`, and `beside`: CPU time of what does not train over what does."""
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "job.yaml"  # JSON is YAML
         config.write_text(json.dumps(job_of(data, Path(folder), workers, steps)), encoding="utf-8")
@@ -88,7 +96,7 @@ def measure(system: str, data: Path, workers: int, steps: int) -> dict[str, floa
         with open(log, "wb") as output:
             child = psutil.Popen(command, env=env, stdout=output, stderr=output)
         path = Path(folder) / "runs" / "overhead" / "events.jsonl"
-        spent: dict[int, float] = {}
+        spent: dict[int, tuple[float, float]] = {}
         while child.poll() is None:
             step = max((event["step"] for event in read_events(path)), default=0)
             if step in (WARM_UP, steps - 1) and step not in spent:
@@ -99,7 +107,12 @@ def measure(system: str, data: Path, workers: int, steps: int) -> dict[str, floa
         events = {event["step"]: event for event in read_events(path)}
     tokens = sum(events[step]["train.tokens"] for step in range(WARM_UP + 1, steps))
     seconds = events[steps - 1]["time"] - events[WARM_UP]["time"]
-    return {"tokens_per_s": tokens / seconds, "cpu_s_per_token": (spent[steps - 1] - spent[WARM_UP]) / tokens}
+    trained, other = (after - before for before, after in zip(spent[WARM_UP], spent[steps - 1], strict=True))
+    return {
+        "tokens_per_s": tokens / seconds,
+        "cpu_s_per_token": (trained + other) / tokens,
+        "beside": other / trained,
+    }
 
 
 def child(config: Path) -> None:
@@ -129,7 +142,20 @@ def table(made: dict[tuple[int, int, str], dict[str, float]], workers: list[int]
             cells = [f"{scale * statistics.median(values):{shown}}" for values in (one, other)]
             over = f"{mean:+.1%} ({low:+.1%} to {high:+.1%})"
             lines.append(f"| {count} | {unit} | {' | '.join(cells)} | {over} | {statistics.median(ratios) - 1:+.1%} |")
+        lines.append(
+            _beside([[made[count, pair, system]["beside"] for pair in range(pairs)] for system in SYSTEMS], count)
+        )
     return "\n".join(lines) + "\n"
+
+
+def _beside(shares: list[list[float]], count: int) -> str:
+    """The row of CPU time spent beside the training processes; overhead is the difference, in points."""
+    extra = [b - a for a, b in zip(*shares, strict=True)]
+    mean = statistics.fmean(extra)
+    half = T_975[len(extra) - 2] * statistics.stdev(extra) / math.sqrt(len(extra)) if len(extra) > 1 else math.inf
+    cells = " | ".join(f"{statistics.median(values):.2%}" for values in shares)
+    over = f"{mean:+.2%} ({mean - half:+.2%} to {mean + half:+.2%})"
+    return f"| {count} | CPU beside training | {cells} | {over} | {statistics.median(extra):+.2%} |"
 
 
 def main() -> None:
