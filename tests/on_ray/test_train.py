@@ -104,6 +104,8 @@ def test_a_killed_worker_loses_nothing_and_the_curve_is_the_local_one(ray_cluste
         ("ddp", "qlora", False),
         ("fsdp2", "lora", True),
         ("fsdp2", "full", False),
+        ("zero 1", "full", False),
+        ("zero 2", "lora", False),
         ("zero 3", "lora", False),
         ("zero 3", "full", False),
     ],
@@ -172,14 +174,17 @@ def test_a_worker_that_hangs_starts_again_and_one_that_hangs_on_is_an_error(
 
 
 @pytest.mark.slow
-def test_what_two_workers_saved_goes_on_on_one(ray_cluster, job, tmp_path):
-    changes = {"train__max_steps": 24, "train__save_steps": 1000}
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize(("strategy", "adapter"), [("fsdp2", "lora"), ("zero 3", "full")])
+def test_what_two_workers_saved_goes_on_on_one_and_on_four(ray_cluster, job, tmp_path, strategy, adapter, workers):
+    changes = {"adapter": adapter, "train__max_steps": 24, "train__save_steps": 1000}
     local = job("local", **changes, **shared_by(1))
-    remote = job("remote", **changes, **shared_by(2), sharding="fsdp2")
+    remote = job("remote", **changes, **shared_by(2), sharding=sharding(strategy, tmp_path))
     run_here(local, tmp_path / "scratch")
     result = train_and(remote, (run_folder(remote) / STOP).touch, at=1)
     assert result.status == "stopped"
-    assert train(remote.changed({"resources.workers": 1}), progress=False).status == "succeeded"
+    rest = {name.replace("__", "."): value for name, value in shared_by(workers).items()}
+    assert train(remote.changed(rest), progress=False).status == "succeeded"
     assert_same(remote, local, atol=1e-5)
 
 
