@@ -144,7 +144,7 @@ def read_shape(
         adapted=_adapted(model, ends),
         trained_norms=sum(one.numel() for name, one in model.named_parameters() if _is_trained_norm(name, one)),
         unfit="the weights are quantised" if quantization else unfit(model),
-        reads_whole="the weights are quantised" if quantization else whole,
+        reads_whole=whole,
     )
 
 

@@ -25,6 +25,7 @@ from lmray.train.plan_steps import (
     check_divided,
     check_layers,
     check_quantization,
+    check_start,
     check_virtual_tokens,
     kernels_of,
     loading_of,
@@ -177,6 +178,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     rows, settings = _largest(job, ready, shape), _settings(job, shape, dtype, device)
     sharding, sharding_reason = sharding_of(job, shape, rows, settings)
     check_divided(job, sharding)
+    check_start(job, shape)
     if job.model.quantization:
         check_quantization(job, sharding)
     kernels, kernels_reason = kernels_of(job, shape.unfit, device, sharding)
