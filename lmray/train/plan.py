@@ -172,6 +172,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         quantization=job.model.quantization,
         attn_implementation=attention_asked(job.model.attn_implementation, device),
         trust_remote_code=job.model.trust_remote_code,
+        rope_scaling=job.model.rope_scaling,
     )
     check_layers(job.train, shape)
     job.train.optim.check(shape.trained_shapes, device=device)
