@@ -56,6 +56,12 @@ class Adapter(MemberConfig):
         return False
 
     @property
+    def starts_from_residual(self) -> bool:
+        """Whether attaching it takes what NF4 took from the model's weights, so that they must be quantised, and their
+        files read as they lie."""
+        return False
+
+    @property
     def changes_base(self) -> bool:
         """Whether switching it off does not give the base back."""
         return self.kept == "model"

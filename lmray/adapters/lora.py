@@ -3,9 +3,10 @@
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, equation 3, through the `peft`
 library. Its variants: rank-stabilised scaling (arXiv 2312.03732), DoRA (arXiv 2402.09353), LoRA+ (arXiv 2402.12354),
 and A and B started from the weight itself, by its largest singular values (PiSSA, arXiv 2404.02948) or its QR
-decomposition (OLoRA, arXiv 2406.01775).
+decomposition (OLoRA, arXiv 2406.01775), or from what quantising took from it (LoftQ, arXiv 2310.08659).
 Differs from the papers in: nothing; B starts at zero, A as `peft` starts it (Kaiming uniform), unless told otherwise.
-PiSSA and OLoRA take A_0 and B_0 out of W; what is kept is [A, A_0] and [B, -B_0] of twice the rank, for W as it was.
+PiSSA and OLoRA take A_0 and B_0 out of W, LoftQ makes up with them for its quantising; what is kept is [A, A_0] and
+[B, -B_0] of twice the rank, for W as it was. Of LoftQ one iteration (see `_loftq`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from peft import LoraConfig
 from pydantic import Field, model_validator
 
+from lmray.adapters._loftq import start_from_residuals
 from lmray.adapters._peft import HANDLE, PeftAdapter
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -41,11 +43,12 @@ class Lora(PeftAdapter):
     lora_plus_ratio: Positive | None = None
     """LoRA+: the learning rate of B is this multiple of A's; its authors take 16. Empty: the same."""
     init_lora_weights: (
-        Literal[True, "gaussian", "orthogonal", "pissa", "olora"]
+        Literal[True, "gaussian", "orthogonal", "pissa", "olora", "loftq"]
         | Annotated[str, Field(pattern=r"^pissa_niter_[1-9]\d*$")]
     ) = True
     """How A and B start. `true`: A random, B zero. `pissa`: from the weight's largest singular values;
-    `pissa_niter_16`: the same by 16 rounds of a fast approximation. `olora`: from its QR decomposition."""
+    `pissa_niter_16`: the same by 16 rounds of a fast approximation. `olora`: from its QR decomposition. `loftq`: from
+    what `model.quantization: nf4` took from it."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained whole and kept with the adapter, like `lm_head`."""
     layers_to_transform: tuple[int, ...] | None = None
@@ -66,7 +69,7 @@ class Lora(PeftAdapter):
             )
         if self.init_lora_weights == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ValueError("starts `orthogonal` with an odd rank; hint: make `r` even")
-        if self._takes_from_base and (self.use_dora or self.modules_to_save or self.bias != "none"):
+        if self._has_start and (self.use_dora or self.modules_to_save or self.bias != "none"):
             raise ValueError(
                 f"starts from `{self.init_lora_weights}` with `use_dora`, `modules_to_save` or `bias`; "
                 "hint: `init_lora_weights: true` goes with them"
@@ -78,8 +81,17 @@ class Lora(PeftAdapter):
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
     @property
+    def starts_from_residual(self) -> bool:
+        return self.init_lora_weights == "loftq"
+
+    @property
+    def _has_start(self) -> bool:
+        """Whether the update is not zero at first, so that what is kept is its difference to that."""
+        return self._takes_from_base or self.starts_from_residual
+
+    @property
     def starts_from_base(self) -> bool:
-        return self._takes_from_base or self.use_dora or bool(self.modules_to_save) or self.bias != "none"
+        return self._has_start or self.use_dora or bool(self.modules_to_save) or self.bias != "none"
 
     @property
     def changes_base(self) -> bool:
@@ -94,7 +106,7 @@ class Lora(PeftAdapter):
             target_modules=targets,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
-            init_lora_weights=self.init_lora_weights,  # type: ignore[arg-type]
+            init_lora_weights=self.starts_from_residual or self.init_lora_weights,  # type: ignore[arg-type]
             modules_to_save=list(self.modules_to_save) or None,
             ensure_weight_tying=bool(self.modules_to_save),
             layers_to_transform=None if self.layers_to_transform is None else list(self.layers_to_transform),
@@ -105,11 +117,13 @@ class Lora(PeftAdapter):
         )
 
     def attach(self, model: torch.nn.Module, *, seed: int) -> torch.nn.Module:
-        if not self._takes_from_base:
+        if not self._has_start:
             return super().attach(model, seed=seed)
         if next(model.parameters()).device.type == "meta":  # nothing to decompose; the shapes are the same
             return self.model_copy(update={"init_lora_weights": True}).attach(model, seed=seed)
         adapted: Any = super().attach(model, seed=seed)
+        if self.starts_from_residual:
+            start_from_residuals(adapted)
         adapted.initial_factors = {name: tensor.detach().cpu().clone() for name, tensor in self._state(adapted).items()}
         return adapted
 
@@ -121,9 +135,17 @@ class Lora(PeftAdapter):
         slow = [one for name, one in trained.items() if not ("lora_B" in name or "lora_embedding_B" in name)]
         return [{"params": slow}, {"params": fast, "lr_scale": self.lora_plus_ratio}]
 
+    def resume_state(self, model: Any) -> dict[str, torch.Tensor]:
+        """LoftQ's start: on another machine quantising may round otherwise, and the same base give another."""
+        return dict(model.initial_factors) if self.starts_from_residual else {}
+
+    def resume(self, model: Any, state: Mapping[str, torch.Tensor], *, step: int) -> None:
+        if self.starts_from_residual:
+            model.initial_factors = dict(state)
+
     def kept_config(self, model: torch.nn.Module) -> dict[str, Any]:
         config = super().kept_config(model)
-        if self._takes_from_base:
+        if self._has_start:
             grown = math.sqrt(2) if self.use_rslora else 2
             config |= {"r": 2 * config["r"], "lora_alpha": grown * config["lora_alpha"], "init_lora_weights": True}
             config["rank_pattern"] = {name: 2 * r for name, r in config["rank_pattern"].items()}
@@ -131,7 +153,7 @@ class Lora(PeftAdapter):
         return config
 
     def to_kept(self, model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if not self._takes_from_base:
+        if not self._has_start:
             return state
         first = model.initial_factors
         return {
@@ -139,13 +161,14 @@ class Lora(PeftAdapter):
         }
 
     def from_kept(self, model: Any, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """The trained factors; the base is made what is left of it without those the kept adapter started from."""
-        if not self._takes_from_base:
+        """The trained factors; the base is made what is left of it without those the kept adapter started from, if it
+        is a start that takes them out."""
+        if not self._has_start:
             return state
         halves = {name: tensor.chunk(2, dim=_axis(name)) for name, tensor in state.items()}
         first = {name: _pair(name, *pair)[1] for name, pair in halves.items()}
         if any(not torch.equal(first[name], tensor) for name, tensor in model.initial_factors.items()):
-            for sign, factors in ((1, model.initial_factors), (-1, first)):
+            for sign, factors in ((1, model.initial_factors), (-1, first)) if self._takes_from_base else ():
                 self._set_state(model, factors)
                 _add_updates(model, sign)
             model.initial_factors = {name: tensor.clone() for name, tensor in first.items()}

@@ -131,13 +131,18 @@ def pack(examples: Sequence[Tokenised], *, max_length: int) -> Rows:
 
 
 def collate(
-    rows: Sequence[Packed], *, pad_token_id: int, padded: Callable[[int], int] = lambda longest: longest
+    rows: Sequence[Packed],
+    *,
+    pad_token_id: int,
+    padded: Callable[[int], int] = lambda longest: longest,
+    padding_apart: bool = False,
 ) -> Batch:
     """`rows` side by side, padded to `padded(longest)` tokens. Padding counts positions on where no row is
-    packed (causal attention suffices); else a row's padding is an example of its own, which nothing attends to."""
-    packed = any(len(row) > 1 for row in rows)
-    longest = max(sum(map(len, row)) for row in rows)
-    shape = (len(rows), padded(longest))
+    packed (causal attention suffices); else, or where it is to be `padding_apart`, for a model whose positions hang on
+    an example's length, a row's padding is an example of its own, which nothing attends to."""
+    lengths = [sum(map(len, row)) for row in rows]
+    shape = (len(rows), padded(max(lengths)))
+    packed = any(len(row) > 1 for row in rows) or (padding_apart and min(lengths) < shape[1])
     ids_BT = np.full(shape, pad_token_id, dtype=np.int64)
     labels_BT = np.full(shape, IGNORED, dtype=np.int64)
     positions_BT = np.zeros(shape, dtype=np.int64) if packed else np.tile(np.arange(shape[1]), (shape[0], 1))

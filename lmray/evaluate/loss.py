@@ -8,6 +8,7 @@ import torch
 
 from lmray.data.batch import Packed, collate
 from lmray.models.precision import computing
+from lmray.models.rope import follows_length
 from lmray.models.sizes import row_sizes
 from lmray.models.supervised import supervised_losses
 from lmray.pulse import PULSE
@@ -26,13 +27,13 @@ def example_losses(
     """Of every example in `rows`, in their order: the summed loss in nats and the number of supervised tokens.
     `progress` is told how many rows are done. `model` is given back in the mode it came in."""
     was_training = model.training
-    sizes = row_sizes(model, device)
+    sizes, apart = row_sizes(model, device), follows_length(model.config)
     model.eval()
     found: list[tuple[float, int]] = []
     for first in range(0, len(rows), batch_size):
         chosen = rows[first : first + batch_size]
         PULSE.beat(f"held-out row {first + 1} of {len(rows)}")
-        batch = collate(chosen, pad_token_id=pad_token_id, padded=sizes).to(device)
+        batch = collate(chosen, pad_token_id=pad_token_id, padded=sizes, padding_apart=apart).to(device)
         with computing(model):
             losses_N = supervised_losses(model, batch.inputs, batch.labels_BT)
         counts = [example.num_supervised for row in chosen for example in row]

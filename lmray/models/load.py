@@ -22,6 +22,7 @@ from lmray.models.machine import is_out_of_memory
 from lmray.models.quantised import keep_layout, quantization_config
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
+from lmray.models.rope_by_example import follow_examples
 
 
 def load_model(
@@ -56,12 +57,13 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 **more,
             ).eval()
-            keep_layout(model)
-            return model
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             raise unreadable(folder, error) from None
+    keep_layout(model)
+    follow_examples(model)
+    return model
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False, rope_scaling: RopeScaling | None = None) -> Any:
@@ -81,9 +83,9 @@ def make_model(
     config: Any, dtype: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> Any:
     """A model of `config` with weights of `dtype`, not read from anywhere. Raises ConfigError where it has no such
-    attention."""
+    attention, or positions that cannot be scaled."""
     try:
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -94,6 +96,8 @@ def make_model(
             raise
         found = f"`{attn_implementation}` cannot be used: {str(error).splitlines()[0][:200]}"
         raise ConfigError("model.attn_implementation", found, hint="`auto` takes what fits the model") from None
+    follow_examples(model)
+    return model
 
 
 def load_tokenizer(folder: Path, *, chat: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

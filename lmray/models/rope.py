@@ -2,11 +2,12 @@
 
 `linear`: positions divided by the factor (Chen et al., arXiv 2306.15595, equation 4). `yarn`: high frequencies kept,
 low ones divided, attention sharpened (Peng et al., arXiv 2309.00071, equations 19 and 22). `llama3`: the division
-Llama 3.1 was extended by. `transformers` computes all of them.
+Llama 3.1 was extended by. `dynamic`: a base of the frequencies that grows with the sequence (NTK-aware scaling, Peng
+et al., section 3.3 and appendix B.2). `transformers` computes all of them.
 
-`dynamic` NTK and `longrope` take their frequencies from the longest sequence of a forward pass. Where examples share
-one, each would depend on its neighbours, and packed rows, whose positions begin again, would get those of their longest
-example. So models that come with one are used up to their original length only, and a job cannot ask for one.
+It takes the frequencies of `dynamic` from the longest sequence of a forward pass, on which all others would hang; they
+are each example's own here (`lmray.models.rope_by_example`). `longrope` would need its cached keys read again where an
+answer grows beyond the original length: models that come with it are used up to that, and a job cannot ask for it.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from lmray.artifacts.files import write_json
 from lmray.config import Config
 from lmray.errors import ArtifactError, ConfigError
 
-FOLLOWS_LENGTH = ("dynamic", "longrope")
-"""Types whose frequencies depend on the longest sequence of a forward pass."""
+DYNAMIC, LONGROPE = "dynamic", "longrope"
+"""Types whose frequencies depend on the length of a sequence."""
 FILE = "rope_scaling.json"
 """In an adapter's folder; missing where its positions are the model's own."""
 TAKES: dict[str, dict[str, Any]] = {
     "linear": {},
+    DYNAMIC: {},
     "yarn": {"original_max_position_embeddings": None, "attention_factor": None, "beta_fast": 32.0, "beta_slow": 1.0},
     "llama3": {"original_max_position_embeddings": None, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
@@ -40,7 +42,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 class RopeScaling(Config):
     """Field names are those of `rope_parameters` in a `transformers` config."""
 
-    rope_type: Literal["linear", "yarn", "llama3"]
+    rope_type: Literal["linear", "dynamic", "yarn", "llama3"]
     factor: Annotated[float, Field(gt=1.0)]
     """How many times the original positions the model gets."""
     original_max_position_embeddings: Annotated[int, Field(ge=1)] | None = None
@@ -59,10 +61,10 @@ class RopeScaling(Config):
     @field_validator("rope_type", mode="before")
     @classmethod
     def _is_the_same_for_all(cls, value: Any):
-        if value in FOLLOWS_LENGTH:
+        if value == LONGROPE:
             raise ValueError(
                 f"`{value}` takes its frequencies from the longest example of a batch, on which all others would hang; "
-                "hint: use `yarn`"
+                "hint: use `yarn`, or `dynamic`, whose are each example's own"
             )
         return value
 
@@ -105,7 +107,9 @@ class RopeScaling(Config):
             given["original_max_position_embeddings"] = length
         kept = {name: before[name] for name in ("rope_theta", "partial_rotary_factor") if name in before}
         text.rope_parameters = kept | given
-        text.max_position_embeddings = int(length * self.factor)
+        if self.rope_type != DYNAMIC:  # which takes this for the original length
+            length = int(length * self.factor)
+        text.max_position_embeddings = length
 
     def save(self, folder: Path) -> None:
         """Beside an adapter, whose weights alone do not say what positions they were trained on."""
@@ -153,10 +157,17 @@ def num_positions(config: Any) -> int | None:
     """Tokens of the longest sequence whose positions are the same whatever it is batched with; None where positions
     have no end."""
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if _rope(text).get("rope_type") in FOLLOWS_LENGTH:
-        return _rope(text).get("original_max_position_embeddings") or limit
+    limit, rope = getattr(text, "max_position_embeddings", None), _rope(text)
+    if rope.get("rope_type") == LONGROPE:
+        return rope.get("original_max_position_embeddings") or limit
+    if limit is not None and rope.get("rope_type") == DYNAMIC:
+        return int(limit * rope["factor"])
     return limit
+
+
+def follows_length(config: Any) -> bool:
+    """Whether the positions of the model of `config` hang on the length of their example."""
+    return _rope(config.get_text_config()).get("rope_type") == DYNAMIC
 
 
 def check_positions(config: Any, max_length: int, scaling: RopeScaling | None = None) -> None:

@@ -21,6 +21,7 @@ from lmray.models.layers import decoder_layers
 from lmray.models.load import load_config, make_model
 from lmray.models.quantised import saved_bytes
 from lmray.models.quiet import quiet
+from lmray.models.rope import RopeScaling
 
 WIDTH = {"float32": 4, "bfloat16": 2}
 """Bytes of one number."""
@@ -100,12 +101,13 @@ def read_shape(
     quantization: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    rope_scaling: RopeScaling | None = None,
 ) -> ModelShape:
     """The shape of the model in `folder` as loaded in `dtype`, with the adapter that `attach` gives it; no weight is
     read. Raises what `attach` raises, ArtifactError where the weights' shapes are not the config's, and ConfigError for
-    what cannot be quantised and where the model has no such attention."""
+    what cannot be quantised or scaled and where the model has no such attention."""
     with quiet():
-        config = load_config(folder, trust_remote_code=trust_remote_code)
+        config = load_config(folder, trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
         with torch.device("meta"):
             model: Any = make_model(
                 config, dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
@@ -144,7 +146,7 @@ def read_shape(
         adapted=_adapted(model, ends),
         trained_norms=sum(one.numel() for name, one in model.named_parameters() if _is_trained_norm(name, one)),
         unfit="the weights are quantised" if quantization else unfit(model),
-        reads_whole="the weights are quantised" if quantization else whole,
+        reads_whole=whole,
     )
 
 

@@ -19,6 +19,7 @@ from lmray.data.batch import Batch, Packed
 from lmray.methods.base import Objective
 from lmray.models.fused import Fused
 from lmray.models.precision import computing
+from lmray.models.rope import follows_length
 from lmray.models.sizes import row_sizes
 from lmray.optim.base import use_average
 from lmray.pulse import PULSE
@@ -59,6 +60,7 @@ class Learner:
         self.placed, self.objective, self.max_grad_norm = placed, objective, max_grad_norm
         self.adapter, self.fused, self.around = adapter, fused, around
         self._row_sizes = row_sizes(placed.model, device)
+        self.padding_apart = follows_length(placed.model.config)
 
     @property
     def model(self) -> torch.nn.Module:

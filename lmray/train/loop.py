@@ -188,7 +188,8 @@ class Loop:
     def _batch(self, rows: Sequence[int]) -> Batch:
         packed = self.learner.joined([self.prepared.rows[row] for row in rows])
         pad = pad_token_id(self.prepared.tokenizer)
-        batch = collate(packed, pad_token_id=pad, padded=self.learner.padded)
+        how = {"padded": self.learner.padded, "padding_apart": self.learner.padding_apart}
+        batch = collate(packed, pad_token_id=pad, **how)
         return batch.pin_memory() if self.ctx.device.startswith("cuda") else batch
 
     def _metrics(self, report: StepReport, rate: float, seconds: float) -> dict[str, float]:

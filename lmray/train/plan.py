@@ -25,6 +25,7 @@ from lmray.train.plan_steps import (
     check_divided,
     check_layers,
     check_quantization,
+    check_start,
     check_virtual_tokens,
     kernels_of,
     loading_of,
@@ -171,12 +172,14 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         quantization=job.model.quantization,
         attn_implementation=attention_asked(job.model.attn_implementation, device),
         trust_remote_code=job.model.trust_remote_code,
+        rope_scaling=job.model.rope_scaling,
     )
     check_layers(job.train, shape)
     job.train.optim.check(shape.trained_shapes, device=device)
     rows, settings = _largest(job, ready, shape), _settings(job, shape, dtype, device)
     sharding, sharding_reason = sharding_of(job, shape, rows, settings)
     check_divided(job, sharding)
+    check_start(job, shape)
     if job.model.quantization:
         check_quantization(job, sharding)
     kernels, kernels_reason = kernels_of(job, shape.unfit, device, sharding)

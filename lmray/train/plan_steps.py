@@ -136,3 +136,18 @@ def check_quantization(job: TrainJob, sharding: Sharding) -> None:
     if "weights" in sharding.divides:
         found = f"`{sharding.name}` divides weights, which quantised ones cannot be"
         raise ConfigError("model.quantization", found, allowed="sharding: single, ddp")
+
+
+def check_start(job: TrainJob, shape: ModelShape) -> None:
+    """Raises ConfigError where the adapter starts from what quantising took, and nothing was quantised, or the weights
+    as they were cannot be read one by one."""
+    if not job.adapter.starts_from_residual:
+        return
+    if job.model.quantization != "nf4":
+        how = f"as {job.model.quantization}" if job.model.quantization else "as they are"
+        found = f"`loftq` starts from what NF4 takes from the weights, and the job keeps them {how}"
+        hint = "set `model.quantization: nf4`, or `init_lora_weights: true`"
+        raise ConfigError("adapter.init_lora_weights", found, hint=hint)
+    if shape.reads_whole:
+        found = f"`loftq` reads every weight as it was, and cannot: {shape.reads_whole}"
+        raise ConfigError("adapter.init_lora_weights", found, hint="`init_lora_weights: true` needs none")

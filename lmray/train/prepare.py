@@ -12,10 +12,11 @@ from lmray.data.examples import Examples, read_examples
 from lmray.data.rules import Rules
 from lmray.data.stream import Stream
 from lmray.data.tokenise import TokenisedData
+from lmray.errors import ConfigError
 from lmray.evaluate.measure import check_tasks
 from lmray.job import TrainJob
 from lmray.models.load import load_config, load_tokenizer
-from lmray.models.rope import check_positions
+from lmray.models.rope import check_positions, follows_length
 from lmray.models.source import FoundModel, model_of
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def prepare(job: TrainJob) -> Prepared:
     spec, model = job.model, model_of(job)
     config = load_config(model.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=spec.rope_scaling)
     check_positions(config, job.data.max_length, spec.rope_scaling)
+    if job.adapter.virtual_tokens and follows_length(config):
+        found = f"`dynamic` positions of `{job.adapter.name}` would follow the padded row: it counts them by itself"
+        raise ConfigError("model.rope_scaling", found, hint="use `yarn`, or an adapter without virtual tokens")
     examples = read_examples(job.data)
     check_tasks(job.evaluate.tasks, examples.eval)
     tokenizer = load_tokenizer(model.folder, chat=examples.has_chats, trust_remote_code=job.model.trust_remote_code)

@@ -1,6 +1,6 @@
 """Perplexity beyond the trained length: positions scaled by each type against none, on long texts of one subject.
 
-    lmray bench rope [--model smollm2-135m] [--times 2] [--windows 1] [--types none,linear,yarn,llama3]
+    lmray bench rope [--model smollm2-135m] [--times 2] [--windows 1] [--types none,linear,dynamic,yarn,llama3]
 
 A window of the Python language reference (`python:pydoc_data.topics`), `--times` as long as the model's own positions,
 is read at once; the loss is shown by where in the window its tokens stand. Nothing is trained: a type that is to be
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from machine import describe
 
 SOURCE = "python:pydoc_data.topics"
-TYPES = ("none", "linear", "yarn", "llama3")
+TYPES = ("none", "linear", "dynamic", "yarn", "llama3")
 CHUNK = 1024
 """Tokens whose logits are there at a time."""
 PARTS = 4

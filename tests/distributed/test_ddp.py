@@ -37,3 +37,19 @@ def test_gradients_are_summed_over_ranks_and_micro_batches():
     for found, norm in run_ranks(2, _gradients):
         assert found == [[6.0, 6.0], [10.0, 10.0], None]
         assert norm == pytest.approx((2 * 36 + 2 * 100) ** 0.5)
+
+
+def _started(rank: int) -> list[float]:
+    dist.init_process_group("gloo")
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    torch.nn.init.constant_(model.weight, rank + 1.0)
+    torch.nn.init.constant_(model.bias, rank + 1.0)
+    Ddp().place(model, lambda one: torch.optim.SGD([one.weight], lr=1.0), "cpu")
+    dist.destroy_process_group()
+    return [*model.weight.flatten().tolist(), *model.bias.tolist()]
+
+
+def test_trained_weights_start_as_rank_0_has_them():
+    """Decomposed on another machine, a weight gives other factors."""
+    assert run_ranks(2, _started) == [[1.0] * 6, [1.0] * 4 + [2.0] * 2]

@@ -24,6 +24,7 @@ from lmray.errors import ConfigError
 from lmray.methods.sft import Sft, sft_loss
 from lmray.models.fused import Fused, unfit
 from lmray.models.rope import RopeScaling
+from lmray.models.rope_by_example import follow_examples
 from lmray.ops.lora_linear import lora_linear, make_group
 from lmray.ops.packed_attention import Heads, make_blocks, packed_attention
 from lmray.ops.rms_norm import rms_norm
@@ -132,6 +133,7 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 ROPE = {
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
     "linear": {"rope_type": "linear", "factor": 4.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0},
     "llama3": {"rope_type": "llama3", "factor": 4.0},
@@ -143,6 +145,7 @@ def scaled(rope_type: str) -> LlamaForCausalLM:
     config = LlamaConfig(**SHAPE, max_position_embeddings=8)
     RopeScaling(**ROPE[rope_type]).apply(config)
     model = LlamaForCausalLM(config)
+    follow_examples(model)
     assert model.model.rotary_emb.attention_scaling == (pytest.approx(1.1386, abs=1e-4) if rope_type == "yarn" else 1.0)
     return model
 

@@ -34,6 +34,7 @@ from lmray.train.plan import make_plan
 POSITIONS, FACTOR = 64, 4.0
 TYPES = {
     "linear": {"rope_type": "linear", "factor": FACTOR},
+    "dynamic": {"rope_type": "dynamic", "factor": FACTOR},
     "yarn": {"rope_type": "yarn", "factor": FACTOR},
     "llama3": {"rope_type": "llama3", "factor": FACTOR},
 }
@@ -54,8 +55,8 @@ def frequencies(rope_type: str) -> tuple[list[float], float]:
     """Inverse frequencies of the tiny model's heads (8 wide, base 10000) and attention's factor, by the papers."""
     width = 8
     plain = [10000.0 ** (-2 * index / width) for index in range(width // 2)]
-    if rope_type == "linear":
-        return [one / FACTOR for one in plain], 1.0
+    if rope_type in ("linear", "dynamic"):  # the latter as long as sequences are short
+        return [one / (FACTOR if rope_type == "linear" else 1.0) for one in plain], 1.0
     if rope_type == "llama3":
         found = []
         for one in plain:
@@ -86,10 +87,12 @@ def test_it_reaches_the_rotary_embedding_as_the_papers_say(short, scaling):
 def test_logits_are_those_of_plain_transformers_with_the_same_config(short, scaling, tmp_path):
     folder = shutil.copytree(short, tmp_path / "plain")
     config = json.loads((folder / "config.json").read_text())
-    original = {} if scaling["rope_type"] == "linear" else {"original_max_position_embeddings": POSITIONS}
+    takes_own = scaling["rope_type"] in ("linear", "dynamic")
+    original = {} if takes_own else {"original_max_position_embeddings": POSITIONS}
     bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if scaling["rope_type"] == "llama3" else {}
     config["rope_parameters"] |= scaling | original | bands
-    config["max_position_embeddings"] = int(POSITIONS * FACTOR)
+    if scaling["rope_type"] != "dynamic":
+        config["max_position_embeddings"] = int(POSITIONS * FACTOR)
     (folder / "config.json").write_text(json.dumps(config))
     ids = torch.randint(3, 250, (2, 200), generator=torch.Generator().manual_seed(0))
     ours = load_model(short, "float32", rope_scaling=RopeScaling(**scaling))
@@ -124,6 +127,7 @@ def test_what_the_job_says_goes_before_the_models_own():
         ({"rope_type": "linear", "factor": 1.0}, "rope_scaling.factor", "found 1.0"),
         ({"rope_type": "linear"}, "rope_scaling.factor", "is missing"),
         ({"rope_type": "ntk", "factor": 2.0}, "rope_scaling.rope_type", "found 'ntk'"),
+        ({"rope_type": "dynamic", "factor": 2.0, "beta_fast": 8.0}, "rope_scaling.beta_fast", "nothing to `dynamic`"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 8.0}, "rope_scaling.beta_fast", "nothing to `linear`"),
         (
             {"rope_type": "llama3", "factor": 2.0, "attention_factor": 1.0},
@@ -142,32 +146,10 @@ def test_wrong_fields_are_refused_by_their_path(fields, where, found):
     assert where in caught.value.where
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_frequencies_that_hang_on_the_rest_of_the_batch_are_refused(rope_type):
+def test_frequencies_that_hang_on_the_rest_of_the_batch_are_refused():
     with pytest.raises(ConfigError, match="longest example of a batch") as caught:
-        spec(rope_type=rope_type, factor=2.0)
+        spec(rope_type="longrope", factor=2.0)
     assert caught.value.where.endswith("rope_scaling.rope_type") and "yarn" in str(caught.value.hint)
-
-
-def test_of_a_dynamic_model_only_the_positions_count_where_it_does_not_change(tmp_path):
-    """Beyond them, an example's logits depend on what lies in its row or batch; up to them they do not."""
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    folder = tiny_model_folder(tmp_path / "dynamic", max_position_embeddings=32, rope_parameters=rope)
-    model = load_model(folder, "float32")
-    generator = torch.Generator().manual_seed(0)
-    one, long = torch.randint(3, 250, (1, 20), generator=generator), torch.randint(3, 250, (1, 60), generator=generator)
-    both = torch.cat([one, long], dim=1)
-    positions = torch.cat([torch.arange(20), torch.arange(60)])[None]
-    with torch.no_grad():
-        alone = model(one, use_cache=False).logits
-        within = model(both[:, :40], position_ids=positions[:, :40], use_cache=False).logits[:, :20]
-        beyond = model(both, position_ids=positions, use_cache=False).logits[:, :20]
-    torch.testing.assert_close(within, alone, atol=1e-5, rtol=1e-5)
-    assert (beyond - alone).abs().max() > 0.1
-    check_positions(model.config, 32)
-    with pytest.raises(ConfigError, match="33 tokens are more than the model has positions for") as caught:
-        check_positions(model.config, 33)
-    assert caught.value.hint == "shorten it"
 
 
 def test_a_longrope_model_ends_where_its_first_training_did():
