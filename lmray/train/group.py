@@ -144,11 +144,8 @@ def torchrun_context(
     """The context of a process that `torchrun` started (it reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT); the process group ends with the block. NCCL on GPUs where there are any, gloo on CPUs.
     `step_timeout_s`: the job's, where it is longer than the default."""
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend_for(device), timeout=collective_timeout(step_timeout_s))
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    join_process_group(device, step_timeout_s)
     try:
         with tempfile.TemporaryDirectory(prefix="lmray-") as scratch:
             context = GroupContext(
@@ -164,6 +161,14 @@ def torchrun_context(
             yield context
     finally:
         dist.destroy_process_group()
+
+
+def join_process_group(device: str, step_timeout_s: float | None) -> None:
+    """Meets the other processes, whose model is on a device of the same kind, where the environment says: RANK,
+    WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend_for(device), timeout=collective_timeout(step_timeout_s))
 
 
 def backend_for(device: str) -> str:
