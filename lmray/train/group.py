@@ -37,8 +37,6 @@ at once."""
 class GroupContext(LocalContext):
     """One process of a group that `torch.distributed` has set up; alone where `world_size` is 1."""
 
-    _make_checkpoint = staticmethod(commit_parts)
-
     def __init__(self, folder: Path, *, rank: int, world_size: int, **settings: Any):
         super().__init__(folder, **settings)
         self.rank, self.world_size = rank, world_size
@@ -57,6 +55,9 @@ class GroupContext(LocalContext):
             self.patience(f"writing {staging}", lambda: add_part(checkpoint, staging, self.rank), hint=self.standing())
         self._commits.agreed(lambda: self._keep(step, staging, before))
         self._last = self.folder / checkpoint_name(step)
+
+    def _make_checkpoint(self, source: Path, folder: Path, step: int) -> None:
+        commit_parts(source, folder, step, num_parts=self.world_size)
 
     def wish(self) -> Wish:
         return self.agreed(super().wish)
