@@ -65,12 +65,15 @@ def add_part(part: Path, staging: Path, rank: int) -> None:
         fsync(target)
 
 
-def commit_parts(staging: Path, folder: Path, step: int) -> None:
-    """Makes `staging`, to which every rank has added its part, the checkpoint of `step`; done again, it goes on where
-    it failed. Raises OSError where it cannot."""
+def commit_parts(staging: Path, folder: Path, step: int, *, num_parts: int) -> None:
+    """Makes `staging`, to which every rank has added its part, `num_parts` in all, the checkpoint of `step`; done
+    again, it goes on where it failed. Raises OSError where it cannot, also where parts are not seen (yet)."""
     target = folder / checkpoint_name(step)
     parts = sorted(staging.glob(_part_manifest("*")))
     if not (staging / MANIFEST).is_file():
+        for rank in range(num_parts):
+            (staging / _part_manifest(rank)).stat()
+        assert len(parts) == num_parts, f"{len(parts)} parts of {num_parts} ranks"
         manifests = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
         files = [item for one in manifests for item in one["files"].items()]
         assert len(dict(files)) == len(files), "two ranks wrote a file of the same name"

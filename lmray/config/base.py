@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import typing
 import unicodedata
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_serializer
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator, model_serializer
+from pydantic_core import PydanticCustomError, PydanticKnownError, core_schema
 
 from lmray.errors import ConfigError
 from lmray.registry import Family
@@ -20,6 +21,31 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """To Python `true` is 1; to people it is not."""
+        types = set(_types(cls.model_fields[info.field_name or ""].annotation))
+        if {int, float} & types and not {bool, Any} & types and _has_bool(value):
+            raise PydanticKnownError("float_type" if float in types else "int_type")
+        return value
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """What `annotation` is made of; of literals, their types."""
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        yield from map(type, inner)
+    elif inner:
+        for one in inner:
+            yield from _types(one)
+    else:
+        yield annotation
+
+
+def _has_bool(value: Any) -> bool:
+    return any(map(_has_bool, value)) if isinstance(value, (list, tuple)) else isinstance(value, bool)
 
 
 class MemberConfig(Config):

@@ -10,13 +10,15 @@ import sys
 import threading
 from concurrent.futures import Future, wait
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
 from ray._raylet import PlacementGroupID
 from ray.exceptions import RayActorError
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import get_device
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from lmray.artifacts.files import check_writable, only_writer
@@ -30,7 +32,8 @@ from lmray.on_ray.context import STOP, RayContext
 from lmray.on_ray.failures import error_inside
 from lmray.on_ray.notices import heard
 from lmray.on_ray.out_of_memory import EndsOutOfMemory, with_room
-from lmray.train.group import backend_for, collective_timeout
+from lmray.on_ray.rendezvous import Rendezvous
+from lmray.train.group import join_process_group
 from lmray.train.hang import hang_error
 from lmray.train.plan import check_same_run, make_plan
 from lmray.train.program import finished
@@ -80,15 +83,13 @@ def _say_room(resources: Resources) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _trainer(job: TrainJob, folder: Path) -> TorchTrainer:
+def _trainer(job: TrainJob, folder: Path) -> DataParallelTrainer:
+    """The controller unpickles all of it but the workers' function, which it hands on: the job is bound to that, for
+    unpickling a job imports torch, transformers and peft."""
     resources = job.resources
-    return TorchTrainer(
-        _worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(
-            backend=backend_for("cuda" if resources.gpus_per_worker else "cpu"),
-            timeout_s=int(collective_timeout(resources.step_timeout_s).total_seconds()),
-        ),
+    return DataParallelTrainer(
+        partial(_worker, job),
+        backend_config=Rendezvous(),
         scaling_config=_scaling(resources),
         run_config=ray.train.RunConfig(
             name=RAY_FOLDER,  # not the run's: Ray Train puts it into metrics that hold ASCII only
@@ -109,9 +110,9 @@ def _scaling(resources: Resources) -> ray.train.ScalingConfig:
     )
 
 
-def _worker(config: dict[str, Any]) -> Result | LmrayError:
-    job: TrainJob = config["job"]
+def _worker(job: TrainJob) -> Result | LmrayError:
     device = str(get_device()) if job.resources.gpus_per_worker else "cpu"
+    join_process_group(device, job.resources.step_timeout_s)  # left when the process ends
     context = RayContext(run_folder(job), device=device, threads=job.resources.cpus_per_worker or 1)
     try:
         context.open()

@@ -7,7 +7,8 @@ safetensors and JSON, but for what a sharded model writes, which is read only on
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from lmray.models.tensors import save_tensors
 from lmray.sharding.base import Placed
 
 ADAPTER = "adapter.safetensors"
+Write = Callable[[Callable[[], object]], object]
+"""Does something again while the disk is full or away. For writes alone: a rank that did again what ranks do together
+would wait for the others."""
 STEP_BITS = 20
 """Seeds of ranks differ below this bit, those of steps from it on."""
 
@@ -42,23 +46,35 @@ class Progress:
     """State of the run's `Watch`."""
 
 
-def save_checkpoint(folder: Path, progress: Progress, placed: Placed, adapter: Adapter, rank: int) -> None:
-    """Writes this rank's part of a checkpoint into the empty or new `folder`, for `RunContext.commit` to seal; called
-    on all ranks together."""
-    placed.save(folder)
-    save_tensors(_random_state(), folder / _random_file(rank))
-    if rank == 0:
-        save_tensors(adapter.resume_state(placed.model), folder / ADAPTER)
-        write_json(folder / "progress.json", asdict(progress))
-
-
-def save_weights(folder: Path, placed: Placed, adapter: Adapter, rank: int) -> bool:
-    """Writes what the adapter keeps of the model into `folder`, on rank 0, which alone gets True; called on all ranks
+def save_checkpoint(
+    folder: Path, progress: Progress, placed: Placed, adapter: Adapter, ctx: RunContext, *, write: Write
+) -> None:
+    """Writes this rank's part of a checkpoint into `folder` anew, for `RunContext.commit` to seal; called on all ranks
     together."""
+
+    def placed_part() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        placed.save(folder)
+
+    def rest() -> None:
+        save_tensors(_random_state(), folder / _random_file(ctx.rank))
+        if ctx.rank == 0:
+            save_tensors(adapter.resume_state(placed.model), folder / ADAPTER)
+            write_json(folder / "progress.json", asdict(progress))
+
+    if placed.whole or ctx.world_size == 1:
+        write(placed_part)
+    else:  # done by all ranks together: where it fails on one, their attempt ends
+        placed_part()
+    write(rest)
+
+
+def save_weights(folder: Path, placed: Placed, adapter: Adapter, ctx: RunContext, *, write: Write) -> None:
+    """Writes what the adapter keeps of the model into `folder`, on rank 0; called on all ranks together."""
     state = None if placed.whole else placed.gathered_state(trained_only=adapter.kept == "adapter")
-    if rank == 0:
-        adapter.save(placed.model, folder, state=state)
-    return rank == 0
+    if ctx.rank == 0:
+        write(lambda: adapter.save(placed.model, folder, state=state))
 
 
 def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter, ctx: RunContext) -> Progress:

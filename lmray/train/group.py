@@ -37,8 +37,6 @@ at once."""
 class GroupContext(LocalContext):
     """One process of a group that `torch.distributed` has set up; alone where `world_size` is 1."""
 
-    _make_checkpoint = staticmethod(commit_parts)
-
     def __init__(self, folder: Path, *, rank: int, world_size: int, **settings: Any):
         super().__init__(folder, **settings)
         self.rank, self.world_size = rank, world_size
@@ -57,6 +55,9 @@ class GroupContext(LocalContext):
             self.patience(f"writing {staging}", lambda: add_part(checkpoint, staging, self.rank), hint=self.standing())
         self._commits.agreed(lambda: self._keep(step, staging, before))
         self._last = self.folder / checkpoint_name(step)
+
+    def _make_checkpoint(self, source: Path, folder: Path, step: int) -> None:
+        commit_parts(source, folder, step, num_parts=self.world_size)
 
     def wish(self) -> Wish:
         return self.agreed(super().wish)
@@ -144,11 +145,8 @@ def torchrun_context(
     """The context of a process that `torchrun` started (it reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT); the process group ends with the block. NCCL on GPUs where there are any, gloo on CPUs.
     `step_timeout_s`: the job's, where it is longer than the default."""
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend_for(device), timeout=collective_timeout(step_timeout_s))
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    join_process_group(device, step_timeout_s)
     try:
         with tempfile.TemporaryDirectory(prefix="lmray-") as scratch:
             context = GroupContext(
@@ -164,6 +162,14 @@ def torchrun_context(
             yield context
     finally:
         dist.destroy_process_group()
+
+
+def join_process_group(device: str, step_timeout_s: float | None) -> None:
+    """Meets the other processes, whose model is on a device of the same kind, where the environment says: RANK,
+    WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend_for(device), timeout=collective_timeout(step_timeout_s))
 
 
 def backend_for(device: str) -> str:

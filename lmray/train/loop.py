@@ -23,10 +23,11 @@ from lmray.job import TrainJob
 from lmray.models.load import pad_token_id
 from lmray.pulse import PULSE
 from lmray.schedules.base import learning_rate
-from lmray.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
+from lmray.train.checkpoint import Progress, Write, load_checkpoint, save_checkpoint, save_weights
 from lmray.train.commits import Commits, Snapshot, best_folder
 from lmray.train.feed import Feed
 from lmray.train.learner import Learner, StepReport
+from lmray.train.model import measures_base_again
 from lmray.train.out_of_memory import noticing_shortage
 from lmray.train.peak import peak_memory_bytes
 from lmray.train.plan import Plan
@@ -86,15 +87,15 @@ class Loop:
         return best_folder(self.ctx.folder, best)
 
     def gathered(self) -> Path | None:
-        """Where rank 0 finds the result's weights, saved by the adapter, where no rank holds the whole model; called on
-        all ranks together."""
+        """Where rank 0 finds the result's weights, saved by the adapter, where no rank holds the whole model, or the
+        one that does is to make room for its base; called on all ranks together."""
         placed = self.learner.placed
-        if placed.whole:
+        if placed.whole and not measures_base_again(self.job):
             return None
         if self.best_folder is not None:
             return self.best_folder
         folder = self.ctx.scratch / "result"
-        save_weights(folder, placed, self.job.adapter, self.ctx.rank)
+        save_weights(folder, placed, self.job.adapter, self.ctx, write=self._writing(folder))
         return folder
 
     def peaks_by_worker(self) -> list[float]:
@@ -211,18 +212,18 @@ class Loop:
             self.commits.look()
             return
         PULSE.beat("its checkpoint")
-        snapshot, scratch = Snapshot(self.commits.next_folder(), self.progress), self.ctx.scratch
-        hint = f"{scratch} needs room for one more checkpoint; the same command goes on from the last committed one"
-        self.ctx.patience(f"writing {snapshot.folder}", lambda: self._save(snapshot), hint=hint)
+        snapshot = Snapshot(self.commits.next_folder(), self.progress)
+        shutil.rmtree(snapshot.folder, ignore_errors=True)
+        write, placed, adapter = self._writing(snapshot.folder), self.learner.placed, self.job.adapter
+        if self.job.train.load_best_model_at_end and self.watch.best_step == self.progress.step:
+            save_weights(snapshot.best, placed, adapter, self.ctx, write=write)
+        save_checkpoint(snapshot.checkpoint, self.progress, placed, adapter, self.ctx, write=write)
         self.commits.begin(snapshot)
 
-    def _save(self, snapshot: Snapshot) -> None:
-        shutil.rmtree(snapshot.folder, ignore_errors=True)
-        snapshot.checkpoint.mkdir(parents=True)
-        placed, adapter = self.learner.placed, self.job.adapter
-        if self.job.train.load_best_model_at_end and self.watch.best_step == self.progress.step:
-            save_weights(snapshot.best, placed, adapter, self.ctx.rank)
-        save_checkpoint(snapshot.checkpoint, self.progress, placed, adapter, self.ctx.rank)
+    def _writing(self, folder: Path) -> Write:
+        scratch = self.ctx.scratch
+        hint = f"{scratch} needs room for one more checkpoint; the same command goes on from the last committed one"
+        return lambda act: self.ctx.patience(f"writing {folder}", act, hint=hint)
 
     def _resumed(self) -> Progress:
         folder = self.ctx.resume_from()

@@ -114,6 +114,12 @@ class Learnt:
             replace_folder(self.found, folder)
 
 
+def measures_base_again(job: TrainJob) -> bool:
+    """Whether the untouched model is loaded to be measured, for what was trained does not give it back: it takes the
+    other's place in memory."""
+    return job.adapter.changes_base and job.evaluate.base and bool(job.evaluate.tasks)
+
+
 def free_memory() -> None:
     """Gives back what no name is bound to any more; a placed model's parts refer to each other."""
     collect()

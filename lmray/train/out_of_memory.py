@@ -37,6 +37,7 @@ from lmray.units import human_bytes
 T = TypeVar("T")
 
 CPU_TEXT = re.compile(r"you tried to allocate (\d+) bytes")
+MEASURING = "the result was measured"
 LESS: Mapping[str, Any] = {"train.gradient_checkpointing": True, "sharding": "fsdp2", "model.dtype": "bfloat16"}
 """Settings that take less memory in most jobs; the plan says whether, and how much, in one."""
 
@@ -44,21 +45,21 @@ LESS: Mapping[str, Any] = {"train.gradient_checkpointing": True, "sharding": "fs
 class RanOutError(Exception):
     """Ends an attempt. Holds nothing of the step, whose tensors are free once this is handled."""
 
-    def __init__(self, step: int | None, found: str):
+    def __init__(self, step: int | None, found: str, *, doing: str):
         super().__init__(step, found)
-        self.step, self.found = step, found
+        self.step, self.found, self.doing = step, found, doing
 
 
 @contextmanager
-def noticing_shortage(step: int | None) -> Iterator[None]:
-    """Raises RanOutError where the block, which takes optimizer step number `step` (None: none yet), runs out of
-    memory; any other error passes."""
+def noticing_shortage(step: int | None, *, doing: str = "the model was placed") -> Iterator[None]:
+    """Raises RanOutError where the block, which takes optimizer step number `step`, or none: then `doing` says what it
+    does, runs out of memory; any other error passes."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise RanOutError(step, _in_words(error)) from None
+        raise RanOutError(step, _in_words(error), doing=doing) from None
 
 
 def _in_words(error: BaseException) -> str:
@@ -78,7 +79,8 @@ def with_room(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext, at
         try:
             return attempt(micro_batch)
         except RanOutError as ran_out:
-            shortage = {"micro_batch": micro_batch, "step": ran_out.step, "rank": ctx.rank, "found": ran_out.found}
+            shortage = {"micro_batch": micro_batch, "step": ran_out.step, "doing": ran_out.doing}
+            shortage |= {"rank": ctx.rank, "found": ran_out.found}
         _release(ctx.device)  # now that nothing holds the attempt's model
         _note(job, ctx, shortage)
         if _half(job, shortage) is None or ctx.world_size > 1:
@@ -133,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
 def shortage_text(shortage: Mapping[str, Any]) -> str:
     """When and where an entry of `history` came about."""
     step, rows = shortage["step"], shortage["micro_batch"]
-    when = f"at step {step} with {rows} row(s) a forward pass" if step else "while the model was placed"
+    when = f"at step {step} with {rows} row(s) a forward pass" if step else f"while {shortage['doing']}"
     return f"{when}, on worker {shortage['rank']}"
 
 
@@ -166,6 +168,11 @@ def _error(
 
 
 def _hint(job: TrainJob, plan: Plan, prepared: Prepared, shortage: Mapping[str, Any], room: int | None) -> str:
+    if shortage["doing"] == MEASURING:
+        fewer = f"`evaluate.batch_size={max(1, job.evaluate.batch_size // 2)}`"
+        return (
+            f"with more memory the same command measures what is in its last checkpoint; under another `name`: {fewer}"
+        )
     steps = shortage["step"] is not None
     fits = fitting(job, plan, prepared, shortage["micro_batch"], room, steps=steps)
     ways = [f"under another `name`: {', '.join(fits)}"] if fits else []

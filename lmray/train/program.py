@@ -32,8 +32,8 @@ from lmray.models.machine import keep_few_products
 from lmray.trackers.base import TrackedRun
 from lmray.train.hang import set_aside, watched
 from lmray.train.loop import Loop
-from lmray.train.model import Learnt, base_model, free_memory, make_learner
-from lmray.train.out_of_memory import noticing_shortage, with_room
+from lmray.train.model import Learnt, base_model, free_memory, make_learner, measures_base_again
+from lmray.train.out_of_memory import MEASURING, noticing_shortage, with_room
 from lmray.train.plan import Plan, check_same_run, continued, make_plan
 from lmray.train.preflight import run_cost
 from lmray.train.prepare import Prepared, prepare
@@ -85,8 +85,8 @@ def _attempt(
 ) -> Result:
     """Goes on from the last committed checkpoint, to the end or as far as the memory goes."""
     with noticing_shortage(step=None):
-        learner = make_learner(job, plan, prepared, ctx)
-    loop = Loop(job, plan, prepared, learner, ctx, micro_batch=micro_batch)
+        # The loop alone holds the learner, for it lets go of it before anything is measured.
+        loop = Loop(job, plan, prepared, make_learner(job, plan, prepared, ctx), ctx, micro_batch=micro_batch)
     ctx.begin_attempt(loop.progress.step)
     with Tracking(job.report_to if ctx.rank == 0 else (), _tracked(job, plan, ctx)) as tracking:
         tracking.result = _run(job, plan, prepared, loop, started=started)
@@ -133,7 +133,8 @@ def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: 
         if not _ran(loop):
             return Result("stopped", str(ctx.folder), seconds=time.time() - started)
         peaks = loop.peaks_by_worker()
-        gathered = loop.gathered()
+        with noticing_shortage(None, doing="the result was gathered"):
+            gathered = loop.gathered()
     if ctx.rank != 0:  # from here on rank 0 works alone, and nobody waits for it in a collective
         return Result("succeeded", str(ctx.folder))
     learnt = Learnt(job, plan, prepared, ctx.device, gathered or loop.learner.model)
@@ -141,7 +142,8 @@ def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: 
     times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
     measuring = time.time()
     try:
-        measured = _measure(job, plan, prepared, loop, learnt)
+        with noticing_shortage(None, doing=MEASURING):
+            measured = _measure(job, plan, prepared, loop, learnt)
     except MeasuringStoppedError:
         return Result("stopped", str(ctx.folder), seconds=time.time() - started)
     held_out_s = sum(event.get("eval.seconds", 0.0) for event in EventLog(ctx.folder / "events.jsonl").read())
@@ -273,9 +275,8 @@ def _measure(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, learnt: 
         )
 
     free_memory()
-    again, handle = job.adapter.changes_base, None if job.adapter.kept == "model" else "default"
-    first = job.evaluate.base and again
-    model = base_model(job, plan, prepared, ctx.device).to(ctx.device) if first else learnt.whole()
+    again, handle = measures_base_again(job), None if job.adapter.kept == "model" else "default"
+    model = base_model(job, plan, prepared, ctx.device).to(ctx.device) if again else learnt.whole()
     if not job.evaluate.base:
         return {"tuned": measured("tuned", model, handle, loss=loop.final_loss)}
     before = measured("base", model, None, prefix="base")

@@ -121,13 +121,13 @@ def _slow_store(rank: int, job) -> list[str]:
     """The first checkpoint is committed once both ranks have done the step after it; what rank 0 saw, in order."""
     log, make, begun, let = list[str](), GroupContext._make_checkpoint, threading.Event(), threading.Event()
 
-    def commit(staging: Path, folder: Path, step: int) -> None:
+    def commit(ctx: GroupContext, staging: Path, folder: Path, step: int) -> None:
         begun.set()
         assert step != 2 or let.wait(60)
-        make(staging, folder, step)
+        make(ctx, staging, folder, step)
         log.append(f"committed {step}")
 
-    GroupContext._make_checkpoint = staticmethod(commit)
+    GroupContext._make_checkpoint = commit
     with torchrun_context(run_folder(job)) as ctx:
         report = ctx.report
 

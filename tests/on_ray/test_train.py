@@ -133,8 +133,8 @@ def hanging_at(step: int, until: int):
     """What a worker runs whose loss never comes at `step`, in the attempts before number `until`."""
     worker = on_ray._worker
 
-    def work(config):
-        loss, folder = sft.sft_loss, run_folder(config["job"])
+    def work(job):
+        loss, folder = sft.sft_loss, run_folder(job)
 
         def never_comes_back(model, batch):
             if pulse.PULSE.step == step and len(read_attempts(folder)) < until:
@@ -142,7 +142,7 @@ def hanging_at(step: int, until: int):
             return loss(model, batch)
 
         sft.sft_loss = never_comes_back
-        return worker(config)
+        return worker(job)
 
     return work
 
@@ -249,7 +249,7 @@ def test_one_worker_that_runs_out_of_memory_ends_all_and_halved_the_run_goes_on(
 ):
     """Neither is a failure of those that `max_failures` allows."""
 
-    def poor_worker(config):
+    def poor_worker(job):
         real = Learner._loss
 
         def loss(self, batch):
@@ -259,7 +259,7 @@ def test_one_worker_that_runs_out_of_memory_ends_all_and_halved_the_run_goes_on(
 
         if ray.train.get_context().get_world_rank() == 1:
             Learner._loss = loss
-        return on_ray._worker(config)
+        return on_ray._worker(job)
 
     local = job("local", train__per_device_train_batch_size=8)
     run_here(local, tmp_path / "scratch")

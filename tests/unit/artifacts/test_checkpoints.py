@@ -10,13 +10,14 @@ from lmray.artifacts.checkpoints import (
     add_part,
     checkpoint_name,
     commit,
+    commit_parts,
     committed,
     newest_good,
     remove_old,
     staging_for,
     tidy,
 )
-from lmray.artifacts.files import MANIFEST, seal
+from lmray.artifacts.files import MANIFEST, seal, write_json
 from lmray.errors import CheckpointError
 
 
@@ -93,6 +94,21 @@ def test_what_a_killed_writer_left_is_not_worth_a_word(tmp_path):
     said = []
     assert newest_good(tmp_path, said.append) == tmp_path / "checkpoint-00000002"
     assert said == [] and names(tmp_path) == ["checkpoint-00000002", "scratch"]
+
+
+def test_a_checkpoint_of_which_parts_are_not_seen_is_not_committed(tmp_path):
+    staging = staging_for(tmp_path, 4)
+    for rank in (0, 1):
+        (tmp_path / "scratch" / str(rank)).mkdir(parents=True)
+        write_json(tmp_path / "scratch" / str(rank) / f"of-{rank}.json", rank)
+        seal(tmp_path / "scratch" / str(rank), step=4)
+    add_part(tmp_path / "scratch" / "0", staging, 0)
+    with pytest.raises(FileNotFoundError, match="part-00001"):
+        commit_parts(staging, tmp_path, 4, num_parts=2)
+    assert committed(tmp_path) == []
+    add_part(tmp_path / "scratch" / "1", staging, 1)
+    commit_parts(staging, tmp_path, 4, num_parts=2)
+    assert newest_good(tmp_path, print) == tmp_path / "checkpoint-00000004"
 
 
 def test_an_older_one_without_manifest_goes_once_the_run_is_past_it(tmp_path):

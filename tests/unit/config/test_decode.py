@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import pytest
@@ -145,6 +145,39 @@ def test_a_wrong_value_is_shown_with_its_type_and_what_is_allowed(tree, where, f
     (problem,) = of(tree)
     assert problem.splitlines()[0] == f"file: {where}: {found}"
     assert "allowed:" in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("adapter.r", True, "a valid integer"),
+        ("adapter.lora_alpha", True, "a valid number"),
+        ("adapter.layers_to_transform", [0, True], "a valid integer"),
+        ("train.learning_rate", True, "a valid number"),
+        ("train.max_steps", False, "a valid integer"),
+        ("data.eval.split", False, "a valid number"),
+        ("resources.step_timeout_s", True, "a valid number"),
+    ],
+)
+def test_true_is_no_number(tmp_path, key, value, allowed):
+    job = load(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{key}: found .*(True|False)") as caught:
+        job.changed({key: value})
+    assert caught.value.problems[0].allowed == allowed
+
+
+def test_true_stays_what_it_is_where_it_may_stand():
+    class One(Config):
+        plain: bool
+        either: bool | int
+        word: Literal["auto", True] | float
+        any: tuple[Any, ...]
+        bounds: tuple[float, float] = (0, 1)
+
+    found = One.model_validate({"plain": True, "either": True, "word": True, "any": [True, 1]})
+    assert (found.plain, found.either, found.word, found.any) == (True, True, True, (True, 1))
+    with pytest.raises(ValidationError, match="valid number"):
+        One.model_validate({**found.model_dump(), "bounds": [False, True]})
 
 
 def test_text_where_a_mapping_belongs_is_told_its_keys():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import threading
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -22,7 +24,7 @@ from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.waiting import wait_until
 from lmray.train import loop as loops
 from lmray.train import program
-from lmray.train.checkpoint import Progress
+from lmray.train.checkpoint import Progress, save_checkpoint
 from lmray.train.commits import Commits, Snapshot
 from lmray.train.learner import Learner, StepReport
 
@@ -73,8 +75,8 @@ class Store:
             if step == held + 1:
                 assert self.begun.wait(LONG_S), "the copy goes on beside the step"
 
-        def snapshot(folder, progress, *rest) -> None:
-            save(folder, progress, *rest)
+        def snapshot(folder, progress, *rest, write) -> None:
+            save(folder, progress, *rest, write=write)
             self.log.append(f"snapshot {progress.step}")
             if progress.step == held + 2:
                 self.let.set()
@@ -266,3 +268,43 @@ def test_the_lines_of_its_steps_are_on_disk_before_a_checkpoint(job, tmp_path, m
     monkeypatch.setattr(EventLog, "flush", flushed)
     monkeypatch.setattr(checkpoints, "replace_folder", replace)
     assert run_here(job(), tmp_path / "scratch").status == "succeeded"
+
+
+def save_as(ctx, placed, patience: Patience, folder: Path) -> None:
+    adapter = SimpleNamespace(resume_state=lambda model: {})
+    write = partial(patience, "writing it", hint="")
+    save_checkpoint(folder, Progress("key", 1, 0, 0.0), placed, adapter, ctx, write=lambda act: write(write=act))
+
+
+@pytest.mark.parametrize(("whole", "ranks", "times"), [(True, 2, 2), (False, 1, 2), (False, 2, 1)])
+def test_what_ranks_save_together_none_saves_again_alone(tmp_path, whole, ranks, times):
+    calls = list[Path]()
+
+    def save(folder: Path) -> None:
+        calls.append(folder)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+
+    placed, ctx = SimpleNamespace(whole=whole, save=save, model=None), SimpleNamespace(rank=0, world_size=ranks)
+    patience = Patience(say=lambda text: None, sleep=lambda _: None)
+    if times == 1:
+        with pytest.raises(OSError, match="No space left"):
+            save_as(ctx, placed, patience, tmp_path / "part")
+    else:
+        save_as(ctx, placed, patience, tmp_path / "part")
+        assert (tmp_path / "part" / "progress.json").is_file()
+    assert len(calls) == times
+
+
+def test_a_write_that_failed_is_done_again_without_the_ranks_meeting_again(tmp_path, monkeypatch):
+    met, said = list[Path](), list[str]()
+
+    def full_once(path: Path, value: object) -> None:
+        if not said:
+            raise OSError(28, "No space left on device")
+        write_json(path, value)
+
+    monkeypatch.setattr("lmray.train.checkpoint.write_json", full_once)
+    placed, ctx = SimpleNamespace(whole=False, save=met.append, model=None), SimpleNamespace(rank=0, world_size=2)
+    save_as(ctx, placed, Patience(say=said.append, sleep=lambda _: None), tmp_path / "part")
+    assert met == [tmp_path / "part"] and (tmp_path / "part" / "progress.json").is_file() and len(said) == 2

@@ -17,8 +17,8 @@ from lmray.train.record import read_record
 from lmray.train.report import write_report
 
 
-@pytest.fixture
-def killed(tiny_model, tiny_data, tmp_path, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["between steps", "beside steps"])
+def killed(request, tiny_model, tiny_data, tmp_path, monkeypatch):
     """A run of eight steps that is saved at 3 and 6 and killed after the steps given, and then ends; its job, and the
     rows that each attempt was given, by attempt and where in the stream their step begins."""
     report, fed = LocalContext.report, defaultdict(list)
@@ -27,6 +27,7 @@ def killed(tiny_model, tiny_data, tmp_path, monkeypatch):
 
     def run(*steps: int):
         settings = {"train__max_steps": 8, "train__save_steps": 3, "evaluate": {"tasks": []}}
+        settings["resources"] = {"async_checkpoints": request.param}
         job = tiny_job(tiny_model, tiny_data, tmp_path / "store", name=f"killed-{len(steps)}", **settings)
         for attempt, kill in enumerate([*steps, None], 1):
 

@@ -211,6 +211,23 @@ def test_a_model_that_does_not_fit_is_no_matter_of_the_micro_batch(job, tmp_path
     assert "per_device_train_batch_size" not in str(caught.value)
 
 
+@pytest.mark.parametrize("on_oom", ["fail", "halve"])
+def test_a_shortage_while_the_result_is_measured_is_told_and_costs_no_step(job, tmp_path, monkeypatch, on_oom):
+    one = job(evaluate={"tasks": ["loss"]}, resources={"on_oom": on_oom})
+    with monkeypatch.context() as patch, pytest.raises(OutOfMemoryError) as caught:
+        patch.setattr(program, "measure", lambda *args, **rest: allocate())
+        run_here(one, tmp_path / "scratch")
+    text = str(caught.value)
+    assert "ran out of memory while the result was measured, on worker 0: 1073741824.0 GiB could not" in text
+    assert "the same command measures" in text and "`evaluate.batch_size=8`" in text and "per_device" not in text
+    assert caught.value.micro_batch is None and not (run_folder(one) / "result.json").exists()
+    assert [entry["step"] for entry in noted(one)["history"]] == [None] and noted(one)["micro_batch"] == 8
+    result = run_here(one, tmp_path / "scratch")
+    assert result.status == "succeeded" and result.details["micro_batch"] == 8 and len(curve(one)) == 6
+    report = (run_folder(one) / "report.html").read_text(encoding="utf-8")
+    assert "Out of memory while the result was measured" in report
+
+
 def test_a_shortage_that_cannot_be_noted_ends_the_run_with_both(job, tmp_path, room, monkeypatch):
     def full(path, value):
         raise OSError(28, "No space left on device")

@@ -1,5 +1,6 @@
 import json
 import shutil
+import weakref
 
 import pytest
 
@@ -12,6 +13,7 @@ from lmray.metrics.events import read_events
 from lmray.models.load import load_model
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.testing.tiny import tiny_model_folder
+from lmray.train import program
 from lmray.train.plan import make_plan
 
 
@@ -83,9 +85,11 @@ def test_the_plan_counts_what_is_trained(job):
     assert len(head) == 4 and head[0] in run_text and head[-1].startswith("memory ")
 
 
-@pytest.mark.parametrize("damage", ["lost", "cut off"])
-def test_a_manifest_that_is_not_there_or_cut_off_costs_the_steps_since_the_one_before(job, tmp_path, capfd, damage):
-    straight, broken = job(name="straight"), job(name="broken")
+@pytest.mark.parametrize(("damage", "beside"), [("lost", False), ("cut off", False), ("cut off", True)])
+def test_a_manifest_that_is_not_there_or_cut_off_costs_the_steps_since_the_one_before(
+    job, tmp_path, capfd, damage, beside
+):
+    straight, broken = job(name="straight"), job(name="broken", resources={"async_checkpoints": beside})
     run_here(straight, tmp_path / "scratch")
     run_here(broken, tmp_path / "scratch", stop_at=3)
     manifest = run_folder(broken) / "checkpoint-00000003" / "manifest.json"
@@ -103,8 +107,9 @@ def spoil(checkpoint):
     return path
 
 
-def test_a_corrupted_checkpoint_costs_only_the_steps_since_the_one_before(job, tmp_path, capfd):
-    straight, broken = job(name="straight"), job(name="broken")
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_corrupted_checkpoint_costs_only_the_steps_since_the_one_before(job, tmp_path, capfd, beside):
+    straight, broken = job(name="straight"), job(name="broken", resources={"async_checkpoints": beside})
     run_here(straight, tmp_path / "scratch")
     run_here(broken, tmp_path / "scratch", stop_at=3)
     path = spoil(run_folder(broken) / "checkpoint-00000003")
@@ -267,3 +272,24 @@ def test_a_kill_around_a_commit_leaves_no_gap_in_the_events(job, tmp_path, monke
         run_here(one, tmp_path / "scratch")
     assert run_here(one, tmp_path / "scratch").status == "succeeded"
     assert [event["step"] for event in read_events(run_folder(one) / "events.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("adapter", [{"name": "full"}, {"name": "lora", "init_lora_weights": "pissa"}])
+def test_what_was_trained_has_left_memory_before_its_base_is_loaded_to_be_measured(job, tmp_path, monkeypatch, adapter):
+    trained, ran, load = [], program._ran, program.base_model
+
+    def runs(loop):
+        trained.append(weakref.ref(loop.learner.model))
+        return ran(loop)
+
+    def loads(*args):
+        assert [one() for one in trained] == [None]
+        return load(*args)
+
+    monkeypatch.setattr(program, "_ran", runs)
+    monkeypatch.setattr(program, "base_model", loads)
+    one = job(adapter=adapter, evaluate={"tasks": ["loss"]})
+    result = run_here(one, tmp_path / "scratch")
+    assert trained and result.metrics["eval.loss"] == pytest.approx(curve(one, "eval.loss")[-1], abs=1e-6)
+    assert result.metrics["base.loss"] > result.metrics["eval.loss"]
+    assert next((run_folder(one) / one.adapter.kept).glob("*model.safetensors")).is_file()
