@@ -130,13 +130,13 @@ def memory_parts(
     Bfloat16 models also multiply with bfloat16 copies of weights that are trained in float32."""
     divides = sharding.divides if sharding else frozenset()
     copies = shape.trained * WIDTH[dtype] if shape.trained_bytes > shape.trained * WIDTH[dtype] else 0
-    shared = workers > 1 and "weights" in divides
     sizes = {"weights": shape.weights_bytes, "gradients": shape.trained_bytes, "optimizer": optimizer_bytes}
     parts = {part: -(-size // (workers if part in divides else 1)) for part, size in sizes.items()}
     if sharding and sharding.keeps_masters:
         parts["masters"] = -(-4 * shape.trained // workers)
         parts["buffers"] = sharding.buffer_bytes(shape.trained)
-    if shared:
+    shares_weights = workers > 1 and "weights" in divides
+    if sharding and shares_weights:
         parts["gathered"] = _gathered(shape, "float32" if copies and sharding.gathers_masters else dtype)
         copies = 0
     parts |= {
@@ -144,7 +144,7 @@ def memory_parts(
         "logits": _logits(shape, rows, dtype, device),
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,
     }
-    if shared and reads_whole:
+    if shares_weights and reads_whole:
         parts["loading"] = max(0, shape.weights_bytes + parts["process"] - sum(parts.values()))
     return parts | {"total": sum(parts.values())}
 
