@@ -26,9 +26,6 @@ from lmray.sharding.base import Sharding
 HEAP_SHARE = 0.5
 """What the C library's heap adds to kept tensors on a CPU: temporaries freed between them leave holes that later
 tensors do not fill. `tests/bench/memory.py` found 0.3 to 0.9 of them, half on average."""
-MAPPED_SHARE = 0.06
-"""The same where every tensor is mapped on its own, as workers do that share a model (`machine.map_tensors`). Without
-it, two that share all of a 135M model had a gigabyte of holes each: gradients that stay lie between what goes."""
 FUSED_SHARE = {4: 0.0, 2: 0.35}
 """The same where steps run fused, by the bytes of a number: they free little in between."""
 FUSED_BYTES = 140 * 2**20
@@ -140,7 +137,7 @@ def memory_parts(
         parts["gathered"] = _gathered(shape, "float32" if copies and sharding.gathers_masters else dtype)
         copies = 0
     parts |= {
-        "activations": _activations(shape, rows, dtype, device, mapped=bool(divides)) + copies,
+        "activations": _activations(shape, rows, dtype, device) + copies,
         "logits": _logits(shape, rows, dtype, device),
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,
     }
@@ -156,19 +153,18 @@ def _gathered(shape: ModelShape, dtype: str) -> int:
     return (shape.embedding + blocks) * WIDTH[dtype]
 
 
-def bytes_per_row(shape: ModelShape, rows: Rows, dtype: str, *, device: str, mapped: bool = False) -> int:
+def bytes_per_row(shape: ModelShape, rows: Rows, dtype: str, *, device: str) -> int:
     """What one more row in the micro-batch takes; a row after that takes no more."""
     more = replace(rows, count=rows.count + 1)
-    before, after = (_activations(shape, one, dtype, device, mapped=mapped) for one in (rows, more))
-    activations = after - before
+    activations = _activations(shape, more, dtype, device) - _activations(shape, rows, dtype, device)
     return activations + _logits(shape, more, dtype, device) - _logits(shape, rows, dtype, device)
 
 
-def _activations(shape: ModelShape, rows: Rows, dtype: str, device: str, *, mapped: bool = False) -> int:
+def _activations(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
     kept = kept_bytes(shape, rows, dtype, device=device)
     if rows.fused:
-        return int(kept * (1 + (MAPPED_SHARE if mapped else FUSED_SHARE[WIDTH[dtype]]))) + FUSED_BYTES
-    return int(kept * (1 + (CUDA_SHARE if device == "cuda" else MAPPED_SHARE if mapped else HEAP_SHARE)))
+        return int(kept * (1 + FUSED_SHARE[WIDTH[dtype]])) + FUSED_BYTES
+    return int(kept * (1 + (CUDA_SHARE if device == "cuda" else HEAP_SHARE)))
 
 
 def _logits(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:

@@ -208,7 +208,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         samples=samples,
         steps=steps,
         memory_bytes=memory_parts(shape, rows, **settings, sharding=sharding, reads_whole=loading == "whole"),
-        row_bytes=bytes_per_row(shape, rows, dtype, device=device, mapped=bool(sharding.divides)),
+        row_bytes=bytes_per_row(shape, rows, dtype, device=device),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
         warnings=(*_trust_warnings(job), *_schedule_warnings(job), *data_warnings(data)),
     )

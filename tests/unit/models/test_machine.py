@@ -7,7 +7,7 @@ import platform
 import psutil
 import pytest
 
-from lmray.models.machine import keep_few_products, map_tensors, measure_flops, release_heap, this_machine
+from lmray.models.machine import keep_few_products, map_large_tensors, measure_flops, release_heap, this_machine
 
 
 def test_a_containers_limit_is_the_memory_there_is(tmp_path):
@@ -52,7 +52,7 @@ def test_large_blocks_are_mapped_on_their_own_whatever_was_freed_before():
     before = facts().hblkhd
     on_heap = bytearray(size)
     assert facts().hblkhd == before
-    map_tensors()
+    map_large_tensors()
     mapped = bytearray(size)
     assert facts().hblkhd >= before + size and len(on_heap) == len(mapped) and not freed
 

@@ -19,7 +19,6 @@ from lmray.models.fused import Fused
 from lmray.models.load import load_model
 from lmray.models.precision import computing
 from lmray.models.shape import read_shape
-from lmray.sharding.ddp import Ddp
 from lmray.sharding.deepspeed import Deepspeed
 from lmray.sharding.fsdp2 import Fsdp2
 from lmray.testing.tiny import tiny_model_folder
@@ -163,16 +162,3 @@ def test_who_steps_on_copies_of_the_weights_holds_them_and_buckets_too(tiny_mode
     assert two["masters"] == two["weights"] == 2 * shape.trained
     assert two["buffers"] == 3 * 4 * shape.trained, "a bucket is no larger than the model"
     assert two["gathered"] == 2 * one["gathered"], "in float32"
-
-
-def test_tensors_mapped_on_their_own_leave_few_holes(tiny_model):
-    shape = read_shape(tiny_model, lambda model: Lora().attach(model, seed=0))
-    rows, settings = Rows(4, 256, 40, False), {"device": "cpu", "optimizer_bytes": 0, "process_bytes": 0, "workers": 2}
-    heap, mapped = (
-        memory_parts(shape, rows, "float32", **settings, sharding=sharding)["activations"]
-        for sharding in (Ddp(), Fsdp2())
-    )
-    kept = kept_bytes(shape, rows, "float32")
-    assert (heap, mapped) == (int(1.5 * kept), int(1.06 * kept))
-    more = bytes_per_row(shape, rows, "float32", device="cpu", mapped=True)
-    assert more < bytes_per_row(shape, rows, "float32", device="cpu")
