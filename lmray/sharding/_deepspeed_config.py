@@ -41,7 +41,7 @@ FIXED = {
 }
 """Settings under which the loop, the data or the gradients would be DeepSpeed's and no longer the job's."""
 MAX_BUCKET = 1 << 24
-"""Elements that are summed at once, 64 MiB in float32. DeepSpeed's own default is thirty times as many,
+"""Elements that are summed or stepped on at once, 64 MiB in float32. DeepSpeed's own default is thirty times as many,
 of which it holds several, however small the model."""
 
 
@@ -137,7 +137,7 @@ def _sizes(stage: int, num_trained: int, num_live: int | None) -> dict[str, int]
     if stage < 3:
         return {"reduce_bucket_size": size, "allgather_bucket_size": size}
     live = {} if num_live is None else {"stage3_max_live_parameters": num_live}
-    return {"reduce_bucket_size": size, "stage3_max_reuse_distance": 0, **live}
+    return {"reduce_bucket_size": size, "sub_group_size": size, "stage3_max_reuse_distance": 0, **live}
 
 
 def flat(zero: Mapping[str, Any]) -> dict[str, Any]:

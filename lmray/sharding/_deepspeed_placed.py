@@ -73,6 +73,7 @@ class DeepspeedPlaced:
         trained = self.trained
         gathered: dict[str, torch.Tensor] = {}
         copies: dict[int, torch.Tensor] = {}  # tied weights are gathered once
+        self.engine.empty_partition_cache()  # a forward pass alone fetched weights for a backward pass that never came
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if trained_only and name not in trained:
                 continue

@@ -24,7 +24,8 @@ def sharding(name: str, folder: Path) -> Any:
     if not stage:
         return kind
     path = folder / "deepspeed.json"
-    settings = {"stage3_param_persistence_threshold": 0}  # else what is small stays whole on every worker
+    # Else what is small stays whole on every worker, and is stepped on at once.
+    settings = {"stage3_param_persistence_threshold": 0, "sub_group_size": 4096}
     path.write_text(json.dumps({"zero_optimization": settings}), encoding="utf-8")
     return {"name": "deepspeed", "stage": int(stage), "config": str(path)}
 

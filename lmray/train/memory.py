@@ -134,8 +134,9 @@ def memory_parts(
         parts["buffers"] = sharding.buffer_bytes(shape.trained)
     shares_weights = workers > 1 and "weights" in divides
     if sharding and shares_weights:
-        parts["gathered"] = _gathered(shape, "float32" if copies and sharding.gathers_masters else dtype)
-        copies = 0
+        casts = bool(copies) and sharding.gathers_masters
+        parts["gathered"] = _gathered(shape, "float32" if casts else dtype)
+        copies = copies if casts else 0  # each product keeps its own for the backward pass
     parts |= {
         "activations": _activations(shape, rows, dtype, device) + copies,
         "logits": _logits(shape, rows, dtype, device),
