@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -168,6 +169,10 @@ def _imported(device: str) -> ModuleType:
     logging.getLogger("DeepSpeed").handlers = [_ToStderr()]
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
+    # Its groups would wait for torch's default, ten minutes with NCCL: less than the watchdog, which says more.
+    world: Any = torch.distributed.group.WORLD
+    timeout = world._get_backend(torch.device(kind)).options._timeout
+    deepspeed.comm.comm.cdb.new_group = partial(torch.distributed.new_group, timeout=timeout)  # type: ignore[attr-defined]
     return deepspeed
 
 

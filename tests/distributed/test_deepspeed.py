@@ -196,12 +196,31 @@ def test_what_lies_on_a_disk_is_learnt_and_gone_on_with_as_in_memory(async_io, t
     found, _ = run_ranks(2, from_the_start, tmp_path, 2, model, [("stage 3", "full"), (name, "full")])
     expected_steps, expected_state = found["stage 3", "full"]
     steps, state = found[name, "full"]
-    assert steps == [pytest.approx(one, abs=1e-5) for one in expected_steps]
-    assert all(abs(state[key] - array).max() < 1e-5 for key, array in expected_state.items())
+    assert_like(steps, expected_steps)
+    assert all(abs(state[key] - array).max() < 1e-4 for key, array in expected_state.items())
     assert not list((tmp_path / "disk").iterdir()), "it goes with the run"
     again = [(name, name, "full")]
     found, _ = run_ranks(2, resumed, tmp_path, 2, model, again)
-    assert found[again[0]][0] == [pytest.approx(one, abs=1e-5) for one in expected_steps[SAVED_AT:]]
+    assert_like(found[again[0]][0], expected_steps[SAVED_AT:])
+
+
+def assert_like(steps: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
+    """Norms also in proportion: they are large, and how gradients are summed shows in them first."""
+    assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], abs=1e-5, rel=0)
+    assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in expected], abs=1e-5, rel=1e-5)
+
+
+def timeouts(rank: int, folder: Path, model: Path) -> float:
+    """Of the group that the engine has made for itself, in seconds."""
+    with torchrun_context(folder, step_timeout_s=5000.0):
+        engine: Any = placed(Deepspeed(stage=2), model, "lora").optimizer
+        group = engine.dp_process_group
+        return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_its_own_groups_wait_as_long_as_those_of_the_job(tiny_model, tmp_path):
+    (found,) = run_ranks(1, timeouts, tmp_path, tiny_model)
+    assert found == 5060.0
 
 
 def test_a_checkpoint_of_another_strategy_is_refused(tiny_model, tmp_path):
