@@ -63,7 +63,8 @@ class Deepspeed(Sharding):
     """`cpu`: weights that are not being computed with lie in the host's memory; `nvme`: on a disk. Stage 3 only."""
     nvme_path: str | None = None
     """For `nvme`: a folder on a disk of each worker's own. Every rank keeps its part in a folder in it, which goes with
-    the run. Of a megabyte at least is what goes to the disk: smaller pieces stay in the host's memory."""
+    the run. Of a megabyte at least is what goes to the disk: smaller pieces stay in the host's memory. A run that was
+    interrupted goes on from its checkpoint without `nvme` only."""
     config: str | None = None
     """A DeepSpeed configuration, JSON, whose path is good on every worker: buckets, overlap, prefetching and the
     like. What the job decides it may repeat or leave to `"auto"`."""
@@ -133,7 +134,7 @@ class Deepspeed(Sharding):
                 init = deepspeed.zero.Init(module=module, config_dict_or_path=config, param_swapper=swapper)
                 swapper = init.param_swapper
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-        placed = DeepspeedPlaced(deepspeed, engine)
+        placed = DeepspeedPlaced(deepspeed, engine, on_disk=folder is not None)
         if folder is not None:
             remove_with(placed, folder)
         return placed
