@@ -64,7 +64,7 @@ class Deepspeed(Sharding):
     nvme_path: str | None = None
     """For `nvme`: a folder on a disk of each worker's own. Every rank keeps its part in a folder in it, which goes with
     the run. Of a megabyte at least is what goes to the disk: smaller pieces stay in the host's memory. A run that was
-    interrupted goes on from its checkpoint without `nvme` only."""
+    interrupted cannot go on from its checkpoint with `nvme`."""
     config: str | None = None
     """A DeepSpeed configuration, JSON, whose path is good on every worker: buckets, overlap, prefetching and the
     like. What the job decides it may repeat or leave to `"auto"`."""

@@ -6,9 +6,10 @@ import os
 
 import pytest
 
-from lmray.errors import ConfigError
+from lmray.errors import CheckpointError, ConfigError
 from lmray.sharding._deepspeed_config import engine_config
 from lmray.sharding._deepspeed_nvme import check_async_io, check_path, own_folder, remove_with
+from lmray.sharding._deepspeed_placed import DeepspeedPlaced
 from lmray.sharding.deepspeed import Deepspeed
 
 TO_DISK = {"offload_optimizer": "nvme", "offload_param": "nvme"}
@@ -100,3 +101,10 @@ def test_buffers_are_as_large_as_the_model_needs_and_nothing_stays_unless_the_fi
     own = {"zero_optimization": {"sub_group_size": 7, "offload_param": {"max_in_cpu": 9}}}
     given = engine_config(own, zero, num_trained=1000, num_largest=300)["zero_optimization"]
     assert (given["sub_group_size"], given["offload_param"]["max_in_cpu"]) == (7, 9)
+
+
+def test_nothing_is_gone_on_with_on_a_disk(tmp_path):
+    placed = object.__new__(DeepspeedPlaced)
+    placed._on_disk = True
+    with pytest.raises(CheckpointError, match="lie on a disk"):
+        placed.load(tmp_path)
