@@ -106,15 +106,26 @@ def check_config(config: Mapping[str, Any], says: Mapping[str, tuple[Any, str]],
 
 
 def engine_config(
-    config: Mapping[str, Any], zero: Mapping[str, Any], *, num_trained: int, num_live: int | None = None
+    config: Mapping[str, Any],
+    zero: Mapping[str, Any],
+    *,
+    num_trained: int,
+    num_live: int | None = None,
+    num_largest: int | None = None,
 ) -> dict[str, Any]:
     """What DeepSpeed is given: `config` without what the job decides and without `"auto"`s, `zero` laid over its
     section `zero_optimization`; an offloading section without a device is left out. `num_trained`: elements;
-    `num_live`: those of weights that may be gathered at a time."""
+    `num_live`: those of weights that may be gathered at a time; `num_largest`: those of the largest weight, where
+    anything goes to a disk."""
     kept = {key: value for key, value in _without_auto(config).items() if key not in DECIDED}
     merged = {**_sizes(zero["stage"], num_trained, num_live), **kept.get("zero_optimization", {})}
+    on_disk = _disk_sizes(num_largest, num_trained) if num_largest is not None else {}
+    if on_disk:
+        merged = {"sub_group_size": on_disk["sub_group_size"], **merged}
     for key, value in zero.items():
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
+    if on_disk and zero["offload_param"]["device"] == "nvme":
+        merged["offload_param"] = {**on_disk["offload_param"], **merged["offload_param"]}
     merged = {key: value for key, value in merged.items() if not key.startswith("offload") or value["device"] != "none"}
     return {
         **kept,
@@ -138,6 +149,14 @@ def _sizes(stage: int, num_trained: int, num_live: int | None) -> dict[str, int]
         return {"reduce_bucket_size": size, "allgather_bucket_size": size}
     live = {} if num_live is None else {"stage3_max_live_parameters": num_live}
     return {"reduce_bucket_size": size, "sub_group_size": size, "stage3_max_reuse_distance": 0, **live}
+
+
+def _disk_sizes(num_largest: int, num_trained: int) -> dict[str, Any]:
+    """The optimizer steps on a group at a time, and reads a group into one buffer: its groups are as large as they
+    need be and no larger. DeepSpeed's own buffers take gigabytes, however small the model, and unless it is told that
+    no weight stays in memory, all of them do."""
+    group = min(max(num_largest, MAX_BUCKET), max(1, num_trained))
+    return {"sub_group_size": group, "offload_param": {"buffer_size": group + num_largest, "max_in_cpu": 0}}
 
 
 def flat(zero: Mapping[str, Any]) -> dict[str, Any]:

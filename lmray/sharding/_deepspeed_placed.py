@@ -27,12 +27,12 @@ WEIGHT = "weight"
 class DeepspeedPlaced:
     """See `Placed`. The model is the module inside the engine: its own class, with the engine's hooks."""
 
-    def __init__(self, deepspeed: ModuleType, engine: Any):
+    def __init__(self, deepspeed: ModuleType, engine: Any, *, on_disk: bool = False):
         self._deepspeed: Any = deepspeed
         self.engine, self.model, self.optimizer = engine, engine.module, engine.optimizer
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.whole: bool = engine.zero_optimization_stage() < 3
-        self._limit = math.inf
+        self._limit, self._on_disk = math.inf, on_disk
 
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -111,6 +111,9 @@ class DeepspeedPlaced:
         return [key for key in facts if key not in numbers], numbers
 
     def load(self, folder: Path) -> None:
+        if self._on_disk:  # what is set of weights on a disk does not last until the next forward pass
+            found = "cannot be gone on with while weights or the optimizer's state lie on a disk"
+            raise CheckpointError(str(folder), found, hint="offload to the `cpu` instead of `nvme`, or to nowhere")
         files = sorted(folder.glob("deepspeed-*.safetensors"))
         if not files:
             hint = "go on with the `sharding` it began with"

@@ -12,7 +12,9 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
 
@@ -29,11 +31,12 @@ from lmray.sharding._deepspeed_config import (
     job_says,
     read_config,
 )
+from lmray.sharding._deepspeed_nvme import check_async_io, check_path, load_async_io, own_folder, remove_with
 from lmray.sharding._deepspeed_placed import DeepspeedPlaced
 from lmray.sharding._ranks import have_group
 from lmray.sharding.base import Fill, MakeOptimizer, Need, Part, Placed, Sharding
 
-Place = Literal["none", "cpu"]
+Place = Literal["none", "cpu", "nvme"]
 SPLIT = {1: "the optimizer's state is", 2: "gradients and the optimizer's state are", 3: "weights and all else are"}
 DIVIDED: dict[int, frozenset[Part]] = {
     1: frozenset({"optimizer"}),
@@ -54,9 +57,14 @@ class Deepspeed(Sharding):
     stage: Literal[1, 2, 3] = 2
     """1 splits the optimizer's state over the workers, 2 gradients as well, 3 weights as well."""
     offload_optimizer: Place = "none"
-    """`cpu`: the optimizer's state lies in the host's memory, and its step is taken there."""
+    """`cpu`: the optimizer's state lies in the host's memory, and its step is taken there; `nvme`: on a disk, and the
+    step is taken in the host's memory as well; stage 3 only."""
     offload_param: Place = "none"
-    """`cpu`: weights that are not being computed with lie in the host's memory; stage 3 only."""
+    """`cpu`: weights that are not being computed with lie in the host's memory; `nvme`: on a disk. Stage 3 only."""
+    nvme_path: str | None = None
+    """For `nvme`: a folder on a disk of each worker's own. Every rank keeps its part in a folder in it, which goes with
+    the run. Of a megabyte at least is what goes to the disk: smaller pieces stay in the host's memory. A run that was
+    interrupted cannot go on from its checkpoint with `nvme`."""
     config: str | None = None
     """A DeepSpeed configuration, JSON, whose path is good on every worker: buckets, overlap, prefetching and the
     like. What the job decides it may repeat or leave to `"auto"`."""
@@ -65,7 +73,15 @@ class Deepspeed(Sharding):
     def _fits(self):
         if self.offload_param != "none" and self.stage < 3:
             raise ValueError(f"`offload_param` needs stage 3, found {self.stage}; hint: set `stage: 3`")
+        if self._on_disk and self.stage < 3:
+            raise ValueError(f"`nvme` needs stage 3, found {self.stage}; hint: set `stage: 3`")
+        if self._on_disk != (self.nvme_path is not None):
+            raise ValueError("`nvme_path` and offloading to `nvme` need each other; hint: set both or neither")
         return self
+
+    @property
+    def _on_disk(self) -> bool:
+        return "nvme" in (self.offload_optimizer, self.offload_param)
 
     @property
     def divides(self) -> frozenset[Part]:  # type: ignore[override]
@@ -81,6 +97,9 @@ class Deepspeed(Sharding):
         return self, f"ZeRO stage {self.stage}: {SPLIT[self.stage]} split over {workers} workers"
 
     def check(self, train: Mapping[str, Any], *, workers: int, dtype: str) -> None:
+        if self.nvme_path is not None:
+            check_path(self.nvme_path)
+            check_async_io()
         if self.config is not None:
             says = job_says(train, workers=workers, dtype=dtype)
             says |= {key: (value, f"sharding.{key.split('.')[1]}") for key, value in flat(self._zero()).items()}
@@ -101,19 +120,33 @@ class Deepspeed(Sharding):
             raise ConfigError("sharding", f"{type(optimizer).__name__} cannot be split by `deepspeed`", allowed=allowed)
         deepspeed = _imported(device)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        sizes = {"num_trained": trained, "num_live": _live(model)}
-        config = engine_config(read_config(self.config) if self.config else {}, self._zero(), **sizes)
+        sizes: dict[str, Any] = {"num_trained": trained, "num_live": _live(model)}
+        folder = own_folder(self.nvme_path) if self.nvme_path else None
+        if folder is not None:
+            load_async_io()
+            sizes["num_largest"] = max(parameter.numel() for parameter in model.parameters())
+        config = engine_config(read_config(self.config) if self.config else {}, self._zero(folder), **sizes)
         if self.stage == 3:  # each weight is split as it moves: no worker's device ever holds all of them
+            swapper = None  # one for all: a new one clears the disk of what the last has written
             for module in (*blocks_of(model), model) if fill else (model,):
                 if fill:
                     fill(module, "cpu")
-                deepspeed.zero.Init(module=module, config_dict_or_path=config)
+                init = deepspeed.zero.Init(module=module, config_dict_or_path=config, param_swapper=swapper)
+                swapper = init.param_swapper
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-        return DeepspeedPlaced(deepspeed, engine)
+        placed = DeepspeedPlaced(deepspeed, engine, on_disk=folder is not None)
+        if folder is not None:
+            remove_with(placed, folder)
+        return placed
 
-    def _zero(self) -> dict[str, Any]:
-        optimizer, param = {"device": self.offload_optimizer}, {"device": self.offload_param}
-        return {"stage": self.stage, "offload_optimizer": optimizer, "offload_param": param}
+    def _zero(self, folder: Path | None = None) -> dict[str, Any]:
+        """Its own section of DeepSpeed's settings. `folder`: where this rank keeps what goes to a disk."""
+        offloaded = {"offload_optimizer": self.offload_optimizer, "offload_param": self.offload_param}
+        path = str(folder or self.nvme_path)
+        return {"stage": self.stage} | {
+            key: {"device": place, "nvme_path": path} if place == "nvme" else {"device": place}
+            for key, place in offloaded.items()
+        }
 
 
 def _live(model: torch.nn.Module) -> int | None:
@@ -137,6 +170,10 @@ def _imported(device: str) -> ModuleType:
     logging.getLogger("DeepSpeed").handlers = [_ToStderr()]
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     deepspeed.init_distributed(auto_mpi_discovery=False, dist_init_required=False, verbose=False)
+    # Its groups would wait for torch's default, ten minutes with NCCL: less than the watchdog, which says more.
+    world: Any = torch.distributed.group.WORLD
+    timeout = world._get_backend(torch.device(kind)).options._timeout
+    deepspeed.comm.comm.cdb.new_group = partial(torch.distributed.new_group, timeout=timeout)  # type: ignore[attr-defined]
     return deepspeed
 
 

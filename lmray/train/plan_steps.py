@@ -135,7 +135,7 @@ def check_quantization(job: TrainJob, sharding: Sharding) -> None:
         raise ConfigError("model.quantization", found, hint=hint)
     if "weights" in sharding.divides:
         found = f"`{sharding.name}` divides weights, which quantised ones cannot be"
-        raise ConfigError("model.quantization", found, allowed="sharding: single, ddp")
+        raise ConfigError("model.quantization", found, allowed="sharding: single, ddp, or `deepspeed` at stage 1 or 2")
 
 
 def check_start(job: TrainJob, shape: ModelShape) -> None:

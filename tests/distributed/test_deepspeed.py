@@ -11,14 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lmray.errors import CheckpointError
+from lmray.errors import CheckpointError, ConfigError
 from lmray.models.deferred import Deferred
 from lmray.models.load import load_model
 from lmray.optim.adamw_torch import AdamwTorch
+from lmray.sharding._deepspeed_nvme import check_async_io, load_async_io
 from lmray.sharding.base import Placed, Sharding
 from lmray.sharding.deepspeed import Deepspeed
 from lmray.sharding.single import Single
 from lmray.testing.ranks import run_ranks
+from lmray.testing.tiny import tiny_model_folder
 from lmray.train.group import torchrun_context
 
 STEPS, SAVED_AT, ROWS = 4, 2, 8
@@ -30,6 +32,14 @@ SHARDED = {
     "stage 2, optimizer on the CPU": Deepspeed(stage=2, offload_optimizer="cpu"),
     "stage 3, all on the CPU": Deepspeed(stage=3, offload_optimizer="cpu", offload_param="cpu"),
 }
+ON_DISK = {"stage 3, all on a disk": Deepspeed(stage=3, offload_optimizer="nvme", offload_param="nvme", nvme_path="/")}
+
+
+def strategy(name: str, folder: Path) -> Sharding:
+    """By its name; what goes to a disk goes to one in `folder`."""
+    if name in SHARDED:
+        return SHARDED[name]
+    return ON_DISK[name].model_copy(update={"nvme_path": str(folder / "disk")})
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +52,9 @@ def groups(model: torch.nn.Module) -> list[dict]:
     return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
 
-def placed(strategy: Sharding, model_folder: Path, what: str) -> Placed:
+def placed(chosen: Sharding, model_folder: Path, what: str) -> Placed:
     """Read by part where the strategy divides weights."""
-    deferred = Deferred(model_folder, "float32") if "weights" in strategy.divides else None
+    deferred = Deferred(model_folder, "float32") if "weights" in chosen.divides else None
     model: Any = deferred.model if deferred else load_model(model_folder, "float32")
     if what == "lora":
         torch.manual_seed(0)
@@ -54,7 +64,7 @@ def placed(strategy: Sharding, model_folder: Path, what: str) -> Placed:
     else:
         model.requires_grad_(True)
     fill: Any = {"fill": deferred.fill} if deferred else {}
-    return strategy.place(
+    return chosen.place(
         model, lambda one: AdamwTorch().make_optimizer(groups(one), learning_rate=1.0, weight_decay=0.1), "cpu", **fill
     )
 
@@ -93,13 +103,15 @@ def from_the_start(rank: int, folder: Path, ranks: int, model: Path, cases: list
 def _from_the_start(rank: int, ranks: int, folder: Path, model: Path, cases: list[tuple[str, str]]) -> dict:
     found = {}
     for name, what in cases:
-        one = placed(SHARDED[name], model, what)
+        one = placed(strategy(name, folder), model, what)
         steps = trained(one, 0, SAVED_AT, rank=rank, ranks=ranks)
         (folder / name / what).mkdir(parents=True, exist_ok=True)
         one.save(folder / name / what)
         steps += trained(one, SAVED_AT, STEPS, rank=rank, ranks=ranks)
         state = one.gathered_state(trained_only=False)
         assert (state is None) == (rank > 0)
+        for part in ("float32params", "optimizer") if name in ON_DISK else ():
+            assert list(folder.glob(f"disk/lmray-*/zero_stage_3/{part}/rank{rank}/*.swp")), part
         found[name, what] = steps, {key: tensor.numpy() for key, tensor in (state or {}).items()}
     return found
 
@@ -112,7 +124,7 @@ def resumed(rank: int, folder: Path, ranks: int, model: Path, cases: list[tuple[
 def _resumed(rank: int, ranks: int, folder: Path, model: Path, cases: list[tuple[str, str, str]]) -> dict:
     found = {}
     for saved_as, name, what in cases:
-        one = placed(SHARDED[name], model, what)
+        one = placed(strategy(name, folder), model, what)
         one.load(folder / saved_as / what)
         found[saved_as, name, what] = trained(one, SAVED_AT, STEPS, rank=rank, ranks=ranks), {}
     return found
@@ -163,6 +175,49 @@ def test_every_stage_trained_in_every_way_at_every_number_of_ranks(tiny_model, a
     for ranks in (1, 2, 4):
         found, *_ = run_ranks(ranks, resumed, tmp_path, ranks, tiny_model, again)
         assert_same(found, alone, first=SAVED_AT)
+
+
+@pytest.fixture
+def async_io(monkeypatch) -> None:
+    """DeepSpeed's operation, compiled here unless it has been: no rank waits for it."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    try:
+        check_async_io()
+        load_async_io()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_what_lies_on_a_disk_is_learnt_as_in_memory(async_io, tmp_path):
+    """Of a model with weights of which a rank's part is large enough to go to the disk: over a megabyte."""
+    model = tiny_model_folder(tmp_path / "model", hidden_size=256, intermediate_size=2304)
+    (name,) = ON_DISK
+    found, _ = run_ranks(2, from_the_start, tmp_path, 2, model, [("stage 3", "full"), (name, "full")])
+    expected_steps, expected_state = found["stage 3", "full"]
+    steps, state = found[name, "full"]
+    assert_like(steps, expected_steps)
+    assert all(abs(state[key] - array).max() < 1e-4 for key, array in expected_state.items())
+    assert not list((tmp_path / "disk").iterdir()), "it goes with the run"
+
+
+def assert_like(steps: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
+    """Norms also in proportion: they are large, and how gradients are summed shows in them first."""
+    assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], abs=1e-5, rel=0)
+    assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in expected], abs=1e-5, rel=1e-5)
+
+
+def timeouts(rank: int, folder: Path, model: Path) -> float:
+    """Of the group that the engine has made for itself, in seconds."""
+    with torchrun_context(folder, step_timeout_s=5000.0):
+        engine: Any = placed(Deepspeed(stage=2), model, "lora").optimizer
+        group = engine.dp_process_group
+        return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def test_its_own_groups_wait_as_long_as_those_of_the_job(tiny_model, tmp_path):
+    (found,) = run_ranks(1, timeouts, tmp_path, tiny_model)
+    assert found == 5060.0
 
 
 def test_a_checkpoint_of_another_strategy_is_refused(tiny_model, tmp_path):

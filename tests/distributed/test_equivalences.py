@@ -53,6 +53,7 @@ CELLS = {"lora": ["ddp", "fsdp2"], "full": ["ddp", "fsdp2"], "partial": ["ddp", 
         # Six worlds whose ranks import deepspeed each.
         pytest.param("lora", ZERO, marks=pytest.mark.slow),
         pytest.param("full", ZERO, marks=pytest.mark.slow),
+        pytest.param("qlora", ZERO[:2], marks=pytest.mark.slow),
     ],
 )
 def test_the_same_is_learnt_on_two_ranks(job, tmp_path, adapter, strategies):
