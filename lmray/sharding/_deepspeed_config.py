@@ -118,10 +118,11 @@ def engine_config(
     `num_live`: those of weights that may be gathered at a time; `num_largest`: those of the largest weight, where
     anything goes to a disk."""
     kept = {key: value for key, value in _without_auto(config).items() if key not in DECIDED}
-    merged = {**_sizes(zero["stage"], num_trained, num_live), **kept.get("zero_optimization", {})}
-    on_disk = _disk_sizes(num_largest, num_trained) if num_largest is not None else {}
-    if on_disk:
-        merged = {"sub_group_size": on_disk["sub_group_size"], **merged}
+    sizes, on_disk = _sizes(zero["stage"], num_trained, num_live), {}
+    if num_largest is not None:
+        on_disk = _disk_sizes(num_largest, num_trained)
+        sizes["sub_group_size"] = on_disk["sub_group_size"]
+    merged = {**sizes, **kept.get("zero_optimization", {})}
     for key, value in zero.items():
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
     if on_disk and zero["offload_param"]["device"] == "nvme":

@@ -58,7 +58,7 @@ def check_async_io() -> None:
 def load_async_io() -> None:
     """Loads the operation, compiled at its first use on a machine: a minute, once. The processes of a machine wait for
     the one that compiles. Raises ConfigError where it cannot be."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder  # noqa: PLC0415
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined]  # noqa: PLC0415
 
     try:
         AsyncIOBuilder().load(verbose=False)

@@ -111,7 +111,7 @@ class DeepspeedPlaced:
         return [key for key in facts if key not in numbers], numbers
 
     def load(self, folder: Path) -> None:
-        if self._on_disk:  # what is set of weights on a disk does not last until the next forward pass
+        if self._on_disk:  # DeepSpeed 0.19 went on with wrong weights
             found = "cannot be gone on with while weights or the optimizer's state lie on a disk"
             raise CheckpointError(str(folder), found, hint="offload to the `cpu` instead of `nvme`, or to nowhere")
         files = sorted(folder.glob("deepspeed-*.safetensors"))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from lmray.errors import CheckpointError, ConfigError
 from lmray.models.deferred import Deferred
@@ -199,6 +200,15 @@ def test_what_lies_on_a_disk_is_learnt_as_in_memory(async_io, tmp_path):
     assert_like(steps, expected_steps)
     assert all(abs(state[key] - array).max() < 1e-4 for key, array in expected_state.items())
     assert not list((tmp_path / "disk").iterdir()), "it goes with the run"
+    assert_same_checkpoint(*(tmp_path / one / "full" for one in (name, "stage 3")))
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """So that what is shown of going on from the one holds for the other."""
+    found, expected = ({path.name: load_file(path) for path in folder.iterdir()} for folder in (one, other))
+    assert {name: set(state) for name, state in found.items()} == {name: set(state) for name, state in expected.items()}
+    for name, state in expected.items():
+        assert all((found[name][key] - tensor).abs().max() < 1e-5 for key, tensor in state.items()), name
 
 
 def assert_like(steps: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
