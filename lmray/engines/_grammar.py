@@ -45,8 +45,10 @@ class Matching:
         self._matcher, self._vocab_size = matcher, vocab_size
 
     def allowed(self) -> torch.Tensor:
-        """[V], True for tokens that may come next; at the grammar's end these are the stop tokens. Raises LmrayError for
-        a grammar that cannot be read or is too large."""
+        """[V], True for tokens that may come next; at the grammar's end these are the stop tokens.
+
+        Raises LmrayError for a grammar that cannot be read or is too large.
+        """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             first = (self._matcher.get_error().splitlines() or ["unknown"])[0]
