@@ -295,11 +295,26 @@ class ServedAdapter(Config):
     """The stage whose version is served. Empty: the newest version."""
 
 
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class HttpLimits(Config):
+    max_body_bytes: Annotated[int, Field(ge=1)] = 2**20
+    body_timeout_s: Seconds = 30.0
+    """For a request's body to arrive."""
+    answer_timeout_s: Seconds = 600.0
+    """For an answer, from the request to its last token."""
+    send_timeout_s: Seconds = 60.0
+    """For a client to take a piece of its answer; one that takes longer has left."""
+
+
 class Http(Config):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     api_keys_file: str | None = None
-    """File with one API key a line. Empty: no key is asked for, so keep `host` on loopback."""
+    """File with one API key a line, or YAML with hashes and what each key may do (`lmray.serve.keys`). Empty: no key is
+    asked for, so keep `host` on loopback."""
+    limits: HttpLimits = HttpLimits()
 
 
 class Autoscaling(Config):

@@ -155,10 +155,10 @@ def check_serve(job: ServeJob, *, cluster: bool, examples: int) -> Found:
     head = [
         f"serve      {plan.model_name}, digest {plan.digest[:12]}",
         f"adapters   {adapters}",
-        f"http       {job.http.host}:{job.http.port} is free, {len(plan.key_hashes)} key(s)",
+        f"http       {job.http.host}:{job.http.port} is free, {len(plan.keys)} key(s)",
         f"replicas   {job.autoscaling.min_replicas} to {job.autoscaling.max_replicas}",
     ]
-    value = {"model": plan.model_name, "digest": plan.digest, "adapters": plan.adapters, "keys": len(plan.key_hashes)}
+    value = {"model": plan.model_name, "digest": plan.digest, "adapters": plan.adapters, "keys": len(plan.keys)}
     return Found(value | memory, head + lines)
 
 

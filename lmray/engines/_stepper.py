@@ -7,7 +7,10 @@ L longest row, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,7 +20,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from lmray.engines._adapters import AdapterBank
 from lmray.engines._cache import SlotCache
-from lmray.engines._sampling import draw
+from lmray.engines._grammar import Grammars
+from lmray.engines._sampling import prompt_logprobs
 from lmray.engines._slots import Row, Slots
 from lmray.engines.base import Capabilities, Request, TokenEvent
 from lmray.errors import ConfigError, LmrayError
@@ -42,6 +46,7 @@ class Stepper:
         max_adapters: int,
         max_length: int,
         max_prefill_tokens: int,
+        tokenizer: Any = None,
     ):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(base, PreTrainedModel)
@@ -49,8 +54,10 @@ class Stepper:
         self.base = base
         self.adapters = AdapterBank(model)
         self.slots = Slots(max_batch_size, max_length)
-        vocab_size = base.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        self.capabilities = Capabilities(max_batch_size, max_adapters, max_length, int(vocab_size))  # type: ignore[arg-type]
+        vocab_size = int(base.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]
+        self._grammars = Grammars.of(tokenizer, vocab_size, stop_token_ids)
+        has_grammars = self._grammars is not None
+        self.capabilities = Capabilities(max_batch_size, max_adapters, max_length, vocab_size, has_grammars)
         self.num_generated = 0
         self._stop = frozenset(stop_token_ids)
         self._max_prefill_tokens = max_prefill_tokens
@@ -82,17 +89,26 @@ class Stepper:
 
     def _prefill(self, row: Row) -> list[tuple[str, Outcome]]:
         index, prompt_ids = len(self.slots.running) - 1, row.request.prompt_ids
-        num_tokens = len(prompt_ids)
+        num_tokens, sampling = len(prompt_ids), row.request.sampling
+        if sampling.grammar is not None:
+            assert self._grammars is not None  # `check_request` saw to it
+            row.chooser.matching = self._grammars.start(sampling.grammar)
         self._cache.at_prompt(index, num_tokens)
         visible_PP = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=self.base.device).tril()
-        logits_1V = self._forward(
+        logits_1PV = self._forward(
             [row],
             torch.tensor([prompt_ids], device=self.base.device),
             torch.arange(num_tokens, device=self.base.device)[None],
             visible_PP[None, None],
+            all_logits=sampling.prompt_logprobs is not None,
         )
         row.length = num_tokens
-        return self._draw([index], logits_1V)
+        [(request_id, outcome)] = self._draw([index], logits_1PV[:, -1].float())
+        if isinstance(outcome, TokenEvent):
+            told = sampling.prompt_logprobs
+            read = None if told is None else prompt_logprobs(logits_1PV[0], prompt_ids, told)
+            outcome = replace(outcome, prompt_logprobs=read, prefill_s=time.perf_counter() - row.started_s)
+        return [(request_id, outcome)]
 
     def _decode(self) -> list[tuple[str, Outcome]]:
         rows = self.slots.running
@@ -103,29 +119,35 @@ class Stepper:
         places_L = torch.arange(max(row.length for row in rows) + 1, device=self.base.device)
         visible_NL = places_L[None] <= positions_N[:, None]
         tokens_N = torch.tensor([row.last_token for row in rows], device=self.base.device)
-        logits_NV = self._forward(rows, tokens_N[:, None], positions_N[:, None], visible_NL[:, None, None])
+        logits_N1V = self._forward(rows, tokens_N[:, None], positions_N[:, None], visible_NL[:, None, None])
         for row in rows:
             row.length += 1
-        return self._draw(range(len(rows)), logits_NV)
+        return self._draw(range(len(rows)), logits_N1V[:, -1].float())
 
     def _forward(
-        self, rows: Sequence[Row], input_ids: torch.Tensor, position_ids: torch.Tensor, visible: torch.Tensor
+        self,
+        rows: Sequence[Row],
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        visible: torch.Tensor,
+        *,
+        all_logits: bool = False,
     ) -> torch.Tensor:
-        """Logits [N, V] after the last token of each row. `visible` is [N, 1, T, L], True where a token is seen."""
+        """Logits after the last token of each row (the last of dimension 1), with `all_logits` after every token.
+        `visible` is [N, 1, T, L], True where a token is seen."""
         mask = visible
         if self.base.config._attn_implementation == "eager":  # adds its mask to the scores
             mask = torch.zeros(visible.shape, dtype=self.base.dtype, device=visible.device)
             mask = mask.masked_fill(~visible, torch.finfo(self.base.dtype).min)
-        logits = self.adapters.forward(
+        return self.adapters.forward(
             [row.request.adapter for row in rows],
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=mask,
             past_key_values=self._cache,
             use_cache=True,
-            **self._last_only(input_ids),
+            **({} if all_logits else self._last_only(input_ids)),
         )
-        return logits[:, -1].float()
 
     def _last_only(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Asks the model for the last token's logits alone, where it can be asked.
@@ -150,12 +172,15 @@ class Stepper:
             if broken[place]:
                 self._cache.wipe(index)
                 outcome = _not_a_number(row.request)
+            elif row.request.sampling.max_tokens == 0:
+                outcome = TokenEvent(row.request.id, None, "length")
             else:
-                sampling = row.request.sampling
-                warm = sampling.temperature > 0
-                token = draw(logits_NV[place].cpu(), sampling, row.random.random()) if warm else greedy[place]
-                outcome = row.take(token, self._stop)
-                self.num_generated += outcome.token_id is not None
+                try:
+                    token, logprob = row.chooser.choose(logits_NV[place], greedy[place])
+                    outcome = row.take(token, self._stop, logprob)
+                    self.num_generated += outcome.token_id is not None
+                except LmrayError as error:
+                    outcome = error
             outcomes.append((row.request.id, outcome))
             if isinstance(outcome, LmrayError) or outcome.finish_reason:
                 done.append(index)

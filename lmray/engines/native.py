@@ -27,7 +27,7 @@ class Native(EngineConfig):
     max_prefill_tokens: Annotated[int, Field(ge=1)] = 512
     """Prompt tokens read between two decoding steps; at least one prompt is. Lower: running answers pause less."""
 
-    def make_stepper(self, model: Any, *, stop_token_ids: tuple[int, ...]) -> Stepper:
+    def make_stepper(self, model: Any, *, stop_token_ids: tuple[int, ...], tokenizer: Any = None) -> Stepper:
         """The engine's synchronous core. Raises ConfigError for a model it cannot run."""
         return Stepper(
             model,
@@ -36,6 +36,7 @@ class Native(EngineConfig):
             max_adapters=self.max_adapters,
             max_length=self.max_length,
             max_prefill_tokens=self.max_prefill_tokens,
+            tokenizer=tokenizer,
         )
 
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
@@ -43,8 +44,11 @@ class Native(EngineConfig):
         for folder in adapters.values():
             read_adapter_folder(folder, model)
 
-    def start(self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int) -> NativeEngine:
-        return NativeEngine(self.make_stepper(model, stop_token_ids=stop_token_ids), threads=threads)
+    def start(
+        self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None
+    ) -> NativeEngine:
+        stepper = self.make_stepper(model, stop_token_ids=stop_token_ids, tokenizer=tokenizer)
+        return NativeEngine(stepper, threads=threads)
 
 
 def generate(

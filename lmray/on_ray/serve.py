@@ -50,8 +50,9 @@ class EngineReplica:
         dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
         model: Any = load_model(found.model, dtype, rope_scaling=plan.rope_scaling)
         model.to(device)
-        stops = stop_token_ids(model, load_tokenizer(found.model))
-        self._engine = config.start(model, stop_token_ids=stops, threads=num_cpus)
+        tokenizer = load_tokenizer(found.model)
+        stops = stop_token_ids(model, tokenizer)
+        self._engine = config.start(model, stop_token_ids=stops, threads=num_cpus, tokenizer=tokenizer)
         for name, folder in found.adapters.items():
             await self._engine.add_adapter(name, folder)
         async for _ in self._engine.submit(Request("warm-up", (0,), Sampling(max_tokens=1))):
@@ -81,7 +82,7 @@ class Gateway:
         self._plan, self._max_length, self._engines = plan, max_length, engines
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        settings = GatewaySettings(self._plan.model_name, self._max_length, self._plan.key_hashes)
+        settings = GatewaySettings(self._plan.model_name, self._max_length, self._plan.keys, self._plan.limits)
         return make_app(_Replicas(self._engines), load_tokenizer(check_out(self._plan).model), settings)
 
 

@@ -7,7 +7,7 @@ finds them again where it is called and refuses anything else than what was plan
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.store import open_store
 from lmray.errors import ArtifactError, CapacityError, ConfigError
-from lmray.job import ServeJob
+from lmray.job import HttpLimits, ServeJob
 from lmray.models.load import load_config, load_tokenizer
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling, check_same_scaling
 from lmray.models.source import ARTIFACT, FoundModel, find_model, model_of
-from lmray.serve.keys import check_exposure, read_key_hashes
+from lmray.serve.keys import ApiKey, check_exposure, read_keys
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,10 @@ class ServePlan:
     """Folder of the artifact store."""
     adapters: dict[str, str]
     """Name in requests -> version id of the artifact of that name."""
-    key_hashes: tuple[str, ...]
+    keys: tuple[ApiKey, ...]
     rope_scaling: RopeScaling | None = None
     """Of the base model's positions."""
+    limits: HttpLimits = field(default_factory=HttpLimits)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class CheckedOut:
 
 def prepare(job: ServeJob) -> ServePlan:
     """Resolves and checks all that `job` names. Raises ArtifactError, ConfigError, CapacityError."""
-    key_hashes = read_key_hashes(job.http.api_keys_file)
-    check_exposure(job.http.host, key_hashes)
+    keys = read_keys(job.http.api_keys_file)
+    check_exposure(job.http.host, keys)
     check_port(job.http.host, job.http.port)
     if job.resources.workers.max != 1:
         hint = "set `autoscaling.min_replicas` and `max_replicas`"
@@ -76,8 +77,9 @@ def prepare(job: ServeJob) -> ServePlan:
         digest=found.digest,
         store=str(store.root),
         adapters=adapters,
-        key_hashes=key_hashes,
+        keys=keys,
         rope_scaling=job.model.rope_scaling,
+        limits=job.http.limits,
     )
     job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), check_out(plan).adapters)
     return plan
