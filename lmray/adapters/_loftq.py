@@ -34,7 +34,7 @@ def start_from_residuals(adapted: Any) -> None:
         found = "`loftq` starts from what NF4 takes from the weights, and none is in 4 bits"
         raise ConfigError("adapter.init_lora_weights", found, hint="`init_lora_weights: true` starts beside any weight")
     for name, layer in quantised.items():
-        weight = layer.get_base_layer().weight
+        weight: Any = layer.get_base_layer().weight
         original_EI = files[f"{name}.weight"].get_tensor(f"{name}.weight").to(weight.device, torch.float32)
         _approximate(layer, original_EI - dequantize_bnb_weight(weight).float())
 

@@ -40,8 +40,9 @@ FIXED = {
     "data_efficiency.enabled": False,
 }
 """Settings under which the loop, the data or the gradients would be DeepSpeed's and no longer the job's."""
-MAX_BUCKET = 500_000_000
-"""Elements in one reduction: DeepSpeed's own default, which it takes memory for however small the model."""
+MAX_BUCKET = 1 << 24
+"""Elements that are summed at once, 64 MiB in float32. DeepSpeed's own default is thirty times as many,
+of which it holds several, however small the model."""
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -104,11 +105,14 @@ def check_config(config: Mapping[str, Any], says: Mapping[str, tuple[Any, str]],
         raise ConfigError.of(problems)
 
 
-def engine_config(config: Mapping[str, Any], zero: Mapping[str, Any], *, num_trained: int) -> dict[str, Any]:
+def engine_config(
+    config: Mapping[str, Any], zero: Mapping[str, Any], *, num_trained: int, num_live: int | None = None
+) -> dict[str, Any]:
     """What DeepSpeed is given: `config` without what the job decides and without `"auto"`s, `zero` laid over its
-    section `zero_optimization`; an offloading section without a device is left out. `num_trained`: elements."""
+    section `zero_optimization`; an offloading section without a device is left out. `num_trained`: elements;
+    `num_live`: those of weights that may be gathered at a time."""
     kept = {key: value for key, value in _without_auto(config).items() if key not in DECIDED}
-    merged = {"reduce_bucket_size": min(MAX_BUCKET, max(1, num_trained)), **kept.get("zero_optimization", {})}
+    merged = {**_sizes(zero["stage"], num_trained, num_live), **kept.get("zero_optimization", {})}
     for key, value in zero.items():
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
     merged = {key: value for key, value in merged.items() if not key.startswith("offload") or value["device"] != "none"}
@@ -120,6 +124,20 @@ def engine_config(config: Mapping[str, Any], zero: Mapping[str, Any], *, num_tra
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def bucket_size(num_trained: int) -> int:
+    """Elements of a bucket."""
+    return min(MAX_BUCKET, max(1, num_trained))
+
+
+def _sizes(stage: int, num_trained: int, num_live: int | None) -> dict[str, int]:
+    """Stage 3 also holds no more gathered weights than `num_live`: it would fetch and keep a billion."""
+    size = bucket_size(num_trained)
+    if stage < 3:
+        return {"reduce_bucket_size": size, "allgather_bucket_size": size}
+    live = {} if num_live is None else {"stage3_max_live_parameters": num_live}
+    return {"reduce_bucket_size": size, "stage3_max_reuse_distance": 0, **live}
 
 
 def flat(zero: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,9 +77,17 @@ class Sharding(MemberConfig):
     divides: ClassVar[frozenset[Part]] = frozenset()
     """What the workers share among them: each holds its part of these, and all of the rest. Dividing `weights`, none
     holds the whole model; dividing `optimizer`, each steps on its part of the weights alone."""
+    keeps_masters: ClassVar[bool] = False
+    """The optimizer steps on float32 copies of its part of the weights, beside those that are computed with."""
+    gathers_masters: ClassVar[bool] = False
+    """Divided weights are gathered in the type they are kept in, and cast one by one as they are multiplied with."""
 
     def check(self, train: Mapping[str, Any], *, workers: int, dtype: str) -> None:
         """Raises ConfigError where a setting contradicts the rest of the job; `train` is its section of that name."""
+
+    def buffer_bytes(self, trained: int) -> int:
+        """What it keeps for gradients and weights on their way, of so many trained parameters."""
+        return 0
 
     @abstractmethod
     def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:

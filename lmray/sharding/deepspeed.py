@@ -14,14 +14,21 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
 
 from lmray.errors import CapacityError, ConfigError
 from lmray.sharding._blocks import blocks_of
-from lmray.sharding._deepspeed_config import check_config, engine_config, flat, job_says, read_config
+from lmray.sharding._deepspeed_config import (
+    bucket_size,
+    check_config,
+    engine_config,
+    flat,
+    job_says,
+    read_config,
+)
 from lmray.sharding._deepspeed_placed import DeepspeedPlaced
 from lmray.sharding._ranks import have_group
 from lmray.sharding.base import Fill, MakeOptimizer, Need, Part, Placed, Sharding
@@ -33,6 +40,8 @@ DIVIDED: dict[int, frozenset[Part]] = {
     2: frozenset({"optimizer", "gradients"}),
     3: frozenset({"optimizer", "gradients", "weights"}),
 }
+NUM_BUFFERS = 3
+"""Of a bucket's size in float32: gradients as they are collected, as they are sent, and summed."""
 ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers for which a piece of a flattened tensor is as good as the tensor."""
 
@@ -40,6 +49,8 @@ ELEMENTWISE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 class Deepspeed(Sharding):
     """ZeRO, stage 1, 2 or 3, with offloading."""
 
+    keeps_masters: ClassVar[bool] = True
+    gathers_masters: ClassVar[bool] = True
     stage: Literal[1, 2, 3] = 2
     """1 splits the optimizer's state over the workers, 2 gradients as well, 3 weights as well."""
     offload_optimizer: Place = "none"
@@ -59,6 +70,9 @@ class Deepspeed(Sharding):
     @property
     def divides(self) -> frozenset[Part]:  # type: ignore[override]
         return DIVIDED[self.stage]
+
+    def buffer_bytes(self, trained: int) -> int:
+        return NUM_BUFFERS * 4 * bucket_size(trained)
 
     def resolve(self, *, workers: int, need: Need | None = None) -> tuple[Sharding, str]:
         if find_spec("deepspeed") is None:
@@ -87,7 +101,8 @@ class Deepspeed(Sharding):
             raise ConfigError("sharding", f"{type(optimizer).__name__} cannot be split by `deepspeed`", allowed=allowed)
         deepspeed = _imported(device)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        config = engine_config(read_config(self.config) if self.config else {}, self._zero(), num_trained=trained)
+        sizes = {"num_trained": trained, "num_live": _live(model)}
+        config = engine_config(read_config(self.config) if self.config else {}, self._zero(), **sizes)
         if self.stage == 3:  # each weight is split as it moves: no worker's device ever holds all of them
             for module in (*blocks_of(model), model) if fill else (model,):
                 if fill:
@@ -99,6 +114,13 @@ class Deepspeed(Sharding):
     def _zero(self) -> dict[str, Any]:
         optimizer, param = {"device": self.offload_optimizer}, {"device": self.offload_param}
         return {"stage": self.stage, "offload_optimizer": optimizer, "offload_param": param}
+
+
+def _live(model: torch.nn.Module) -> int | None:
+    """Elements of two blocks, the one that is computed with and the next, and of what is in none."""
+    blocks = [sum(one.numel() for one in block.parameters()) for block in blocks_of(model)]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total - sum(blocks) + 2 * max(blocks) if blocks else None
 
 
 def _imported(device: str) -> ModuleType:

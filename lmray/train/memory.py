@@ -12,7 +12,6 @@ they multiply it with; frozen matrices keep nothing but themselves. Fused steps 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,12 +21,14 @@ from lmray.data import batch
 from lmray.data.stream import Stream
 from lmray.models.shape import WIDTH, AdaptedLinear, ModelShape
 from lmray.ops.linear_cross_entropy import chunk_rows
-from lmray.sharding.base import Part
+from lmray.sharding.base import Sharding
 
 HEAP_SHARE = 0.5
 """What the C library's heap adds to kept tensors on a CPU: temporaries freed between them leave holes that later
-tensors do not fill. `tests/bench/memory.py` found 0.3 to 0.9 of them, half on average; with every tensor mapped on
-its own (MALLOC_MMAP_THRESHOLD_=65536) it is 0.06."""
+tensors do not fill. `tests/bench/memory.py` found 0.3 to 0.9 of them, half on average."""
+MAPPED_SHARE = 0.06
+"""The same where every tensor is mapped on its own, as workers do that share a model (`machine.map_tensors`). Without
+it, two that share all of a 135M model had a gigabyte of holes each: gradients that stay lie between what goes."""
 FUSED_SHARE = {4: 0.0, 2: 0.35}
 """The same where steps run fused, by the bytes of a number: they free little in between."""
 FUSED_BYTES = 140 * 2**20
@@ -120,24 +121,30 @@ def memory_parts(
     device: str,
     process_bytes: int,
     workers: int = 1,
-    divides: Collection[Part] = (),
+    sharding: Sharding | None = None,
     reads_whole: bool = False,
 ) -> dict[str, int]:
-    """Bytes by part and in `total`. `divides`: what the `workers` share of weights, gradients and optimizer state; who
-    has a part of the weights also holds those it computes with, `gathered`. `reads_whole`: all weights were there
-    before they were divided, and what that took beyond the rest is `loading`. Bfloat16 models also multiply with
-    bfloat16 copies of weights that are trained in float32."""
+    """Bytes by part and in `total`. `sharding`: what the `workers` share of weights, gradients and optimizer state, and
+    what they hold for it: `masters`, `buffers`, and who has a part of the weights those it computes with, `gathered`.
+    `reads_whole`: all weights were there before they were divided, and what that took beyond the rest is `loading`.
+    Bfloat16 models also multiply with bfloat16 copies of weights that are trained in float32."""
+    divides = sharding.divides if sharding else frozenset()
     copies = shape.trained * WIDTH[dtype] if shape.trained_bytes > shape.trained * WIDTH[dtype] else 0
-    shared = workers > 1 and "weights" in divides
     sizes = {"weights": shape.weights_bytes, "gradients": shape.trained_bytes, "optimizer": optimizer_bytes}
     parts = {part: -(-size // (workers if part in divides else 1)) for part, size in sizes.items()}
-    parts |= {"gathered": _gathered(shape, dtype)} if shared else {}
+    if sharding and sharding.keeps_masters:
+        parts["masters"] = -(-4 * shape.trained // workers)
+        parts["buffers"] = sharding.buffer_bytes(shape.trained)
+    shares_weights = workers > 1 and "weights" in divides
+    if sharding and shares_weights:
+        parts["gathered"] = _gathered(shape, "float32" if copies and sharding.gathers_masters else dtype)
+        copies = 0
     parts |= {
-        "activations": _activations(shape, rows, dtype, device) + (0 if shared else copies),
+        "activations": _activations(shape, rows, dtype, device, mapped=bool(divides)) + copies,
         "logits": _logits(shape, rows, dtype, device),
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,
     }
-    if shared and reads_whole:
+    if shares_weights and reads_whole:
         parts["loading"] = max(0, shape.weights_bytes + parts["process"] - sum(parts.values()))
     return parts | {"total": sum(parts.values())}
 
@@ -149,30 +156,31 @@ def _gathered(shape: ModelShape, dtype: str) -> int:
     return (shape.embedding + blocks) * WIDTH[dtype]
 
 
-def bytes_per_row(shape: ModelShape, rows: Rows, dtype: str, *, device: str) -> int:
+def bytes_per_row(shape: ModelShape, rows: Rows, dtype: str, *, device: str, mapped: bool = False) -> int:
     """What one more row in the micro-batch takes; a row after that takes no more."""
     more = replace(rows, count=rows.count + 1)
-    activations = _activations(shape, more, dtype, device) - _activations(shape, rows, dtype, device)
+    before, after = (_activations(shape, one, dtype, device, mapped=mapped) for one in (rows, more))
+    activations = after - before
     return activations + _logits(shape, more, dtype, device) - _logits(shape, rows, dtype, device)
 
 
-def _activations(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
+def _activations(shape: ModelShape, rows: Rows, dtype: str, device: str, *, mapped: bool = False) -> int:
     kept = kept_bytes(shape, rows, dtype, device=device)
     if rows.fused:
-        return int(kept * (1 + FUSED_SHARE[WIDTH[dtype]])) + FUSED_BYTES
-    return int(kept * (1 + (CUDA_SHARE if device == "cuda" else HEAP_SHARE)))
+        return int(kept * (1 + (MAPPED_SHARE if mapped else FUSED_SHARE[WIDTH[dtype]]))) + FUSED_BYTES
+    return int(kept * (1 + (CUDA_SHARE if device == "cuda" else MAPPED_SHARE if mapped else HEAP_SHARE)))
 
 
 def _logits(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
     """Of supervised tokens only. Of a plain head: a chunk's logits as they leave it and in float32, every token's input
-    and gradient, and the float32 gradient of a head that is trained. Else all logits as they leave the head, and in
-    float32 with their gradient."""
+    and gradient, and of a head that is trained the float32 gradient and what a chunk adds to it. Else all logits as
+    they leave the head, and in float32 with their gradient."""
     width, tokens = WIDTH[dtype], rows.count * rows.supervised
     low = width if width < 4 else 0
     if not shape.plain_head:
         return tokens * shape.vocabulary * (2 * 4 + low)
     held = min(tokens, chunk_rows(shape.vocabulary, device))
-    return held * shape.vocabulary * (4 + low) + tokens * shape.hidden * 2 * width + shape.trained_head * 4
+    return held * shape.vocabulary * (4 + low) + tokens * shape.hidden * 2 * width + shape.trained_head * (4 + width)
 
 
 def largest_micro_batch(total_bytes: int, *, rows: int, row_bytes: int, memory_bytes: int) -> int:

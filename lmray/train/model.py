@@ -18,7 +18,7 @@ from lmray.job import TrainJob
 from lmray.models.deferred import Deferred
 from lmray.models.fused import Fused
 from lmray.models.load import load_model
-from lmray.models.machine import release_heap
+from lmray.models.machine import map_tensors, release_heap
 from lmray.registry import SHARDINGS
 from lmray.train.learner import Learner
 from lmray.train.plan import Plan
@@ -28,6 +28,9 @@ from lmray.train.step import layers_and_noise
 
 def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext) -> Learner:
     """The model with its adapter, placed, and its optimizer; a function of the job and the plan alone."""
+    sharding: Any = Member(SHARDINGS).decode(plan.sharding)
+    if sharding.divides and plan.device == "cpu":  # who shares a model is short of memory
+        map_tensors()
     fill: dict[str, Any] = {}
     with ctx.together():
         if plan.loading == "by part":
@@ -38,7 +41,6 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
         else:
             adapted = attached(job, plan, base_model(job, plan, prepared, ctx.device))
     torch.manual_seed(job.train.seed + ctx.rank)  # dropout: workers see other rows
-    sharding: Any = Member(SHARDINGS).decode(plan.sharding)
     placed = sharding.place(
         adapted,
         lambda placed_model: job.train.optim.make_optimizer(

@@ -207,8 +207,8 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,
-        memory_bytes=memory_parts(shape, rows, **settings, divides=sharding.divides, reads_whole=loading == "whole"),
-        row_bytes=bytes_per_row(shape, rows, dtype, device=device),
+        memory_bytes=memory_parts(shape, rows, **settings, sharding=sharding, reads_whole=loading == "whole"),
+        row_bytes=bytes_per_row(shape, rows, dtype, device=device, mapped=bool(sharding.divides)),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
         warnings=(*_trust_warnings(job), *_schedule_warnings(job), *data_warnings(data)),
     )

@@ -183,8 +183,7 @@ def test_what_two_workers_saved_goes_on_on_one_and_on_four(ray_cluster, job, tmp
     run_here(local, tmp_path / "scratch")
     result = train_and(remote, (run_folder(remote) / STOP).touch, at=1)
     assert result.status == "stopped"
-    rest = {name.replace("__", "."): value for name, value in shared_by(workers).items()}
-    assert train(remote.changed(rest), progress=False).status == "succeeded"
+    assert train(remote.changed({"resources.workers": workers}), progress=False).status == "succeeded"
     assert_same(remote, local, atol=1e-5)
 
 

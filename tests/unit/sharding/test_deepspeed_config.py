@@ -122,7 +122,8 @@ def test_what_the_job_decides_and_auto_are_not_passed_on():
         "zero_optimization": {"overlap_comm": True, "stage3_prefetch_bucket_size": "auto", "reduce_bucket_size": 7},
     }
     given = engine_config(config, ZERO, num_trained=1000)
-    assert given["zero_optimization"] == {"stage": 3, "overlap_comm": True, "reduce_bucket_size": 7}
+    assert given["zero_optimization"].items() >= {"stage": 3, "overlap_comm": True, "reduce_bucket_size": 7}.items()
+    assert "stage3_prefetch_bucket_size" not in given["zero_optimization"]
     assert given["wall_clock_breakdown"] is True
     assert given["gradient_accumulation_steps"] == 1
     assert not {"train_batch_size", "optimizer", "bf16", "gradient_clipping"} & set(given)
@@ -130,7 +131,22 @@ def test_what_the_job_decides_and_auto_are_not_passed_on():
 
 @pytest.mark.parametrize(("num_trained", "bucket"), [(1000, 1000), (10**10, MAX_BUCKET), (0, 1)])
 def test_a_bucket_is_no_larger_than_what_is_trained(num_trained, bucket):
-    assert engine_config({}, ZERO, num_trained=num_trained)["zero_optimization"]["reduce_bucket_size"] == bucket
+    for stage, sizes in (
+        (2, ("reduce_bucket_size", "allgather_bucket_size")),
+        (3, ("reduce_bucket_size",)),
+    ):
+        given = engine_config({}, ZERO | {"stage": stage}, num_trained=num_trained)["zero_optimization"]
+        assert [given[size] for size in sizes] == [bucket] * len(sizes)
+    assert Deepspeed().buffer_bytes(num_trained) == 3 * 4 * bucket
+
+
+def test_stage_3_keeps_no_more_gathered_weights_than_it_may_unless_the_file_says_so():
+    given = engine_config({}, ZERO, num_trained=10, num_live=20)["zero_optimization"]
+    assert (given["stage3_max_live_parameters"], given["stage3_max_reuse_distance"]) == (20, 0)
+    own = {"zero_optimization": {"stage3_max_live_parameters": 9}}
+    given = engine_config(own, ZERO, num_trained=10, num_live=20)["zero_optimization"]
+    assert given["stage3_max_live_parameters"] == 9
+    assert "stage3_max_live_parameters" not in engine_config({}, ZERO, num_trained=10)["zero_optimization"]
 
 
 def test_an_offloading_section_keeps_what_the_file_says_of_it():

@@ -91,14 +91,15 @@ def test_what_a_strategy_divides_is_divided_by_the_workers(tiny_model, sharding,
     shape = read_shape(tiny_model, lambda model: Lora(r=4).attach(model, seed=0))
     settings = {"dtype": "float32", "device": "cpu", "process_bytes": 0, "optimizer_bytes": 1000, "workers": 4}
     rows = Rows(1, 8, 4, packed=False)
-    whole, shared = (memory_parts(shape, rows, **settings, divides=parts) for parts in ((), sharding.divides))
+    whole, shared = (memory_parts(shape, rows, **settings, sharding=one) for one in (None, sharding))
     for part in ("weights", "gradients", "optimizer"):
         assert shared[part] == (-(-whole[part] // 4) if part in divided else whole[part])
     assert ("gathered" in shared) == ("weights" in divided), "what is gathered of a block counts"
     assert shared["total"] == sum(size for part, size in shared.items() if part != "total")
-    again = memory_parts(shape, rows, **settings, divides=sharding.divides, reads_whole=True)
+    large = replace(shape, weights_bytes=10**9)  # beside which buffers are small
+    again = memory_parts(large, rows, **settings, sharding=sharding, reads_whole=True)
     assert ("loading" in again) == ("weights" in divided)
-    assert again["total"] >= shape.weights_bytes
+    assert again["total"] >= large.weights_bytes
 
 
 @pytest.mark.parametrize(

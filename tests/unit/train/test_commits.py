@@ -308,3 +308,12 @@ def test_a_write_that_failed_is_done_again_without_the_ranks_meeting_again(tmp_p
     placed, ctx = SimpleNamespace(whole=False, save=met.append, model=None), SimpleNamespace(rank=0, world_size=2)
     save_as(ctx, placed, Patience(say=said.append, sleep=lambda _: None), tmp_path / "part")
     assert met == [tmp_path / "part"] and (tmp_path / "part" / "progress.json").is_file() and len(said) == 2
+
+
+def test_an_error_is_raised_where_the_next_one_begins_which_is_not_begun(ctx, monkeypatch):
+    full(1, monkeypatch)
+    with Commits(ctx, beside=True) as one:
+        one.begin(snapshot(one.next_folder(), 1))
+        with pytest.raises(CheckpointError, match=r"checkpoint-00000001 failed .*No space left"):
+            one.begin(snapshot(one.next_folder(), 2))
+        one.wait()

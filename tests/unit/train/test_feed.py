@@ -59,6 +59,23 @@ def test_an_error_is_raised_where_what_it_makes_is_due():
     assert own_threads() == []
 
 
+def test_the_block_ends_after_its_thread():
+    order, begun, left = list[str](), threading.Event(), threading.Event()
+
+    def make(one: int) -> None:
+        if one == 2:
+            begun.set()
+            left.wait(0.1)  # in vain: the block waits for this
+            order.append("made")
+
+    with Feed(make, [1, 2, 3], device="cpu") as feed:
+        next(feed)
+        assert begun.wait(LONG_S)
+    order.append("left")
+    left.set()
+    assert order == ["made", "left"] and own_threads() == []
+
+
 def test_nothing_is_asked_of_what_is_empty():
     with Feed(str, [], device="cpu") as feed:
         assert list(feed) == []

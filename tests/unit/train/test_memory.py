@@ -19,6 +19,9 @@ from lmray.models.fused import Fused
 from lmray.models.load import load_model
 from lmray.models.precision import computing
 from lmray.models.shape import read_shape
+from lmray.sharding.ddp import Ddp
+from lmray.sharding.deepspeed import Deepspeed
+from lmray.sharding.fsdp2 import Fsdp2
 from lmray.testing.tiny import tiny_model_folder
 from lmray.train.memory import Rows, bytes_per_row, kept_bytes, largest_micro_batch, memory_parts, worst_rows
 
@@ -137,7 +140,9 @@ def test_logits_of_a_plain_head_are_held_a_chunk_at_a_time(tiny_model):
     assert logits(large, 4) == 4 * (2**20 * 4 + 32 * 2 * 4)
     assert logits(large, 200) - logits(large, 100) == 100 * 32 * 2 * 4, "beyond a chunk: inputs and their gradient only"
     assert logits(large, 200, "bfloat16") == 8 * 2**20 * (4 + 2) + 200 * 32 * 2 * 2
-    assert logits(replace(large, trained_head=1000), 4) == logits(large, 4) + 4000
+    assert logits(replace(large, trained_head=1000), 4) == logits(large, 4) + 8000, (
+        "the gradient, and what a chunk adds"
+    )
     assert logits(replace(large, plain_head=False), 200) == 200 * 2**20 * 8
 
 
@@ -145,3 +150,29 @@ def test_a_row_takes_no_more_than_the_one_before(tiny_model):
     shape = replace(read_shape(tiny_model), vocabulary=2**20)
     few, many = (bytes_per_row(shape, Rows(count, 64, 4, False), "float32", device="cpu") for count in (1, 8))
     assert few - many == 4 * 2**20 * 4, "the logits of four tokens"
+
+
+def test_who_steps_on_copies_of_the_weights_holds_them_and_buckets_too(tiny_model):
+    shape = read_shape(tiny_model, lambda model: Full().attach(model, seed=0), dtype="bfloat16")
+    settings = {"device": "cpu", "optimizer_bytes": 0, "process_bytes": 0, "workers": 2}
+    one, two = (
+        memory_parts(shape, Rows(1, 64, 4, False), "bfloat16", **settings, sharding=sharding)
+        for sharding in (Fsdp2(), Deepspeed(stage=3))
+    )
+    assert not {"masters", "buffers"} & set(one)
+    assert two["masters"] == two["weights"] == 2 * shape.trained
+    assert two["buffers"] == 3 * 4 * shape.trained, "a bucket is no larger than the model"
+    assert two["gathered"] == 2 * one["gathered"], "in float32"
+
+
+def test_tensors_mapped_on_their_own_leave_few_holes(tiny_model):
+    shape = read_shape(tiny_model, lambda model: Lora().attach(model, seed=0))
+    rows, settings = Rows(4, 256, 40, False), {"device": "cpu", "optimizer_bytes": 0, "process_bytes": 0, "workers": 2}
+    heap, mapped = (
+        memory_parts(shape, rows, "float32", **settings, sharding=sharding)["activations"]
+        for sharding in (Ddp(), Fsdp2())
+    )
+    kept = kept_bytes(shape, rows, "float32")
+    assert (heap, mapped) == (int(1.5 * kept), int(1.06 * kept))
+    more = bytes_per_row(shape, rows, "float32", device="cpu", mapped=True)
+    assert more < bytes_per_row(shape, rows, "float32", device="cpu")
