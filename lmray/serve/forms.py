@@ -26,11 +26,15 @@ class Form(Protocol):
     """One HTTP request in its form."""
 
     id: str
-    asked: GenerationRequest
     param: str
     """The field that holds the prompt."""
     whole_object: str
     piece_object: str
+
+    @property
+    def asked(self) -> GenerationRequest:
+        """What was sent."""
+        ...
 
     def questions(self) -> list[Question]:
         """The prompts. Raises RequestError for what the model cannot be asked."""
@@ -115,10 +119,7 @@ class Completion:
 
     def _question(self, prompt: str | tuple[int, ...]) -> Question:
         if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
-            if not ids:
-                raise RequestError("prompt", "holds no token")
-            return Question(tuple(ids), prompt)  # type: ignore[arg-type]
+            return Question(tuple(self._tokenizer(prompt)["input_ids"]), prompt)  # type: ignore[arg-type]
         if (odd := next((token for token in prompt if not 0 <= token < len(self._tokenizer)), None)) is not None:
             allowed = f"0 to {len(self._tokenizer) - 1}"
             raise RequestError("prompt", f"token {odd} is none of the model's", allowed=allowed)

@@ -48,6 +48,8 @@ class GatewaySettings:
     keys: tuple[ApiKey, ...] = ()
     """Those that are let in. Empty: no key is asked for."""
     limits: HttpLimits = field(default_factory=HttpLimits)
+    sends_request_id: bool = True
+    """Whether answers carry `x-request-id`; off where what stands before the gateway puts it there."""
 
 
 def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: GatewaySettings) -> FastAPI:
@@ -61,7 +63,8 @@ def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: Gat
     app.add_api_route("/v1/models/{name:path}", gateway.model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
-    answer_failures(app, gateway.metrics, send_timeout_s=settings.limits.send_timeout_s)
+    told = {"sends_request_id": settings.sends_request_id, "send_timeout_s": settings.limits.send_timeout_s}
+    answer_failures(app, metrics=gateway.metrics, **told)
     return app
 
 

@@ -137,6 +137,11 @@ def test_a_request_has_an_id_its_own_or_a_made_one(call, given, kept):
         assert len(response.headers["x-request-id"]) > 4
 
 
+def test_an_id_that_is_put_there_by_others_is_not_sent_twice(call):
+    response = call(FakeBackend(), "GET", "/health", settings={"sends_request_id": False})
+    assert "x-request-id" not in response.headers
+
+
 @pytest.mark.parametrize("error", [None, LmrayError("engine", "broke"), ZeroDivisionError("a secret of ours")])
 def test_logs_have_names_and_numbers_and_no_word_of_the_conversation(session, ids, caplog, error):
     with caplog.at_level(logging.DEBUG):
