@@ -61,7 +61,8 @@ class Envelope:
                 if self._sends_request_id:
                     message["headers"] = [*message["headers"], (b"x-request-id", account.request_id.encode())]
             try:
-                await asyncio.wait_for(send(message), self._send_timeout_s)
+                async with asyncio.timeout(self._send_timeout_s):
+                    await send(message)
             except TimeoutError:
                 raise ClientGoneError from None
 

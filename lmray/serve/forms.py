@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lmray.config.endpoint import TextFilter
 from lmray.data.pieces import Messages, Tools
 from lmray.data.tokenise import prompt_ids
 from lmray.engines.base import Request
@@ -40,8 +41,8 @@ class Form(Protocol):
         """The prompts. Raises RequestError for what the model cannot be asked."""
         ...
 
-    def answer(self, question: Question) -> Answer:
-        """An answer before its first token."""
+    def answer(self, question: Question, filters: Sequence[TextFilter]) -> Answer:
+        """An answer before its first token, that goes out through `filters`."""
         ...
 
     def opening(self, index: int) -> list[Choice]:
@@ -76,10 +77,10 @@ class Chat:
             raise RequestError("messages", f"the model's chat template refuses them: {error}") from None
         return [Question(ids, "")]
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: Question, filters: Sequence[TextFilter]) -> Answer:
         """Its calls are read where the template asks for a form we know."""
         calls = self.asked.offered_tools is not None and writes_tool_calls(self._tokenizer.chat_template)
-        return Answer(self._tokenizer, self.asked.stop_strings, calls=calls)
+        return Answer(self._tokenizer, self.asked.stop_strings, calls=calls, filters=filters)
 
     def opening(self, index: int) -> list[Choice]:
         return [_chat_chunk(index, {"role": "assistant", "content": ""})]
@@ -126,8 +127,9 @@ class Completion:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return Question(prompt, str(self._tokenizer.decode(list(prompt), **options)) if self.asked.echo else "")
 
-    def answer(self, question: Question) -> Answer:
-        return Answer(self._tokenizer, self.asked.stop_strings, echo=question if self.asked.echo else None)
+    def answer(self, question: Question, filters: Sequence[TextFilter]) -> Answer:
+        echo = question if self.asked.echo else None
+        return Answer(self._tokenizer, self.asked.stop_strings, echo=echo, filters=filters)
 
     def opening(self, index: int) -> list[Choice]:
         return []

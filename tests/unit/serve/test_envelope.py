@@ -10,8 +10,8 @@ import logging
 import httpx
 import pytest
 
+from lmray.config.endpoint import HttpLimits
 from lmray.errors import LmrayError
-from lmray.job import HttpLimits
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.keys import ApiKey
 from tests.unit.serve.conftest import MAX_LENGTH

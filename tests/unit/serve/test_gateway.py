@@ -10,9 +10,9 @@ from openai.pagination import SyncPage
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from lmray.config.endpoint import HttpLimits
 from lmray.engines.base import Sampling
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError
-from lmray.job import HttpLimits
 from lmray.serve import guided
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.keys import read_keys
