@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lmray.adapters.base import Adapter
 from lmray.config import Config, Document, Member, Name, decode, dump, read_document, set_value, with_overrides
+from lmray.config.endpoint import HttpLimits, TextFilter
 from lmray.data.spec import DataSpec
 from lmray.engines.base import EngineConfig
 from lmray.errors import ConfigError, did_you_mean
@@ -295,19 +296,6 @@ class ServedAdapter(Config):
     """The stage whose version is served. Empty: the newest version."""
 
 
-Seconds = Annotated[float, Field(gt=0)]
-
-
-class HttpLimits(Config):
-    max_body_bytes: Annotated[int, Field(ge=1)] = 2**20
-    body_timeout_s: Seconds = 30.0
-    """For a request's body to arrive."""
-    answer_timeout_s: Seconds = 600.0
-    """For an answer, from the request to its last token."""
-    send_timeout_s: Seconds = 60.0
-    """For a client to take a piece of its answer; one that takes longer has left."""
-
-
 class Http(Config):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -336,6 +324,8 @@ class ServeJob(Job):
     adapters: tuple[ServedAdapter, ...] = ()
     engine: Annotated[EngineConfig, Member(ENGINES)]
     http: Http = Http()
+    filters: tuple[TextFilter, ...] = ()
+    """Of prompts and answers, one after the other."""
     autoscaling: Autoscaling = Autoscaling()
     resources: Resources = Resources()
 

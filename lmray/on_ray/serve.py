@@ -82,7 +82,15 @@ class Gateway:
         self._plan, self._max_length, self._engines = plan, max_length, engines
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        settings = GatewaySettings(self._plan.model_name, self._max_length, self._plan.keys, self._plan.limits)
+        plan = self._plan
+        settings = GatewaySettings(
+            plan.model_name,
+            self._max_length,
+            keys=plan.keys,
+            limits=plan.limits,
+            filters=plan.filters,
+            sends_request_id=False,  # Ray Serve sends it
+        )
         return make_app(_Replicas(self._engines), load_tokenizer(check_out(self._plan).model), settings)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from lmray.config.endpoint import TextFilter
 from lmray.engines.base import Request, TokenEvent, TokenLogprob
+from lmray.serve.filters import FilteredText
 from lmray.serve.text import Detokeniser, StopStrings
 from lmray.serve.tokens import Told
 from lmray.serve.tools import ToolCalls
@@ -47,6 +49,8 @@ class Piece:
     """Log probabilities of tokens, where they were asked for."""
     read: tuple[TokenLogprob | None, ...] = ()
     """Those of the prompt's tokens, with the first piece."""
+    filtered: tuple[str, ...] = ()
+    """Names of filters that found something, once a match."""
 
 
 class Answer:
@@ -59,11 +63,14 @@ class Answer:
         *,
         calls: bool = False,
         echo: Question | None = None,
+        filters: Sequence[TextFilter] = (),
     ):
-        """`calls`: take tool calls out of the text. `echo`: the answer starts with this prompt."""
+        """`calls`: take tool calls out of the text. `echo`: the answer starts with this prompt, which `filters` do not
+        see."""
         self._tokenizer = tokenizer
         self._text = self._detokeniser(special=False)
         self._stops = StopStrings(stops)
+        self._filters = FilteredText(filters)
         self._calls = ToolCalls() if calls else None
         self._echo = echo
         self._offset = len(echo.text) if echo is not None else 0
@@ -73,6 +80,8 @@ class Answer:
         model ended itself has `tool_calls` for a reason. Nothing may follow a piece with a `finish_reason`."""
         told = self._told(event)
         text, reason = self._said(event)
+        text, found = self._filters.push(text, last=reason is not None)
+        reason = "content_filter" if self._filters.stopped else reason
         calls: tuple[dict[str, Any], ...] = ()
         if self._calls is not None:
             text, calls = self._calls.push(text)
@@ -81,7 +90,7 @@ class Answer:
                 text += self._calls.finish()
         if self._echo is not None:
             text, self._echo = self._echo.text + text, None
-        return Piece(text, reason, calls, told, event.prompt_logprobs or ())
+        return Piece(text, reason, calls, told, event.prompt_logprobs or (), found)
 
     def _said(self, event: TokenEvent) -> tuple[str, str | None]:
         """What `event` adds to the text as it stands, and why it ends. A stop string can be a reason too."""

@@ -28,8 +28,9 @@ Send = Callable[[Any], Awaitable[None]]
 class Envelope:
     """ASGI middleware. A client that takes longer than `send_timeout_s` to read a piece has left."""
 
-    def __init__(self, app: Any, *, metrics: Metrics, send_timeout_s: float):
-        self._app, self._metrics, self._send_timeout_s = app, metrics, send_timeout_s
+    def __init__(self, app: Any, *, metrics: Metrics, send_timeout_s: float, sends_request_id: bool):
+        self._app, self._metrics = app, metrics
+        self._send_timeout_s, self._sends_request_id = send_timeout_s, sends_request_id
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,9 +58,11 @@ class Envelope:
         async def sending(message: Any) -> None:
             if message["type"] == "http.response.start":
                 account.status = account.status or message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", account.request_id.encode())]
+                if self._sends_request_id:
+                    message["headers"] = [*message["headers"], (b"x-request-id", account.request_id.encode())]
             try:
-                await asyncio.wait_for(send(message), self._send_timeout_s)
+                async with asyncio.timeout(self._send_timeout_s):
+                    await send(message)
             except TimeoutError:
                 raise ClientGoneError from None
 
@@ -81,12 +84,12 @@ def answer_failure(http: Request, error: Exception) -> Response:
     return JSONResponse(failure.body, failure.status, headers=dict(failure.headers))
 
 
-def answer_failures(app: FastAPI, metrics: Metrics, *, send_timeout_s: float) -> None:
-    """Puts the envelope around `app`, and OpenAI's body into all its errors."""
+def answer_failures(app: FastAPI, **envelope: Any) -> None:
+    """Puts an `Envelope` of these arguments around `app`, and OpenAI's body into all its errors."""
 
     async def answer(http: Request, error: Exception) -> Response:
         return answer_failure(http, error)
 
     for kind in (LmrayError, AnswerError, HTTPException, ClientGoneError):
         app.add_exception_handler(kind, answer)
-    app.add_middleware(Envelope, metrics=metrics, send_timeout_s=send_timeout_s)
+    app.add_middleware(Envelope, **envelope)

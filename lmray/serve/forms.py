@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lmray.config.endpoint import TextFilter
 from lmray.data.pieces import Messages, Tools
 from lmray.data.tokenise import prompt_ids
 from lmray.engines.base import Request
@@ -26,18 +27,22 @@ class Form(Protocol):
     """One HTTP request in its form."""
 
     id: str
-    asked: GenerationRequest
     param: str
     """The field that holds the prompt."""
     whole_object: str
     piece_object: str
 
+    @property
+    def asked(self) -> GenerationRequest:
+        """What was sent."""
+        ...
+
     def questions(self) -> list[Question]:
         """The prompts. Raises RequestError for what the model cannot be asked."""
         ...
 
-    def answer(self, question: Question) -> Answer:
-        """An answer before its first token."""
+    def answer(self, question: Question, filters: Sequence[TextFilter]) -> Answer:
+        """An answer before its first token, that goes out through `filters`."""
         ...
 
     def opening(self, index: int) -> list[Choice]:
@@ -72,10 +77,10 @@ class Chat:
             raise RequestError("messages", f"the model's chat template refuses them: {error}") from None
         return [Question(ids, "")]
 
-    def answer(self, question: Question) -> Answer:
+    def answer(self, question: Question, filters: Sequence[TextFilter]) -> Answer:
         """Its calls are read where the template asks for a form we know."""
         calls = self.asked.offered_tools is not None and writes_tool_calls(self._tokenizer.chat_template)
-        return Answer(self._tokenizer, self.asked.stop_strings, calls=calls)
+        return Answer(self._tokenizer, self.asked.stop_strings, calls=calls, filters=filters)
 
     def opening(self, index: int) -> list[Choice]:
         return [_chat_chunk(index, {"role": "assistant", "content": ""})]
@@ -115,18 +120,16 @@ class Completion:
 
     def _question(self, prompt: str | tuple[int, ...]) -> Question:
         if isinstance(prompt, str):
-            ids = self._tokenizer(prompt)["input_ids"]
-            if not ids:
-                raise RequestError("prompt", "holds no token")
-            return Question(tuple(ids), prompt)  # type: ignore[arg-type]
+            return Question(tuple(self._tokenizer(prompt)["input_ids"]), prompt)  # type: ignore[arg-type]
         if (odd := next((token for token in prompt if not 0 <= token < len(self._tokenizer)), None)) is not None:
             allowed = f"0 to {len(self._tokenizer) - 1}"
             raise RequestError("prompt", f"token {odd} is none of the model's", allowed=allowed)
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return Question(prompt, str(self._tokenizer.decode(list(prompt), **options)) if self.asked.echo else "")
 
-    def answer(self, question: Question) -> Answer:
-        return Answer(self._tokenizer, self.asked.stop_strings, echo=question if self.asked.echo else None)
+    def answer(self, question: Question, filters: Sequence[TextFilter]) -> Answer:
+        echo = question if self.asked.echo else None
+        return Answer(self._tokenizer, self.asked.stop_strings, echo=echo, filters=filters)
 
     def opening(self, index: int) -> list[Choice]:
         return []

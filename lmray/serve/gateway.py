@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +18,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
+from lmray.config.endpoint import HttpLimits, TextFilter
 from lmray.errors import LmrayError, did_you_mean
-from lmray.job import HttpLimits
 from lmray.serve.account import Account
-from lmray.serve.answer import Backend, Piece
+from lmray.serve.answer import Backend, Piece, Question
 from lmray.serve.disconnect import ClientGoneError, until_gone
 from lmray.serve.envelope import CLIENT_CLOSED, answer_failures
 from lmray.serve.failures import AnswerError, RequestError, error_body, failure_of
+from lmray.serve.filters import of_answers, refusing
 from lmray.serve.forms import Chat, Completion, Form, engine_requests
 from lmray.serve.generate import answer_pieces, side_by_side
 from lmray.serve.guided import check_format
@@ -48,6 +49,9 @@ class GatewaySettings:
     keys: tuple[ApiKey, ...] = ()
     """Those that are let in. Empty: no key is asked for."""
     limits: HttpLimits = field(default_factory=HttpLimits)
+    filters: tuple[TextFilter, ...] = ()
+    sends_request_id: bool = True
+    """Whether answers carry `x-request-id`; off where what stands before the gateway puts it there."""
 
 
 def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: GatewaySettings) -> FastAPI:
@@ -61,7 +65,8 @@ def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: Gat
     app.add_api_route("/v1/models/{name:path}", gateway.model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
-    answer_failures(app, gateway.metrics, send_timeout_s=settings.limits.send_timeout_s)
+    told = {"sends_request_id": settings.sends_request_id, "send_timeout_s": settings.limits.send_timeout_s}
+    answer_failures(app, metrics=gateway.metrics, **told)
     return app
 
 
@@ -116,10 +121,13 @@ class _Gateway:
         account.model = adapter or self._settings.model
         await asyncio.to_thread(check_format, form.asked.response_format)
         requests = engine_requests(form, adapter, self._settings.max_length)
+        self._filter(form, [question for _, question in requests[:: form.asked.n]])
         account.leaving.enter_context(self._quotas.using(key, lambda: account.num_tokens))
         account.ask(sum(len(request.prompt_ids) for request, _ in requests) // form.asked.n)
+        filters = of_answers(self._settings.filters)
         answers = [
-            answer_pieces(self._backend, request, form.answer(question), account) for request, question in requests
+            answer_pieces(self._backend, request, form.answer(question, filters), account)
+            for request, question in requests
         ]
         pieces = until_gone(http, side_by_side(answers), timeout_s=limits.answer_timeout_s)
         account.leaving.push_async_callback(pieces.aclose)
@@ -129,6 +137,20 @@ class _Gateway:
         first = await anext(pieces)  # what fails before the first token is answered with a status, not in the stream
         events = _events(head, form, len(answers), _with(first, pieces), account)
         return StreamingResponse(events, media_type="text/event-stream")
+
+    def _filter(self, form: Form, questions: Sequence[Question]) -> None:
+        """Raises AnswerError (400) for a prompt that a filter refuses, and for log probabilities of filtered answers:
+        they would tell what the filter takes out."""
+        filters = self._settings.filters
+        if form.asked.num_logprobs is not None and of_answers(filters):
+            raise RequestError("logprobs", "are not told where answers are filtered")
+        for question in questions if filters else ():
+            options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            refused = refusing(filters, str(self._tokenizer.decode(list(question.ids), **options)))
+            if refused is not None:
+                self.metrics.filtered.labels(refused.name, "prompts").inc()
+                found = f"filter `{refused.name}` lets no such text through"
+                raise AnswerError(400, error_body(found, code="content_filter", param=form.param))
 
     async def _names(self, key: ApiKey | None = None) -> dict[str, str | None]:
         """Every name that a request with `key` may give as `model`, with the adapter behind it; None is the base

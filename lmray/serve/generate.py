@@ -24,6 +24,8 @@ async def answer_pieces(
         async for event in events:
             before_s = account.take(event, before_s)
             piece = answer.push(event)
+            for name in piece.filtered:
+                account.metrics.filtered.labels(name, "answers").inc()
             yield piece
             if piece.finish_reason is not None:
                 return
@@ -33,6 +35,11 @@ async def answer_pieces(
 async def side_by_side(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """Items of all `streams` as they come, each with its stream's place. Closes all of them when it is closed, or when
     one raises."""
+    if len(streams) == 1:  # the common case, without a task a token
+        async with aclosing(streams[0]) as alone:
+            async for item in alone:
+                yield 0, item
+        return
     coming: dict[asyncio.Future[Any], int] = {}
     try:
         for place, stream in enumerate(streams):

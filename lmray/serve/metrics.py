@@ -25,6 +25,9 @@ class Metrics:
             "lmray_serve_prompt_tokens", "Tokens of prompts, once a prompt.", of_key, registry=registry
         )
         self.answer_tokens = Counter("lmray_serve_generated_tokens", "Tokens of answers.", of_key, registry=registry)
+        self.filtered = Counter(
+            "lmray_serve_filtered", "Matches of filters in prompts and answers.", ["filter", "on"], registry=registry
+        )
         self.first_token_s = Histogram(
             "lmray_serve_time_to_first_token_seconds",
             "From the whole request to an answer's first token.",

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.store import open_store
+from lmray.config.endpoint import HttpLimits, TextFilter
 from lmray.errors import ArtifactError, CapacityError, ConfigError
-from lmray.job import HttpLimits, ServeJob
+from lmray.job import ServeJob
 from lmray.models.load import load_config, load_tokenizer
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling, check_same_scaling
@@ -43,6 +44,7 @@ class ServePlan:
     rope_scaling: RopeScaling | None = None
     """Of the base model's positions."""
     limits: HttpLimits = field(default_factory=HttpLimits)
+    filters: tuple[TextFilter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def prepare(job: ServeJob) -> ServePlan:
         keys=keys,
         rope_scaling=job.model.rope_scaling,
         limits=job.http.limits,
+        filters=job.filters,
     )
     job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), check_out(plan).adapters)
     return plan

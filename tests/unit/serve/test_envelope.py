@@ -10,8 +10,8 @@ import logging
 import httpx
 import pytest
 
+from lmray.config.endpoint import HttpLimits
 from lmray.errors import LmrayError
-from lmray.job import HttpLimits
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.keys import ApiKey
 from tests.unit.serve.conftest import MAX_LENGTH
@@ -135,6 +135,11 @@ def test_a_request_has_an_id_its_own_or_a_made_one(call, given, kept):
         response = call(FakeBackend(), "GET", path, headers={"X-Request-Id": given.encode("latin-1")})
         assert (response.headers["x-request-id"] == given) == kept
         assert len(response.headers["x-request-id"]) > 4
+
+
+def test_an_id_that_is_put_there_by_others_is_not_sent_twice(call):
+    response = call(FakeBackend(), "GET", "/health", settings={"sends_request_id": False})
+    assert "x-request-id" not in response.headers
 
 
 @pytest.mark.parametrize("error", [None, LmrayError("engine", "broke"), ZeroDivisionError("a secret of ours")])

@@ -10,9 +10,10 @@ from openai.pagination import SyncPage
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from lmray.config.endpoint import HttpLimits
 from lmray.engines.base import Sampling
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError
-from lmray.job import HttpLimits
+from lmray.serve import guided
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.keys import read_keys
 from tests.unit.serve.conftest import MAX_LENGTH
@@ -158,6 +159,7 @@ def test_an_unknown_model_is_told_which_there_are(chat):
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"tools": [{"type": "function"}]}, "tools.0.function", "Field required"),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format", "leaves no room for a call"),
         ({"tools": [TOOL]}, "tools", "chat template has no place for them"),
         ({"messages": [CALLED]}, "messages", "no place for `tool_calls`"),
         ({"messages": [{**CALLED, "role": "user"}]}, "messages.0", "are the assistant's"),
@@ -307,6 +309,29 @@ def test_a_failure_on_the_way_is_an_event_and_no_done(chat, ids):
     events = sse(chat(FakeBackend(ids("abcd"), error=LmrayError("engine", "broke"), fails_after=2), stream=True).text)
     assert text_of(events) == "ab"
     assert events[-1]["error"]["message"] == "broke"
+
+
+def test_an_answer_without_an_end_is_a_failure(chat):
+    response = chat(FakeBackend(finish_reason="length"))
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "the answer broke off"
+
+
+def test_json_needs_the_library_that_reads_schemas(chat, monkeypatch):
+    monkeypatch.setattr(guided, "find_spec", lambda name: None)
+    response = chat(FakeBackend(), response_format={"type": "json_object"})
+    assert response.status_code == 400
+    assert "hint: install `lmray[guided]` where it runs" in response.json()["error"]["message"]
+
+
+def test_json_reaches_the_engine_as_a_grammar(chat):
+    pytest.importorskip("llguidance")
+    backend = FakeBackend()
+    schema = {"enum": ["大阪", 1]}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}}
+    assert chat(backend, response_format=form).status_code == 200
+    [grammar] = json.loads(backend.requests[0].sampling.grammar or "")["grammars"]
+    assert grammar["json_schema"]["enum"] == schema["enum"]
 
 
 def test_a_bug_is_told_in_one_word_only(chat):
