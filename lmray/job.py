@@ -11,7 +11,18 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, field_validator, model_validator
 
 from lmray.adapters.base import Adapter
-from lmray.config import Config, Document, Member, Name, decode, dump, read_document, set_value, with_overrides
+from lmray.config import (
+    Config,
+    Document,
+    Member,
+    Name,
+    checked_name,
+    decode,
+    dump,
+    read_document,
+    set_value,
+    with_overrides,
+)
 from lmray.data.spec import DataSpec
 from lmray.engines.base import EngineConfig
 from lmray.errors import ConfigError, did_you_mean
@@ -290,9 +301,29 @@ class SweepJob(Job):
 
 
 class ServedAdapter(Config):
-    artifact: Name
+    artifact: str
+    """Name of an artifact, which is loaded before the endpoint answers, or a pattern with `*`: all artifacts of the
+    store that it fits and that fit the model, each loaded when it is first asked for."""
     stage: str | None = None
-    """The stage whose version is served. Empty: the newest version."""
+    """The stage whose version is served; once another version is promoted to it, that one. Empty: the newest."""
+
+    @property
+    def is_pattern(self) -> bool:
+        return "*" in self.artifact
+
+    @field_validator("artifact")
+    @classmethod
+    def _named(cls, value: str):
+        return value if "*" in value else checked_name(value)
+
+
+class AdapterCache(Config):
+    max_bytes: Annotated[int, Field(ge=1)] = 8 * 2**30
+    """Of the adapters' files that a replica holds at a time; what is least recently used goes first."""
+    max_adapter_bytes: Annotated[int, Field(ge=1)] = 2**30
+    """An adapter with larger files is not served."""
+    missing_s: Annotated[float, Field(ge=0.0)] = 10.0
+    """For so long after an adapter could not be loaded it is refused without another look."""
 
 
 class Http(Config):
@@ -319,6 +350,7 @@ class ServeJob(Job):
     kind: Literal["serve"] = "serve"
     model: ModelSpec
     adapters: tuple[ServedAdapter, ...] = ()
+    adapter_cache: AdapterCache = AdapterCache()
     engine: Annotated[EngineConfig, Member(ENGINES)]
     http: Http = Http()
     autoscaling: Autoscaling = Autoscaling()

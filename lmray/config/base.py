@@ -92,7 +92,8 @@ class Member:
 _NAME = re.compile(r"\w[\w.\-]{0,63}")
 
 
-def _checked_name(value: str) -> str:
+def checked_name(value: str) -> str:
+    """`value` in normal form (NFC). Raises PydanticCustomError for what is no name."""
     value = unicodedata.normalize("NFC", value)
     if not _NAME.fullmatch(value):
         raise PydanticCustomError(
@@ -103,5 +104,5 @@ def _checked_name(value: str) -> str:
     return value
 
 
-Name = Annotated[str, AfterValidator(_checked_name)]
+Name = Annotated[str, AfterValidator(checked_name)]
 """A name of a job, artifact or adapter: becomes part of a path, so it holds no separator and starts with no dot."""

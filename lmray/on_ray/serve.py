@@ -1,6 +1,6 @@
 """Serving on Ray Serve: a gateway deployment in front of engine replicas. Converts types; decides nothing.
 
-The gateway's replica tokenises, keeps the keys and streams text; each engine replica owns a model with all adapters.
+The gateway's replica tokenises, keeps the keys and streams text; each engine replica owns a model and holds adapters.
 Tokens pass between them as a streaming handle call. Runs in the driver but for the two deployment classes.
 """
 
@@ -21,6 +21,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from lmray.artifacts.store import open_store
 from lmray.engines.base import EngineConfig, Request, Sampling, TokenEvent
 from lmray.errors import CapacityError, LmrayError, RemoteError
 from lmray.job import ServeJob
@@ -29,7 +30,10 @@ from lmray.models.precision import resolve_dtype
 from lmray.on_ray.cluster import cluster_resources
 from lmray.on_ray.failures import error_inside
 from lmray.policies.autoscaling import autoscaling_arguments
+from lmray.serve.catalogue import Catalogue
+from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.serve.live import LiveEngine
 from lmray.serve.prepare import ServePlan, check_out, prepare
 
 QUEUED_PER_ROW = 4
@@ -37,6 +41,8 @@ QUEUED_PER_ROW = 4
 SHUTDOWN_S = 300.0
 """How long a replica that is to go may take to finish the answers it has begun."""
 READY_TIMEOUT_S = 60.0
+EVERYWHERE_TIMEOUT_S = 60.0
+"""How long a call to every replica may take."""
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
 """An exception as a traceback ends with it, with the lines `allowed:` and `hint:` below."""
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -46,30 +52,27 @@ class EngineReplica:
     """One engine in its own process. Ray Serve restarts it when `check_health` raises."""
 
     async def __init__(self, plan: ServePlan, config: EngineConfig, dtype: str, num_cpus: int, num_gpus: int):
-        found, device = check_out(plan), "cuda" if num_gpus else "cpu"
+        folder, device = check_out(plan), "cuda" if num_gpus else "cpu"
         dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
-        model: Any = load_model(found.model, dtype, rope_scaling=plan.rope_scaling)
+        model: Any = load_model(folder, dtype, rope_scaling=plan.rope_scaling)
         model.to(device)
-        stops = stop_token_ids(model, load_tokenizer(found.model))
-        self._engine = config.start(model, stop_token_ids=stops, threads=num_cpus)
-        for name, folder in found.adapters.items():
-            await self._engine.add_adapter(name, folder)
-        async for _ in self._engine.submit(Request("warm-up", (0,), Sampling(max_tokens=1))):
+        stops = stop_token_ids(model, load_tokenizer(folder))
+        self._live = LiveEngine(config.start(model, stop_token_ids=stops, threads=num_cpus), plan)
+        await self._live.start()
+        async for _ in self._live.stream(Request("warm-up", (0,), Sampling(max_tokens=1))):
             pass  # reserves memory and fails here rather than at a user's request
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        async with aclosing(self._engine.submit(request)) as events:
+        async with aclosing(self._live.stream(request)) as events:
             async for event in events:
                 yield event
 
-    async def adapters(self) -> tuple[str, ...]:
-        return tuple(self._engine.stats()["adapters"])
-
     async def stats(self) -> dict[str, Any]:
-        return self._engine.stats()
+        return self._live.stats()
 
     async def check_health(self) -> None:
-        failure = self._engine.stats()["failure"]
+        await self._live.follow(again=True)
+        failure = self._live.stats()["failure"]
         if failure is not None:
             raise RuntimeError(failure)
 
@@ -81,12 +84,15 @@ class Gateway:
         self._plan, self._max_length, self._engines = plan, max_length, engines
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        settings = GatewaySettings(self._plan.model_name, self._max_length, self._plan.key_hashes)
-        return make_app(_Replicas(self._engines), load_tokenizer(check_out(self._plan).model), settings)
+        plan = self._plan
+        catalogue = Catalogue(open_store(plan.store), plan.served, plan.fit, reserved=plan.model_name)
+        catalogue.refresh()
+        settings = GatewaySettings(plan.model_name, self._max_length, plan.key_hashes)
+        return make_app(Fleet(_Replicas(self._engines), catalogue), load_tokenizer(check_out(plan)), settings)
 
 
 class _Replicas:
-    """The gateway's backend: streaming calls to whichever replica Ray Serve picks."""
+    """Streaming calls to whichever replica Ray Serve picks."""
 
     def __init__(self, engines: DeploymentHandle):
         self._streaming = engines.options(stream=True)
@@ -102,10 +108,10 @@ class _Replicas:
         finally:
             response.cancel()
 
-    async def adapters(self) -> tuple[str, ...]:
+    async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
         try:
-            return await self._engines.adapters.remote()
-        except (RayError, RayServeException) as error:
+            return await self._engines.broadcast(method, *arguments).results_async(timeout_s=EVERYWHERE_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError) as error:
             raise _plain(error) from None
 
 

@@ -115,14 +115,17 @@ class AdapterCache:
 
     def follow(self, handles: Iterable[str]) -> None:
         """Pins exactly `handles`: what is missing is loaded in the background, what is pinned besides is let go. An
-        adapter that cannot be loaded is logged and tried again at a later call."""
+        adapter that cannot be loaded is tried again at a later call."""
         wanted = set(handles)
         for handle in [one.handle for one in self._entries.values() if one.pinned and one.handle not in wanted]:
             self.unpin(handle)
         for handle in wanted:
             entry = self._entries.get(handle)
-            if (entry is None or (entry.state == "ready" and not entry.pinned)) and self._failure(handle) is None:
-                self._start(self._pin_or_log(handle))
+            if entry is None and self._failure(handle) is None:
+                entry = self._arrive(handle)
+            if entry is not None and entry.state != "leaving" and not entry.unwanted:
+                entry.pinned = True
+        self._tell()
 
     async def unload(self, handle: str) -> None:
         """Takes an adapter out once the requests that use it are done; new ones wait and load it again. Raises
@@ -151,8 +154,7 @@ class AdapterCache:
                 raise failure
             entry = self._entries.get(handle)
             if entry is None:
-                entry = self._entries[handle] = _Entry(handle)
-                self._start(self._bring(entry))
+                entry = self._arrive(handle)
             elif entry.state == "leaving" or entry.draining or entry.unwanted:
                 await self._change()
                 continue
@@ -161,6 +163,11 @@ class AdapterCache:
             self._num_uses += 1
             entry.leases, entry.last_used = entry.leases + 1, self._num_uses
             return entry
+
+    def _arrive(self, handle: str) -> _Entry:
+        entry = self._entries[handle] = _Entry(handle)
+        self._start(self._bring(entry))
+        return entry
 
     async def _bring(self, entry: _Entry) -> None:
         """Finds, makes room for and loads an adapter; whoever waits for it is told how that ended."""
@@ -171,6 +178,7 @@ class AdapterCache:
             await self._loader.load(entry.handle, found)
         except Exception as error:
             self.counts["failures"] += 1
+            _LOG.warning("adapter `%s` cannot be loaded: %s", entry.handle, error)
             if isinstance(error, ArtifactError):
                 self._remember(entry.handle, error)
             del self._entries[entry.handle]
@@ -244,12 +252,6 @@ class AdapterCache:
         finally:
             del self._entries[entry.handle]
             self._tell()
-
-    async def _pin_or_log(self, handle: str) -> None:
-        try:
-            await self.pin(handle)
-        except LmrayError as error:
-            _LOG.warning("%s", error)
 
     def _failure(self, handle: str) -> LmrayError | None:
         """Why `handle` could not be loaded a moment ago."""
