@@ -331,6 +331,8 @@ class Http(Config):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     api_keys_file: str | None = None
     """File with one API key a line. Empty: no key is asked for, so keep `host` on loopback."""
+    admin_keys_file: str | None = None
+    """The same for `/admin`, with other keys. Empty: there is no `/admin`."""
 
 
 class Autoscaling(Config):

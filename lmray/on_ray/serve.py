@@ -30,6 +30,7 @@ from lmray.models.precision import resolve_dtype
 from lmray.on_ray.cluster import cluster_resources
 from lmray.on_ray.failures import error_inside
 from lmray.policies.autoscaling import autoscaling_arguments
+from lmray.serve.admin import add_admin
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
@@ -70,6 +71,10 @@ class EngineReplica:
     async def stats(self) -> dict[str, Any]:
         return self._live.stats()
 
+    async def manage(self, action: str, handle: str) -> dict[str, Any]:
+        found = await self._live.manage(action, handle)
+        return {"replica": ray_serve.get_replica_context().replica_id.unique_id, **found}
+
     async def check_health(self) -> None:
         await self._live.follow(again=True)
         failure = self._live.stats()["failure"]
@@ -88,7 +93,10 @@ class Gateway:
         catalogue = Catalogue(open_store(plan.store), plan.served, plan.fit, reserved=plan.model_name)
         catalogue.refresh()
         settings = GatewaySettings(plan.model_name, self._max_length, plan.key_hashes)
-        return make_app(Fleet(_Replicas(self._engines), catalogue), load_tokenizer(check_out(plan)), settings)
+        fleet = Fleet(_Replicas(self._engines), catalogue)
+        app = make_app(fleet, load_tokenizer(check_out(plan)), settings)
+        add_admin(app, fleet, plan)
+        return app
 
 
 class _Replicas:

@@ -102,6 +102,12 @@ class AdapterCache:
         async with self.lease(handle):
             pass
 
+    def begin(self, handle: str) -> None:
+        """Begins to load an adapter that is not held; how that ends shows in `stats` and in the log."""
+        if handle not in self._entries:
+            self._failures.pop(handle, None)
+            self._arrive(handle)
+
     async def pin(self, handle: str) -> None:
         """Loads an adapter and keeps it until `unpin`. Raises what `lease` raises."""
         async with self.lease(handle):

@@ -87,10 +87,10 @@ class Catalogue:
         self._lines = lines
         self._names = tuple(name for name, line in lines.items() if line.current is not None)
 
-    async def look(self) -> None:
-        """Refreshes where the last look was `EVERY_S` ago, on a thread of its own, one at a time."""
+    async def look(self, *, now: bool = False) -> None:
+        """Refreshes where the last look was `EVERY_S` ago or `now`, on a thread of its own, one at a time."""
         running = self._looking is not None and not self._looking.done()
-        if not running and self._clock() - self._looked >= EVERY_S:
+        if not running and (now or self._clock() - self._looked >= EVERY_S):
             self._looked = self._clock()
             self._looking = asyncio.ensure_future(asyncio.to_thread(self._refresh_or_log))
         if self._looking is not None:

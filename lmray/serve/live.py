@@ -14,7 +14,7 @@ from typing import Any
 
 from lmray.artifacts.store import Store, open_store
 from lmray.engines.base import Engine, Request, TokenEvent
-from lmray.errors import ArtifactError
+from lmray.errors import ArtifactError, LmrayError
 from lmray.serve.adapter_cache import AdapterCache, Candidate, Limits
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.fit import StoredAdapters
@@ -71,12 +71,29 @@ class LiveEngine:
                 yield event
 
     async def follow(self, *, again: bool = False) -> None:
-        """Loads ahead what stages and pins now name. `again`: also what could not be loaded before."""
-        await self._catalogue.look()
+        """Loads ahead what stages and pins now name. `again`: looks at once, and also for what could not be loaded."""
+        await self._catalogue.look(now=again)
         wanted = self._wanted()
         if again or wanted != self._pinned:
             self._pinned = wanted
             self.cache.follow(wanted)
+
+    async def manage(self, action: str, handle: str) -> dict[str, Any]:
+        """Does one thing by an operator's wish: `load`, `prewarm` (the same without waiting for its end), `unload`,
+        `follow` (stages and pins, at once). Returns what is held afterwards, or the `error`; JSON types."""
+        try:
+            match action:
+                case "load":
+                    await self.cache.prewarm(handle)
+                case "prewarm":
+                    self.cache.begin(handle)
+                case "unload":
+                    await self.cache.unload(handle)
+                case "follow":
+                    await self.follow(again=True)
+        except LmrayError as error:
+            return {"error": str(error), "held": self.cache.stats()}
+        return {"error": None, "held": self.cache.stats()}
 
     def stats(self) -> dict[str, Any]:
         """The engine's, and `cache`: what is held, and how often that helped; JSON types."""

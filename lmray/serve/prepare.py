@@ -45,6 +45,8 @@ class ServePlan:
     adapters: dict[str, str]
     """Of those that are named: name in requests -> version id of the artifact, when the endpoint was prepared."""
     key_hashes: tuple[str, ...]
+    admin_key_hashes: tuple[str, ...] = ()
+    """Empty: the endpoint has no admin calls."""
     rope_scaling: RopeScaling | None = None
     """Of the base model's positions."""
 
@@ -57,6 +59,7 @@ class ServePlan:
 def prepare(job: ServeJob) -> ServePlan:
     """Resolves and checks all that `job` names. Raises ArtifactError, ConfigError, CapacityError."""
     key_hashes = read_key_hashes(job.http.api_keys_file)
+    admin_key_hashes = _admin_key_hashes(job, key_hashes)
     check_exposure(job.http.host, key_hashes)
     check_port(job.http.host, job.http.port)
     if job.resources.workers.max != 1:
@@ -81,6 +84,7 @@ def prepare(job: ServeJob) -> ServePlan:
         cache=job.adapter_cache,
         adapters={},
         key_hashes=key_hashes,
+        admin_key_hashes=admin_key_hashes,
         rope_scaling=job.model.rope_scaling,
     )
     named = _named_adapters(job, store, plan)
@@ -122,6 +126,17 @@ def check_port(host: str, port: int) -> None:
     except OSError as error:
         hint = "set `http.port` to a free one, or stop what listens there"
         raise CapacityError(f"http {host}:{port}", f"cannot listen there: {error.strerror}", hint=hint) from None
+
+
+def _admin_key_hashes(job: ServeJob, key_hashes: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        found = read_key_hashes(job.http.admin_keys_file)
+    except ConfigError as error:
+        raise ConfigError("http.admin_keys_file", error.found, hint=error.hint) from None
+    if set(found) & set(key_hashes):
+        hint = "give those who administer the endpoint keys of their own"
+        raise ConfigError("http.admin_keys_file", "holds a key of `http.api_keys_file`", hint=hint)
+    return found
 
 
 def _named_adapters(job: ServeJob, store: Store, plan: ServePlan) -> dict[str, Artifact]:

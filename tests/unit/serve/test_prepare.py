@@ -129,6 +129,20 @@ def test_an_unknown_model_and_an_open_address_are_refused(job, root):
         prepare(job.changed({"http.host": "0.0.0.0"}))
 
 
+def test_admin_keys_are_keys_of_their_own(job, root):
+    ours, theirs = root / "keys", root / "admin-keys"
+    ours.write_text("one\ntwo\n")
+    theirs.write_text("three\n")
+    files = {"http.api_keys_file": str(ours), "http.admin_keys_file": str(theirs)}
+    assert len(prepare(job.changed(files)).admin_key_hashes) == 1
+    theirs.write_text("two\n")
+    with pytest.raises(ConfigError, match=r"http\.admin_keys_file: holds a key of `http\.api_keys_file`"):
+        prepare(job.changed(files))
+    theirs.write_text("# none\n")
+    with pytest.raises(ConfigError, match=r"http\.admin_keys_file: .* holds no key"):
+        prepare(job.changed(files))
+
+
 def test_a_model_that_the_engine_cannot_run_is_refused_before_it_is_loaded(job):
     with pytest.raises(ConfigError, match=r"engine\.max_length: 2000 tokens are more than LlamaForCausalLM has"):
         prepare(job.changed({"engine.max_length": 2000}))
