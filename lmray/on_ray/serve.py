@@ -31,11 +31,13 @@ from lmray.on_ray.cluster import cluster_resources
 from lmray.on_ray.failures import error_inside
 from lmray.policies.autoscaling import autoscaling_arguments
 from lmray.serve.admin import add_admin
+from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.live import LiveEngine
 from lmray.serve.prepare import ServePlan, check_out, prepare
+from lmray.serve.visitors import Visitors
 
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""
@@ -90,11 +92,13 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         plan = self._plan
-        catalogue = Catalogue(open_store(plan.store), plan.served, plan.fit, reserved=plan.model_name)
+        store = open_store(plan.store)
+        catalogue = Catalogue(store, plan.served, plan.fit, reserved=plan.model_name)
         catalogue.refresh()
         settings = GatewaySettings(plan.model_name, self._max_length, plan.key_hashes)
-        fleet = Fleet(_Replicas(self._engines), catalogue)
+        fleet = Fleet(_Replicas(self._engines), catalogue, Canaries(store, plan.endpoint))
         app = make_app(fleet, load_tokenizer(check_out(plan)), settings)
+        app.add_middleware(Visitors)
         add_admin(app, fleet, plan)
         return app
 

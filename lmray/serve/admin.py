@@ -1,5 +1,5 @@
-"""What an operator may do to the adapters of a running endpoint: list, load, unload, pin. With keys of its own; without
-such keys these routes are not there.
+"""What an operator may do to the adapters of a running endpoint: list, load, unload, pin, compare. With keys of its
+own; without such keys these routes are not there.
 
 Adapters go by `NAME` (the version served now), `NAME@STAGE` or `NAME@VERSION`; nothing here takes a path.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lmray.artifacts.artifact import ArtifactRef, Artifacts
 from lmray.artifacts.store import open_store
@@ -20,6 +21,15 @@ from lmray.errors import ArtifactError, did_you_mean
 from lmray.serve.fleet import Fleet
 from lmray.serve.pins import Pins
 from lmray.serve.prepare import ServePlan
+
+
+class Judged(BaseModel):
+    """How good an answer was."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    id: str
+    score: float
+
 
 ON_REPLICAS, ON_PINS = ("load", "prewarm", "unload"), ("pin", "unpin")
 
@@ -29,6 +39,8 @@ def add_admin(app: FastAPI, fleet: Fleet, plan: ServePlan) -> None:
     if plan.admin_key_hashes:
         admin = _Admin(fleet, plan)
         app.add_api_route("/admin/adapters", admin.list, methods=["GET"])
+        app.add_api_route("/admin/canaries", admin.canaries, methods=["GET"])
+        app.add_api_route("/admin/canaries/scores", admin.score, methods=["POST"])
         app.add_api_route("/admin/adapters/{reference}/{action}", admin.act, methods=["POST"])
 
 
@@ -76,6 +88,21 @@ class _Admin:
         if errors and len(errors) == len(outcomes):
             return _error(409, errors[0], code="not_done")
         return JSONResponse({"version": artifact, "replicas": outcomes})
+
+    async def canaries(self, http: Request) -> Response:
+        """What was seen of next versions beside current ones, and which were taken back, with the reason."""
+        return self._refused(http) or JSONResponse({"canaries": self._fleet.canaries.report()})
+
+    async def score(self, http: Request) -> Response:
+        """Takes a judge's `{"id": ID OF AN ANSWER, "score": NUMBER}`, higher is better."""
+        if (refused := self._refused(http)) is not None:
+            return refused
+        try:
+            judged = Judged.model_validate_json(await http.body())
+        except ValidationError as error:
+            return _error(400, str(error.errors(include_url=False)[0]["msg"]), code="invalid_score")
+        self._fleet.canaries.score(judged.id, judged.score)
+        return JSONResponse({"canaries": self._fleet.canaries.report()})
 
     async def _pin(self, name: str, *, pinned: bool) -> Response:
         await self._fleet.catalogue.look(now=True)

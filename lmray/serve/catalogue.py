@@ -10,13 +10,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from lmray.artifacts.artifact import STAGES, Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.store import Store
 from lmray.errors import ArtifactError
-from lmray.job import ServedAdapter
+from lmray.job import Canary, ServedAdapter
 from lmray.serve.fit import Fit
 
 EVERY_S = 1.0
@@ -33,7 +33,11 @@ class Line:
     stamp: object
     current: Artifact | None
     refused: str | None = None
-    """Why its version is not served."""
+    """Why its version, or its next one, is not served."""
+    canary: Artifact | None = None
+    """The next version, for a share of the requests."""
+    settings: Canary | None = None
+    """Of that."""
 
 
 class Catalogue:
@@ -111,18 +115,27 @@ class Catalogue:
 
     def _read(self, name: str, served: ServedAdapter, stamp: object, known: Line | None) -> Line:
         """The line of `name`. A version that does not fit leaves the one before it in place."""
-        before = known.current if known is not None else None
+        current, refused = self._version(name, served.stage)
+        if refused is not None and known is not None and known.current is not None:
+            current = known.current
+            _LOG.warning("`%s` stays what serves this name: %s", current.ref, refused)
+        line = Line(stamp, current, refused)
+        if served.canary is None or current is None:
+            return line
+        canary, refused = self._version(name, served.canary.stage)
+        if canary is None or canary.id == current.id:
+            return replace(line, refused=line.refused or refused)
+        return replace(line, canary=canary, settings=served.canary)
+
+    def _version(self, name: str, stage: str | None) -> tuple[Artifact | None, str | None]:
+        """What `stage` of `name` holds, or why that is not served; neither where it holds nothing."""
         try:
-            if served.stage in STAGES and served.stage not in self._artifacts.stages(name):
-                return Line(stamp, None)
-            artifact = self._artifacts.find(ArtifactRef(name, served.stage))
+            if stage in STAGES and stage not in self._artifacts.stages(name):
+                return None, None
+            artifact = self._artifacts.find(ArtifactRef(name, stage))
             self._fit.check(artifact)
         except ArtifactError as error:
-            refused = str(error)
+            return None, str(error)
         except (LookupError, TypeError, AttributeError, ValueError) as error:  # of one record; the others are served
-            refused = f"artifact `{name}`: its record cannot be read: {error}"
-        else:
-            return Line(stamp, artifact)
-        if before is not None:
-            _LOG.warning("`%s` stays what serves this name: %s", before.ref, refused)
-        return Line(stamp, before, refused)
+            return None, f"artifact `{name}`: its record cannot be read: {error}"
+        return artifact, None

@@ -107,6 +107,7 @@ class LiveEngine:
             return self._named
 
     def _wanted(self) -> set[str]:
-        """Handles of what is named and pinned, as far as it is served."""
+        """Handles of what is named and pinned, as far as it is served, next versions too."""
         lines = [self._catalogue.line(name) for name in self._catalogue.names]
-        return {line.current.ref for line in lines if line is not None and line.current is not None}
+        versions = [version for line in lines if line is not None for version in (line.current, line.canary)]
+        return {version.ref for version in versions if version is not None}

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from lmray.serve import catalogue as module
 from lmray.serve.admin import add_admin
+from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
@@ -41,7 +42,7 @@ def small(tmp_path, monkeypatch) -> SmallStore:
 def visit(small, tokenizer):
     """Makes calls one after another on a running endpoint with two replicas."""
 
-    def calls(*told: tuple[str, str], key: str = KEY, admin_keys: tuple[str, ...] = (KEY,)) -> list[httpx.Response]:
+    def calls(*told: tuple, key: str = KEY, admin_keys: tuple[str, ...] = (KEY,)) -> list[httpx.Response]:
         async def main():
             plan = plan_of(small, "*", admin_keys=admin_keys)
             engines = [LiveEngine(FakeEngine(), plan) for _ in range(2)]
@@ -49,13 +50,16 @@ def visit(small, tokenizer):
                 await engine.start()
             catalogue = Catalogue(small.store, plan.served, plan.fit, reserved="tiny")
             catalogue.refresh()
-            fleet = Fleet(HereReplicas(*engines), catalogue)
+            fleet = Fleet(HereReplicas(*engines), catalogue, Canaries(small.store, "endpoint"))
             app: FastAPI = make_app(fleet, tokenizer, GatewaySettings("tiny", 64))
             add_admin(app, fleet, plan)
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
-                return [await client.request(method, f"/admin/adapters{path}") for method, path in told]
+                return [
+                    await client.request(method, f"/admin{path}", json=body[0] if body else None)
+                    for method, path, *body in told
+                ]
 
         return asyncio.run(main())
 
@@ -68,14 +72,16 @@ def held(response: httpx.Response) -> list[list[str]]:
 
 
 def test_without_admin_keys_there_are_no_such_routes(visit):
-    (response,) = visit(("GET", ""), admin_keys=())
+    (response,) = visit(("GET", "/adapters"), admin_keys=())
     assert response.status_code == 404
 
 
 @pytest.mark.parametrize(("key", "found"), [("", "no admin key"), ("another", "wrong admin key")])
 def test_whoever_has_no_admin_key_is_refused(visit, small, key, found):
     small.keep("helper", stage="production")
-    for response in visit(("GET", ""), ("POST", "/helper/load"), ("POST", "/helper/pin"), key=key):
+    for response in visit(
+        ("GET", "/adapters"), ("POST", "/adapters/helper/load"), ("POST", "/adapters/helper/pin"), key=key
+    ):
         assert response.status_code == 401 and found in response.json()["error"]["message"]
     assert Pins(small.store, "endpoint").names() == ()
 
@@ -83,7 +89,7 @@ def test_whoever_has_no_admin_key_is_refused(visit, small, key, found):
 def test_adapters_are_listed_with_what_is_wrong_with_them(visit, small):
     good = small.keep("good", stage="production")
     small.keep("other-base", base={"source": "other", "digest": "e" * 64}, stage="production")
-    (response,) = visit(("GET", ""))
+    (response,) = visit(("GET", "/adapters"))
     good_one, bad = response.json()["adapters"]
     assert good_one == {"name": "good", "version": good.ref, "pinned": False, "refused": None}
     assert bad["version"] is None and "was trained on `other`" in bad["refused"]
@@ -94,10 +100,10 @@ def test_a_version_is_loaded_on_every_replica_ahead_of_its_promotion_and_unloade
     now = small.keep("helper", "one", stage="production")
     coming = small.keep("helper", "two")
     loaded, ahead, gone, again = visit(
-        ("POST", "/helper/load"),
-        ("POST", f"/{coming.ref}/load"),
-        ("POST", "/helper@production/unload"),
-        ("POST", "/helper/unload"),
+        ("POST", "/adapters/helper/load"),
+        ("POST", f"/adapters/{coming.ref}/load"),
+        ("POST", "/adapters/helper@production/unload"),
+        ("POST", "/adapters/helper/unload"),
     )
     assert held(loaded) == [[now.ref]] * 2
     assert held(ahead) == [[coming.ref, now.ref]] * 2
@@ -107,7 +113,7 @@ def test_a_version_is_loaded_on_every_replica_ahead_of_its_promotion_and_unloade
 
 def test_prewarming_answers_before_the_adapter_is_there(visit, small):
     small.keep("helper", stage="production")
-    begun, done = visit(("POST", "/helper/prewarm"), ("POST", "/helper/load"))
+    begun, done = visit(("POST", "/adapters/helper/prewarm"), ("POST", "/adapters/helper/load"))
     assert [replica["held"][0]["state"] for replica in begun.json()["replicas"]] == ["waiting", "waiting"]
     assert [replica["held"][0]["state"] for replica in done.json()["replicas"]] == ["ready", "ready"]
 
@@ -115,15 +121,18 @@ def test_prewarming_answers_before_the_adapter_is_there(visit, small):
 def test_pins_hold_on_every_replica_and_for_later_ones(visit, small):
     artifact = small.keep("helper", stage="production")
     pinned, loaded, refused, listed = visit(
-        ("POST", "/helper/pin"), ("POST", "/helper/load"), ("POST", "/helper/unload"), ("GET", "")
+        ("POST", "/adapters/helper/pin"),
+        ("POST", "/adapters/helper/load"),
+        ("POST", "/adapters/helper/unload"),
+        ("GET", "/adapters"),
     )
     assert pinned.json()["pinned"] == ["helper"]
     assert [replica["held"][0]["pinned"] for replica in loaded.json()["replicas"]] == [True, True]
     assert refused.status_code == 409 and "is pinned" in refused.json()["error"]["message"]
     assert listed.json()["adapters"][0]["pinned"]
-    (later,) = visit(("GET", ""))
+    (later,) = visit(("GET", "/adapters"))
     assert held(later) == [[artifact.ref]] * 2
-    _, unloaded = visit(("POST", "/helper/unpin"), ("POST", "/helper/unload"))
+    _, unloaded = visit(("POST", "/adapters/helper/unpin"), ("POST", "/adapters/helper/unload"))
     assert unloaded.status_code == 200
 
 
@@ -140,5 +149,20 @@ def test_pins_hold_on_every_replica_and_for_later_ones(visit, small):
 )
 def test_what_is_unknown_is_named(visit, small, path, found):
     small.keep("helper", stage="production")
-    (response,) = visit(("POST", path))
+    (response,) = visit(("POST", f"/adapters{path}"))
     assert response.status_code == 404 and found in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ({"id": "x", "score": 1}, "answer `x`: is none of an adapter with a canary"),
+        ({"id": "x"}, "Field required"),
+        ({"id": "x", "score": 1, "version": "y"}, "Extra inputs"),
+        ([], "Input should be an object"),
+    ],
+)
+def test_scores_that_belong_to_nothing_are_refused(visit, body, found):
+    listed, refused = visit(("GET", "/canaries"), ("POST", "/canaries/scores", body))
+    assert listed.json() == {"canaries": []}
+    assert refused.status_code == 400 and found in refused.json()["error"]["message"]

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from lmray.job import ServedAdapter
+from lmray.job import Canary, ServedAdapter
 from lmray.serve import catalogue as module
 from lmray.serve.catalogue import Catalogue
 from tests.unit.serve.stores import BASE, FIT, SmallStore
@@ -151,3 +151,20 @@ def test_a_store_that_does_not_answer_holds_nobody_up(small, monkeypatch, caplog
 
     asyncio.run(main())
     assert "the store cannot be read, what was known of it holds: stale file handle" in caplog.text
+
+
+def test_the_next_version_stands_beside_the_current_one(small):
+    served = [ServedAdapter(artifact="*", stage="production", canary=Canary())]
+    current = small.keep("helper", "one", stage="production")
+    small.artifacts.promote(current.ref, "staging")
+    catalogue = Catalogue(small.store, served, FIT)
+    catalogue.refresh()
+    assert catalogue.line("helper").canary is None, "the same version is no canary"
+    coming = small.keep("helper", "two", stage="staging")
+    catalogue.refresh()
+    line = catalogue.line("helper")
+    assert (line.current.id, line.canary.id, line.settings) == (current.id, coming.id, Canary())
+    small.keep("helper", "three", base={**BASE, "digest": "e" * 64}, stage="staging")
+    catalogue.refresh()
+    line = catalogue.line("helper")
+    assert line.current.id == current.id and line.canary is None and "was trained on" in line.refused
