@@ -357,7 +357,8 @@ class Http(Config):
 class Autoscaling(Config):
     preset: Literal["cheap", "balanced", "fast"] = "balanced"
     """How fast replicas come and go; see `lmray.policies.autoscaling`."""
-    min_replicas: Annotated[int, Field(ge=1)] = 1
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    """0: while nothing is asked no replica runs, and the next request waits for one to start."""
     max_replicas: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")

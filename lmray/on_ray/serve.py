@@ -17,7 +17,7 @@ import httpx
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayError
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -29,7 +29,8 @@ from lmray.models.load import load_model, load_tokenizer, stop_token_ids
 from lmray.models.precision import resolve_dtype
 from lmray.on_ray.cluster import cluster_resources
 from lmray.on_ray.failures import error_inside
-from lmray.policies.autoscaling import autoscaling_arguments
+from lmray.on_ray.routing import AdapterRouter
+from lmray.policies.autoscaling import TokenPolicy, autoscaling_arguments, shutdown_s
 from lmray.serve.admin import add_admin
 from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
@@ -41,8 +42,6 @@ from lmray.serve.visitors import Visitors
 
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""
-SHUTDOWN_S = 300.0
-"""How long a replica that is to go may take to finish the answers it has begun."""
 READY_TIMEOUT_S = 60.0
 EVERYWHERE_TIMEOUT_S = 60.0
 """How long a call to every replica may take."""
@@ -76,6 +75,9 @@ class EngineReplica:
     async def manage(self, action: str, handle: str) -> dict[str, Any]:
         found = await self._live.manage(action, handle)
         return {"replica": ray_serve.get_replica_context().replica_id.unique_id, **found}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return self._live.demand.report()
 
     async def check_health(self) -> None:
         await self._live.follow(again=True)
@@ -177,23 +179,19 @@ def serve(job: ServeJob) -> Service:
 
 
 def _application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
-    rows, scaling, num_gpus = job.engine.max_batch_size, job.autoscaling, job.resources.gpus_per_worker
-    most = rows * scaling.max_replicas * (1 + QUEUED_PER_ROW)
+    rows, num_gpus = job.engine.max_batch_size, job.resources.gpus_per_worker
+    most = rows * job.autoscaling.max_replicas * (1 + QUEUED_PER_ROW)
     engines = ray_serve.deployment(
         EngineReplica,
         name="engine",
         max_ongoing_requests=rows,
         max_queued_requests=rows * QUEUED_PER_ROW,
-        autoscaling_config=AutoscalingConfig(
-            **autoscaling_arguments(
-                scaling.preset,
-                min_replicas=scaling.min_replicas,
-                max_replicas=scaling.max_replicas,
-                max_batch_size=rows,
-            )
+        autoscaling_config=_autoscaling(job),
+        request_router_config=RequestRouterConfig(
+            request_router_class=AdapterRouter, request_router_kwargs={"light": max(rows // 2, 1)}
         ),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        graceful_shutdown_timeout_s=SHUTDOWN_S,
+        graceful_shutdown_timeout_s=shutdown_s(job.engine.max_length),
         max_constructor_retry_count=2,
     )
     gateway = ray_serve.deployment(
@@ -201,11 +199,20 @@ def _application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.App
         name="gateway",
         max_ongoing_requests=most,  # replicas push back, with an answer that clients understand; the gateway does not
         ray_actor_options={"num_cpus": 0},  # thin: a core of its own would cost a small machine a replica
-        graceful_shutdown_timeout_s=SHUTDOWN_S,
+        graceful_shutdown_timeout_s=shutdown_s(job.engine.max_length),
         max_constructor_retry_count=2,
     )
     bound = engines.bind(plan, job.engine, job.model.dtype, num_cpus, num_gpus)
     return gateway.bind(plan, job.engine.max_length, bound)
+
+
+def _autoscaling(job: ServeJob) -> AutoscalingConfig:
+    scaling = job.autoscaling
+    settings = {"preset": scaling.preset, "max_batch_size": job.engine.max_batch_size}
+    return AutoscalingConfig(
+        policy=AutoscalingPolicy(policy_function=TokenPolicy, policy_kwargs=settings),
+        **autoscaling_arguments(scaling.preset, min_replicas=scaling.min_replicas, max_replicas=scaling.max_replicas),
+    )
 
 
 def _cpus_per_replica(job: ServeJob) -> int:
@@ -213,7 +220,7 @@ def _cpus_per_replica(job: ServeJob) -> int:
     offered = cluster_resources()
     smallest = min((node.cpus for node in offered.nodes), default=0.0)
     num_cpus = job.resources.cpus_per_worker or max(1, int(smallest) // job.autoscaling.max_replicas)
-    num_gpus, fewest = job.resources.gpus_per_worker, job.autoscaling.min_replicas
+    num_gpus, fewest = job.resources.gpus_per_worker, max(job.autoscaling.min_replicas, 1)
     room = offered.room_for(cpus=num_cpus, gpus=num_gpus)
     if room < fewest:
         size = f"{num_cpus} CPU(s) and {num_gpus} GPU(s)"

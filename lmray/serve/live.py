@@ -17,6 +17,7 @@ from lmray.engines.base import Engine, Request, TokenEvent
 from lmray.errors import ArtifactError, LmrayError
 from lmray.serve.adapter_cache import AdapterCache, Candidate, Limits
 from lmray.serve.catalogue import Catalogue
+from lmray.serve.demand import Demand
 from lmray.serve.fit import StoredAdapters
 from lmray.serve.pins import Pins
 from lmray.serve.prepare import ServePlan
@@ -52,6 +53,7 @@ class LiveEngine:
         self._pins = Pins(store, plan.endpoint)
         self._catalogue = Catalogue(store, plan.served, plan.fit, reserved=plan.model_name, only=self._pinned_names)
         self._pinned: set[str] = set()
+        self.demand = Demand()
 
     async def start(self) -> None:
         """Loads what is named and pinned, side by side. Raises what the first that cannot be loaded raises."""
@@ -62,12 +64,14 @@ class LiveEngine:
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The tokens that continue `request`, its adapter loaded before and kept until the last. Closing it early
         cancels the request. Raises what the cache and the engine raise."""
-        await self.follow()
         async with AsyncExitStack() as held:
+            first_token = held.enter_context(self.demand.request(len(request.prompt_ids)))
+            await self.follow()
             if request.adapter is not None:
                 await held.enter_async_context(self.cache.lease(request.adapter))
             events = await held.enter_async_context(aclosing(self.engine.submit(request)))
             async for event in events:
+                first_token()
                 yield event
 
     async def follow(self, *, again: bool = False) -> None:
