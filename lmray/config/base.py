@@ -104,5 +104,10 @@ def checked_name(value: str) -> str:
     return value
 
 
+def is_name(value: str) -> bool:
+    """Whether `value` is a name as it stands."""
+    return unicodedata.is_normalized("NFC", value) and _NAME.fullmatch(value) is not None
+
+
 Name = Annotated[str, AfterValidator(checked_name)]
 """A name of a job, artifact or adapter: becomes part of a path, so it holds no separator and starts with no dot."""

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from lmray.artifacts.store import open_store
@@ -125,6 +125,8 @@ class _Replicas:
     async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
         try:
             return await self._engines.broadcast(method, *arguments).results_async(timeout_s=EVERYWHERE_TIMEOUT_S)
+        except DeploymentUnavailableError:
+            return []  # none runs while nothing is asked
         except (RayError, RayServeException, TimeoutError) as error:
             raise _plain(error) from None
 
@@ -181,15 +183,15 @@ def serve(job: ServeJob) -> Service:
 def _application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
     rows, num_gpus = job.engine.max_batch_size, job.resources.gpus_per_worker
     most = rows * job.autoscaling.max_replicas * (1 + QUEUED_PER_ROW)
+    router: dict[str, Any] = {"request_router_class": AdapterRouter}
+    router["request_router_kwargs"] = {"light": max(rows // 2, 1)}
     engines = ray_serve.deployment(
         EngineReplica,
         name="engine",
         max_ongoing_requests=rows,
         max_queued_requests=rows * QUEUED_PER_ROW,
         autoscaling_config=_autoscaling(job),
-        request_router_config=RequestRouterConfig(
-            request_router_class=AdapterRouter, request_router_kwargs={"light": max(rows // 2, 1)}
-        ),
+        request_router_config=RequestRouterConfig(**router),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
         graceful_shutdown_timeout_s=shutdown_s(job.engine.max_length),
         max_constructor_retry_count=2,

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 
 from lmray.artifacts.artifact import STAGES, Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.store import Store
+from lmray.config import is_name
 from lmray.errors import ArtifactError
 from lmray.job import Canary, ServedAdapter
 from lmray.serve.fit import Fit
@@ -107,6 +108,8 @@ class Catalogue:
             _LOG.warning("the store cannot be read, what was known of it holds: %s", error)
 
     def _served_as(self, name: str) -> ServedAdapter | None:
+        if not is_name(name):  # a folder that somebody made by hand
+            return None
         return next((one for one in self._served if fnmatchcase(name, one.artifact)), None)
 
     def _stamp(self, name: str, served: ServedAdapter) -> object:

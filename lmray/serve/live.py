@@ -50,16 +50,22 @@ class LiveEngine:
         limits = Limits(engine.capabilities.max_adapters, plan.cache.max_bytes, plan.cache.missing_s)
         self.cache = AdapterCache(EngineLoader(engine, StoredAdapters(store, plan.fit)), limits)
         self._named = tuple(one.artifact for one in plan.served if not one.is_pattern)
+        self._planned = {f"{name}@{version[:12]}" for name, version in plan.adapters.items()}
         self._pins = Pins(store, plan.endpoint)
         self._catalogue = Catalogue(store, plan.served, plan.fit, reserved=plan.model_name, only=self._pinned_names)
         self._pinned: set[str] = set()
         self.demand = Demand()
 
     async def start(self) -> None:
-        """Loads what is named and pinned, side by side. Raises what the first that cannot be loaded raises."""
+        """Loads what is named and pinned, side by side. Raises what a version raises that cannot be loaded though the
+        endpoint was prepared with it; any other, promoted or pinned since, keeps no replica from starting."""
         await asyncio.to_thread(self._catalogue.refresh)
         self._pinned = self._wanted()
-        await asyncio.gather(*(self.cache.pin(handle) for handle in self._pinned))
+        handles = sorted(self._pinned)
+        outcomes = await asyncio.gather(*(self.cache.pin(handle) for handle in handles), return_exceptions=True)
+        for handle, outcome in zip(handles, outcomes, strict=True):
+            if outcome is not None and (handle in self._planned or not isinstance(outcome, LmrayError)):
+                raise outcome
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The tokens that continue `request`, its adapter loaded before and kept until the last. Closing it early

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 
 import pytest
@@ -110,6 +111,13 @@ def test_only_the_names_asked_for_are_looked_after(small):
     for name in ("one", "two"):
         small.keep(name, stage="production")
     assert make(small, only=lambda: ["two", "gone"]).names == ("two",)
+
+
+def test_folders_whose_names_are_no_names_are_passed_over(small):
+    small.keep("good", stage="production")
+    for name in (".hidden", "a b", "x" * 65, "e\u0301"):
+        shutil.copytree(small.store.root / "artifacts/good", small.store.root / "artifacts" / name)
+    assert make(small).names == ("good",)
 
 
 def test_a_look_is_taken_at_most_once_a_second_and_one_at_a_time(small):

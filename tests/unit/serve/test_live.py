@@ -39,7 +39,7 @@ class Place:
         artifact = self.artifacts.keep(name, folder, base={"source": "tiny", "digest": self.digest, **told})
         return self.artifacts.promote(artifact.ref, stage)
 
-    def start(self, *served: str, max_adapters: int = 4) -> LiveEngine:
+    def start(self, *served: str, max_adapters: int = 4, adapters: dict[str, str] | None = None) -> LiveEngine:
         plan = ServePlan(
             model_name="tiny",
             source=str(self.model),
@@ -49,7 +49,7 @@ class Place:
             endpoint="endpoint",
             served=tuple(ServedAdapter(artifact=name, stage="production") for name in served),
             cache=AdapterCache(),
-            adapters={},
+            adapters=adapters or {},
             key_hashes=(),
         )
         config = Native(max_batch_size=4, max_adapters=max_adapters, max_length=64)
@@ -149,6 +149,26 @@ def test_an_adapter_whose_shapes_do_not_fit_is_refused_and_others_go_on(place, t
             await text(live, bad.ref)
         assert live.cache.counts["failures"] == 1, "it was read again at once"
         await live.engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_bad_version_keeps_no_replica_from_starting_but_the_one_that_was_prepared(place):
+    good = place.keep("good", seed=1)
+    folder = place.root / "adapter-2"
+    tiny_adapter_folder(place.model, folder, seed=2)
+    (folder / "adapter_model.safetensors").write_bytes(b"none")
+    bad = place.keep("bad", seed=2)
+
+    async def main():
+        live = place.start("good", "bad")
+        await live.start()
+        assert live.stats()["adapters"] == [good.ref]
+        await live.engine.close()
+        prepared = place.start("good", "bad", adapters={"bad": bad.id})
+        with pytest.raises(ArtifactError, match="is no safetensors file"):
+            await prepared.start()
+        await prepared.engine.close()
 
     asyncio.run(main())
 
