@@ -1,4 +1,4 @@
-"""Chooses one request's tokens from logits. V is the vocabulary, P the prompt's tokens.
+"""Chooses one request's tokens from logits. V is the vocabulary, T tokens of the prompt.
 
 Logits are first processed (repetition penalty, then frequency and presence penalties, then biases, then the grammar's
 mask), then drawn from: temperature, `top_k`, `top_p`, `min_p`, in the order of `transformers`.
@@ -29,9 +29,23 @@ class Chooser:
         self.random = random.Random(sampling.seed)
         self.matching: Matching | None = None
         """Where the answer stands in its grammar, for requests with one."""
+        self._prompt_ids = request.prompt_ids
+        self._prompt_logprobs: list[TokenLogprob | None] = [None]
         self._prompt = frozenset(request.prompt_ids) if sampling.repetition_penalty != 1.0 else frozenset()
         self._counts: Counter[int] = Counter()
         self._as_it_is = changes_nothing(sampling)
+
+    def read(self, logits_TV: torch.Tensor, start: int = 0) -> None:
+        """Notes the log probabilities that the logits after tokens `start` and following of the prompt give the tokens
+        after them. A prompt that is read once more is noted anew."""
+        assert self._sampling.prompt_logprobs is not None
+        following = self._prompt_ids[start + 1 : start + 1 + len(logits_TV)]
+        del self._prompt_logprobs[start + 1 :]
+        self._prompt_logprobs += logprobs_of(logits_TV, following, self._sampling.prompt_logprobs)
+
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
+        """Of each token of the prompt, given those before it, where asked for; None for the first."""
+        return None if self._sampling.prompt_logprobs is None else tuple(self._prompt_logprobs)
 
     def choose(self, logits_V: torch.Tensor, greedy: int) -> tuple[int, TokenLogprob | None]:
         """The next token for `logits_V`, whose highest is at `greedy`, and its log probability where asked for.
@@ -119,21 +133,19 @@ def logprob_of(logits_V: torch.Tensor, token_id: int, num_top: int) -> TokenLogp
     return told
 
 
-def prompt_logprobs(
-    logits_PV: torch.Tensor, prompt_ids: Sequence[int], num_top: int
-) -> tuple[TokenLogprob | None, ...]:
-    """Of each token of a prompt, given those before it; None for the first."""
-    told: list[TokenLogprob | None] = [None]
-    for start in range(0, len(prompt_ids) - 1, _ROWS):
-        following = prompt_ids[start + 1 : start + 1 + _ROWS]
-        told += _logprobs(logits_PV[start : start + len(following)], following, num_top)
-    return tuple(told)
+def logprobs_of(logits_TV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """The same of each of `token_ids`, from the first rows of the logits."""
+    told: list[TokenLogprob] = []
+    for start in range(0, len(token_ids), _ROWS):
+        rows = token_ids[start : start + _ROWS]
+        told += _logprobs(logits_TV[start : start + len(rows)], rows, num_top)
+    return told
 
 
-def _logprobs(logits_PV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    logprobs_PV = logits_PV.float().log_softmax(-1)
-    ids_P = torch.tensor(token_ids, device=logprobs_PV.device)
-    own = logprobs_PV.gather(1, ids_P[:, None])[:, 0].tolist()
-    values, ids = (part.tolist() for part in logprobs_PV.topk(min(num_top, logprobs_PV.shape[1])))
+def _logprobs(logits_TV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    logprobs_TV = logits_TV.float().log_softmax(-1)
+    ids_T = torch.tensor(token_ids, device=logprobs_TV.device)
+    own = logprobs_TV.gather(1, ids_T[:, None])[:, 0].tolist()
+    values, ids = (part.tolist() for part in logprobs_TV.topk(min(num_top, logprobs_TV.shape[1])))
     tops = [tuple(zip(*one, strict=True)) for one in zip(ids, values, strict=True)]
     return [TokenLogprob(*one) for one in zip(token_ids, own, tops, strict=True)]

@@ -23,11 +23,24 @@ class Row:
     length: int = 0
     num_generated: int = 0
     last_token: int = -1
-    started_s: float = field(default_factory=time.perf_counter)
     chooser: Chooser = field(init=False)
+    _started_s: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.chooser = Chooser(self.request)
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether the log probabilities of its prompt are still to be told, for which all its logits are needed."""
+        return self.request.sampling.prompt_logprobs is not None and self.num_generated == 0
+
+    def start(self) -> None:
+        """From now on its prompt is read; the first call counts."""
+        self._started_s = self._started_s or time.perf_counter()
+
+    def prefill_s(self) -> float:
+        assert self._started_s is not None
+        return time.perf_counter() - self._started_s
 
     def take(self, token_id: int, stop_token_ids: frozenset[int], logprob: TokenLogprob | None = None) -> TokenEvent:
         """Records the token drawn for this row and says what is sent for it."""
@@ -75,6 +88,7 @@ class Slots:
             return None
         request = self.waiting.popleft()
         self.running.append(Row(request, self.max_length))
+        self.running[-1].start()
         return self.running[-1]
 
     def release(self, index: int) -> Move | None:

@@ -76,6 +76,8 @@ class Request:
     sampling: Sampling
     adapter: str | None = None
     """Handle of an adapter added before; None is the base model."""
+    cache_salt: str = ""
+    """Only requests of one salt share keys and values of a common beginning, such as those of one tenant."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> dict[str, Any]:
-        """`waiting`, `running`, `adapters` (handles), `generated_tokens`, `failure` (None, or why the engine ended);
-        JSON types."""
+        """`waiting`, `running`, `adapters` (handles), `generated_tokens`, `failure` (None, or why the engine ended),
+        `forward` (what runs the model, and why), and more that an engine has to tell; JSON types."""
         ...
 
     async def close(self) -> None:

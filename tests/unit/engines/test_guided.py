@@ -23,14 +23,17 @@ SCHEMA = {
 }
 
 
-def stepped(model, *requests: Request, tokenizer=None) -> dict[str, list[TokenEvent]]:
+pytestmark = pytest.mark.usefixtures("way")
+
+
+def stepped(model, *requests: Request, tokenizer=None, **changes) -> dict[str, list[TokenEvent]]:
     """Events of all `requests`, stepped side by side. Raises what one ended with."""
     told = {"stop_token_ids": STOP, "tokenizer": tokenizer}
-    stepper = Native(max_batch_size=4, max_length=128).make_stepper(model, **told)
+    stepper = Native(**{"max_batch_size": 4, "max_length": 128, **changes}).make_stepper(model, **told)
     events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
     for request in requests:
         stepper.add(request)
-    while stepper.slots.busy:
+    while stepper.busy:
         for request_id, outcome in stepper.step():
             if isinstance(outcome, LmrayError):
                 raise outcome
@@ -44,10 +47,19 @@ def own_logprobs(model, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
-def test_logprobs_of_prompt_and_answer_are_the_models(model, prompts):
+@pytest.mark.parametrize("prefill", [512, 7, 1])
+def test_logprobs_of_prompt_and_answer_are_the_models(model, prompts, prefill):
     prompt = prompts[1]
     asked = Sampling(6, logprobs=2, prompt_logprobs=1)
-    events = stepped(model, Request("a", prompt, asked), Request("b", prompts[0], Sampling(9)))["a"]
+    told = stepped(
+        model,
+        Request("before", prompt, Sampling(9)),  # whose keys and values it could share
+        Request("b", prompts[0], Sampling(9)),
+        Request("a", prompt, asked),
+        max_prefill_tokens=prefill,
+    )
+    events = told["a"]
+    assert [event.token_id for event in told["before"]] == greedy(model, prompt, 9)
     answer = [event.token_id for event in events if event.token_id is not None]
     assert answer == greedy(model, prompt, 6)
     expected = own_logprobs(model, [*prompt, *answer])
@@ -114,6 +126,24 @@ def test_an_answer_matches_its_grammar_and_its_neighbours_feel_nothing(guided, m
 def test_a_grammar_that_is_none_ends_its_request_alone(guided, prompts):
     with pytest.raises(LmrayError, match="grammar: cannot be followed"):
         guided(Request("a", prompts[0], Sampling(9, grammar="start: missing")))
+
+
+def test_a_grammar_that_is_none_leaves_its_neighbours_alone(model, prompts):
+    pytest.importorskip("llguidance")
+    told = {"stop_token_ids": STOP, "tokenizer": tiny_tokenizer()}
+    stepper = Native(max_batch_size=3, max_length=128).make_stepper(model, **told)
+    asked = [(0, None), (1, "start: missing"), (3, None)]
+    for place, held in asked:
+        stepper.add(Request(str(place), prompts[place], Sampling(NUM_NEW, grammar=held)))
+    outcomes: dict[str, list] = {str(place): [] for place, _ in asked}
+    while stepper.busy:
+        for request_id, outcome in stepper.step():
+            outcomes[request_id].append(outcome)
+    [error] = outcomes["1"]
+    assert isinstance(error, LmrayError)
+    for place in (0, 3):
+        ids = [event.token_id for event in outcomes[str(place)] if event.token_id is not None]
+        assert ids == greedy(model, prompts[place])
 
 
 def test_an_engine_that_knows_no_tokens_refuses_a_grammar(model, prompts):

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lmray.engines._sampling import CANDIDATES, Chooser, draw, logprob_of, process, prompt_logprobs
+from lmray.engines._sampling import CANDIDATES, Chooser, draw, logprob_of, process
 from lmray.engines.base import Request, Sampling
 from lmray.errors import DataError
 
@@ -162,9 +162,15 @@ def test_logprobs_are_the_models_own_whatever_was_drawn():
 
 def test_a_prompts_logprobs_are_those_of_each_token_after_the_ones_before():
     generator = torch.Generator().manual_seed(1)
-    logits_PV, prompt_ids = torch.randn(300, 9, generator=generator), [place % 9 for place in range(300)]
-    told = prompt_logprobs(logits_PV, prompt_ids, 2)
+    logits_TV, prompt_ids = torch.randn(300, 9, generator=generator), tuple(place % 9 for place in range(300))
+    chooser = Chooser(Request("r", prompt_ids, Sampling(1, prompt_logprobs=2)))
+    chooser.read(torch.randn(40, 9, generator=generator))  # and then it was read from the start
+    for start, end in ((0, 30), (30, 31), (31, 300)):
+        chooser.read(logits_TV[start:end], start)
+    told = chooser.prompt_logprobs()
+    assert told is not None
     assert told[0] is None
     assert len(told) == 300
-    for place in (1, 127, 128, 129, 299):
-        assert told[place] == logprob_of(logits_PV[place - 1], prompt_ids[place], 2)
+    for place in (1, 29, 30, 31, 32, 127, 128, 129, 299):
+        assert told[place] == logprob_of(logits_TV[place - 1], prompt_ids[place], 2)
+    assert Chooser(Request("r", prompt_ids, Sampling(1))).prompt_logprobs() is None
