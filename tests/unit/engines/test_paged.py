@@ -127,7 +127,7 @@ def test_neither_another_adapter_nor_another_salt_nor_a_reload_finds_a_beginning
     assert ask("8", "a") == 0
 
 
-def test_a_prompt_whose_logprobs_are_told_is_read_whole_even_where_it_gave_way(model, prompts, known):
+def test_a_prompt_whose_logprobs_are_told_is_read_whole_even_where_it_gave_way(model, prompts):
     """Beside one that grows until the other gives its blocks back, and again with blocks that hold its beginning."""
 
     def told(stepper: PagedStepper, *requests: Request) -> tuple:
@@ -146,8 +146,8 @@ def test_a_prompt_whose_logprobs_are_told_is_read_whole_even_where_it_gave_way(m
     asks = Request("asks", prompts[3], Sampling(30, prompt_logprobs=0))
     ids, alone, _ = told(make(model), asks)
     assert ids == (None, *prompts[3][1:])
-    small = make(model, cache_tokens=80, max_prefill_tokens=2)
-    grows = Request("grows", prompts[1], Sampling(63, logit_bias=((STOP[0], -1e9),)))
+    small = make(model, cache_tokens=96, max_prefill_tokens=2)
+    grows = Request("grows", prompts[3][8:], Sampling(48, logit_bias=((STOP[0], -1e9),)))
     ids, crowded, preemptions = told(small, grows, asks)
     assert preemptions > 0
     assert ids == (None, *prompts[3][1:])
