@@ -146,7 +146,7 @@ def test_a_prompt_whose_logprobs_are_told_is_read_whole_even_where_it_gave_way(m
     asks = Request("asks", prompts[3], Sampling(30, prompt_logprobs=0))
     ids, alone, _ = told(make(model), asks)
     assert ids == (None, *prompts[3][1:])
-    small = make(model, cache_tokens=96, max_prefill_tokens=2)
+    small = make(model, cache_tokens=112, max_prefill_tokens=1)
     grows = Request("grows", prompts[3][8:], Sampling(48, logit_bias=((STOP[0], -1e9),)))
     ids, crowded, preemptions = told(small, grows, asks)
     assert preemptions > 0
