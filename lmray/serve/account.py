@@ -42,6 +42,7 @@ class Account:
         self.asked_s, self.num_prompt_tokens = time.perf_counter(), num_prompt_tokens
         running = self.metrics.running.labels(self.model)
         running.inc()
+        self._between_tokens_s = self.metrics.between_tokens_s.labels(self.model)  # looked up once, not for every token
         self.leaving.callback(running.dec)
 
     def take(self, event: TokenEvent, before_s: float | None) -> float:
@@ -49,7 +50,7 @@ class Account:
         now_s = time.perf_counter()
         self.num_answer_tokens += event.token_id is not None
         if before_s is not None:
-            self.metrics.between_tokens_s.labels(self.model).observe(now_s - before_s)
+            self._between_tokens_s.observe(now_s - before_s)
             return now_s
         self.metrics.first_token_s.labels(self.model).observe(now_s - self.asked_s)
         if event.prefill_s is not None:
