@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lmray.artifacts.artifact import Artifact
+from lmray.artifacts.served import Canary
 from lmray.artifacts.store import Store
 from lmray.errors import ArtifactError, DataError
-from lmray.job import Canary
 from lmray.policies.canary import Rule, Tally, objection, takes_canary
 from lmray.serve.catalogue import Line
 

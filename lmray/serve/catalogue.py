@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from lmray.artifacts.artifact import STAGES, Artifact, ArtifactRef, Artifacts
+from lmray.artifacts.served import Canary, ServedAdapter
 from lmray.artifacts.store import Store
 from lmray.config import is_name
 from lmray.errors import ArtifactError
-from lmray.job import Canary, ServedAdapter
 from lmray.serve.fit import Fit
 
 EVERY_S = 1.0

@@ -14,10 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
+from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import Store, open_store
 from lmray.config.endpoint import HttpLimits, TextFilter
 from lmray.errors import ArtifactError, CapacityError, ConfigError
-from lmray.job import AdapterCache, ServedAdapter, ServeJob
+from lmray.job import ServeJob
 from lmray.models.load import load_config, load_tokenizer
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling

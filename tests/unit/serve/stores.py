@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lmray.artifacts.artifact import Artifact, Artifacts
 from lmray.artifacts.file_store import FileStore
+from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.engines.base import Capabilities, Request, TokenEvent
-from lmray.job import AdapterCache, ServedAdapter
 from lmray.serve.fit import Fit
 from lmray.serve.keys import ApiKey
 from lmray.serve.prepare import ServePlan

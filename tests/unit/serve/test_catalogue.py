@@ -7,8 +7,9 @@ import shutil
 import threading
 
 import pytest
+from pydantic import ValidationError
 
-from lmray.job import Canary, ServedAdapter
+from lmray.artifacts.served import Canary, ServedAdapter
 from lmray.serve import catalogue as module
 from lmray.serve.catalogue import Catalogue
 from tests.unit.serve.stores import BASE, FIT, SmallStore
@@ -176,3 +177,10 @@ def test_the_next_version_stands_beside_the_current_one(small):
     catalogue.refresh()
     line = catalogue.line("helper")
     assert line.current.id == current.id and line.canary is None and "was trained on" in line.refused
+
+
+@pytest.mark.parametrize("artifact", ["a/b", "../a", ""])
+def test_what_is_served_has_a_name_or_is_a_pattern(artifact):
+    with pytest.raises(ValidationError, match="not a name"):
+        ServedAdapter(artifact=artifact)
+    assert ServedAdapter(artifact=f"{artifact}*").is_pattern

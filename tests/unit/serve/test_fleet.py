@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 
+from lmray.artifacts.served import Canary, ServedAdapter
 from lmray.engines.base import Request, Sampling, TokenEvent
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError
-from lmray.job import Canary, ServedAdapter
 from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from lmray.artifacts.artifact import Artifact, Artifacts
+from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import open_store
 from lmray.engines.base import Request, Sampling
 from lmray.engines.native import Native
 from lmray.errors import ArtifactError
-from lmray.job import AdapterCache, ServedAdapter
 from lmray.models.load import load_model
 from lmray.models.source import find_model
 from lmray.serve import catalogue
