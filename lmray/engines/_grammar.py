@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lmray.errors import LmrayError
+from lmray.errors import DataError
 
 
 class Grammars:
@@ -47,12 +47,12 @@ class Matching:
     def allowed(self) -> torch.Tensor:
         """[V], True for tokens that may come next; at the grammar's end these are the stop tokens.
 
-        Raises LmrayError for a grammar that cannot be read or is too large.
+        Raises DataError for a grammar that cannot be read or is too large.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             first = (self._matcher.get_error().splitlines() or ["unknown"])[0]
-            raise LmrayError("grammar", f"cannot be followed: {first[:200]}", hint="ask for a simpler schema")
+            raise DataError("grammar", f"cannot be followed: {first[:200]}", hint="ask for a simpler schema")
         return torch.from_numpy(np.unpackbits(bits, count=self._vocab_size, bitorder="little").astype(np.bool_))
 
     def take(self, token_id: int) -> None:

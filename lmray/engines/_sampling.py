@@ -49,7 +49,7 @@ class Chooser:
 
     def choose(self, logits_V: torch.Tensor, greedy: int) -> tuple[int, TokenLogprob | None]:
         """The next token for `logits_V`, whose highest is at `greedy`, and its log probability where asked for.
-        Raises LmrayError for a grammar that cannot be followed."""
+        Raises DataError for a grammar that cannot be followed."""
         sampling, token = self._sampling, greedy
         if sampling.temperature > 0 or not self._as_it_is:
             processed_V = logits_V.float().cpu()

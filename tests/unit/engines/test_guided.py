@@ -124,7 +124,7 @@ def test_an_answer_matches_its_grammar_and_its_neighbours_feel_nothing(guided, m
 
 
 def test_a_grammar_that_is_none_ends_its_request_alone(guided, prompts):
-    with pytest.raises(LmrayError, match="grammar: cannot be followed"):
+    with pytest.raises(DataError, match="grammar: cannot be followed"):
         guided(Request("a", prompts[0], Sampling(9, grammar="start: missing")))
 
 

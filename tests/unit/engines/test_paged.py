@@ -125,6 +125,10 @@ def test_neither_another_adapter_nor_another_salt_nor_a_reload_finds_a_beginning
     stepper.adapters.remove("a")
     stepper.adapters.add("a", read_adapter_folder(adapter_folders["a"], stepper.adapters.base))
     assert ask("8", "a") == 0
+    stepper.adapters.remove("a")
+    stepper.adapters.add("a", read_adapter_folder(adapter_folders["b"], stepper.adapters.base))
+    stepper.add(Request("9", prompt, Sampling(NUM_NEW), "a"))
+    assert run(stepper)["9"] == known("b", prompt), "other weights under the same handle"
 
 
 def test_a_prompt_whose_logprobs_are_told_is_read_whole_even_where_it_gave_way(model, prompts):
