@@ -50,11 +50,12 @@ class KeyFile(Config):
         return self
 
 
-def read_keys(path: str | None) -> tuple[ApiKey, ...]:
+def read_keys(path: str | None, *, field: str = "http.api_keys_file") -> tuple[ApiKey, ...]:
     """The keys in a file: YAML (`.yaml`, `.yml`, `.json`), else text with a key a line, where blank lines and lines
     with `#` in front do not count.
 
-    No path: no key is asked for. Raises ConfigError for a file that cannot be read or holds none.
+    No path: no key is asked for. Raises ConfigError for a file that cannot be read or holds none, `field` being the
+    job's that names it.
     """
     if path is None:
         return ()
@@ -65,10 +66,10 @@ def read_keys(path: str | None) -> tuple[ApiKey, ...]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         found = f"{path} cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}"
-        raise ConfigError("http.api_keys_file", found, hint="write one key a line into it") from None
+        raise ConfigError(field, found, hint="write one key a line into it") from None
     found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not found:
-        raise ConfigError("http.api_keys_file", f"{path} holds no key", hint="write one key a line into it")
+        raise ConfigError(field, f"{path} holds no key", hint="write one key a line into it")
     return tuple(ApiKey(name=f"key-{place}", sha256=_hash(key), metrics=True) for place, key in enumerate(found, 1))
 
 

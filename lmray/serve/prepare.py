@@ -135,13 +135,16 @@ def check_port(host: str, port: int) -> None:
 
 
 def _admin_keys(job: ServeJob, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
-    try:
-        found = read_keys(job.http.admin_keys_file)
-    except ConfigError as error:
-        raise ConfigError("http.admin_keys_file", error.found, hint=error.hint) from None
+    field = "http.admin_keys_file"
+    found = read_keys(job.http.admin_keys_file, field=field)
+    for key in found:
+        told = sorted(key.model_fields_set - {"name", "sha256", "metrics"})
+        if told:
+            hint = "leave it out: who may administer an endpoint may do so without limit"
+            raise ConfigError(field, f"key `{key.name}` has {', '.join(told)}, which `/admin` does not know", hint=hint)
     if {key.sha256 for key in found} & {key.sha256 for key in keys}:
         hint = "give those who administer the endpoint keys of their own"
-        raise ConfigError("http.admin_keys_file", "holds a key of `http.api_keys_file`", hint=hint)
+        raise ConfigError(field, "holds a key of `http.api_keys_file`", hint=hint)
     return found
 
 

@@ -143,6 +143,24 @@ def test_admin_keys_are_keys_of_their_own(job, root):
         prepare(job.changed(files))
 
 
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ("models: [helper]", r"http\.admin_keys_file: key `ops` has models, which `/admin` does not know"),
+        ("requests_per_minute: 3", "has requests_per_minute"),
+        ("model: helper", r"admin-keys\.yaml:1: keys\.0\.model"),
+    ],
+)
+def test_admin_keys_have_hashes_too_and_no_limits(job, root, told, found):
+    file = root / "admin-keys.yaml"
+    changes = {"http.admin_keys_file": str(file)}
+    file.write_text(f"keys: [{{name: ops, sha256: {'a' * 64}}}]\n")
+    assert [key.name for key in prepare(job.changed(changes)).admin_keys] == ["ops"]
+    file.write_text(f"keys: [{{name: ops, sha256: {'a' * 64}, {told}}}]\n")
+    with pytest.raises(ConfigError, match=found):
+        prepare(job.changed(changes))
+
+
 def test_a_model_that_the_engine_cannot_run_is_refused_before_it_is_loaded(job):
     with pytest.raises(ConfigError, match=r"engine\.max_length: 2000 tokens are more than LlamaForCausalLM has"):
         prepare(job.changed({"engine.max_length": 2000}))
