@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from lmray.artifacts.artifact import ArtifactRef, Artifacts
 from lmray.artifacts.store import open_store
 from lmray.errors import ArtifactError, did_you_mean
+from lmray.serve.account import Account
 from lmray.serve.fleet import Fleet
 from lmray.serve.keys import find_key
 from lmray.serve.pins import Pins
@@ -34,7 +35,7 @@ ON_REPLICAS, ON_PINS = ("load", "prewarm", "unload"), ("pin", "unpin")
 
 
 def add_admin(app: FastAPI, fleet: Fleet, plan: ServePlan) -> None:
-    """Adds `/admin/adapters` to `app` where the plan has keys for it."""
+    """Adds `/admin/adapters` to `app`, one of `make_app`, where the plan has keys for it."""
     if plan.admin_keys:
         admin = _Admin(fleet, plan)
         app.add_api_route("/admin/adapters", admin.list, methods=["GET"])
@@ -131,7 +132,11 @@ class _Admin:
     def _refused(self, http: Request) -> Response | None:
         """The answer to whom has no right to be here."""
         scheme, _, key = http.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and find_key(key.strip(), self._plan.admin_keys) is not None:
+        account: Account = http.state.account
+        account.path = http.scope["route"].path
+        known = find_key(key.strip(), self._plan.admin_keys) if scheme.lower() == "bearer" else None
+        if known is not None:
+            account.key = known.name
             return None
         found = "wrong admin key" if key else "no admin key; send `Authorization: Bearer KEY`"
         return _error(401, found, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})

@@ -62,7 +62,7 @@ class Canaries:
 
     def answered(self, compared: Comparison, version: str, *, request_id: str, first_token_s: float) -> None:
         """Counts a request that got its first token."""
-        self._answers[_answer_id(request_id)] = (compared.current, version)
+        self._answers[answer_of(request_id)] = (compared.current, version)
         if len(self._answers) > REMEMBERED:
             self._answers.popitem(last=False)
         self._count(compared, version, lambda tally: tally.answered(first_token_s))
@@ -74,7 +74,7 @@ class Canaries:
     def score(self, answer_id: str, score: float) -> None:
         """Counts a judgement of an answer, higher is better. Raises DataError for an answer that is not compared or is
         long gone."""
-        current, version = self._answers.get(_answer_id(answer_id), ("", ""))
+        current, version = self._answers.get(answer_of(answer_id), ("", ""))
         compared = next((one for one in self._comparisons.values() if one.current == current), None)
         if compared is None or version not in (compared.current, compared.canary):
             found = "is none of an adapter with a canary, or too old"
@@ -131,6 +131,6 @@ def _rule(settings: Canary) -> Rule:
     )
 
 
-def _answer_id(request_id: str) -> str:
+def answer_of(request_id: str) -> str:
     """An answer's id as clients see it: several answers to one request carry its id with a number behind."""
     return "-".join(request_id.split("-")[:2])

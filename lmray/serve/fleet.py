@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from lmray.engines.base import Request, TokenEvent
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError, did_you_mean
-from lmray.serve.canaries import Canaries, Comparison
+from lmray.serve.canaries import Canaries, Comparison, answer_of
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.visitors import VISITOR
 
@@ -83,7 +83,8 @@ class Fleet:
         if line is None or line.current is None:
             hint = did_you_mean(name, self.catalogue.names)
             raise ArtifactError(f"adapter `{name}`", "is not served", hint=hint)
-        keys = {"request": request.id, "key": VISITOR.get() or request.id}
+        answer = answer_of(request.id)  # all answers to one request come from one version
+        keys = {"request": answer, "key": VISITOR.get() or answer}
         chosen, compared = self.canaries.choose(name, line, keys)
         return list(dict.fromkeys((chosen.ref, line.current.ref))), compared
 

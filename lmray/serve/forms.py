@@ -150,7 +150,9 @@ class Completion:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def engine_requests(form: Form, adapter: str | None, max_length: int) -> list[tuple[Request, Question]]:
+def engine_requests(
+    form: Form, adapter: str | None, max_length: int, *, cache_salt: str = ""
+) -> list[tuple[Request, Question]]:
     """What the engine is asked, in the order of `choices`: the answers to the first prompt, then to the next. Raises
     RequestError for a prompt that the model cannot be asked, or that leaves no room for an answer."""
     found: list[tuple[Request, Question]] = []
@@ -162,7 +164,8 @@ def engine_requests(form: Form, adapter: str | None, max_length: int) -> list[tu
             raise _too_long(form.param, len(question.ids), max_length)
         for place in range(asked.n):
             name = form.id if alone else f"{form.id}-{len(found)}"
-            found.append((Request(name, question.ids, asked.sampling(room, place), adapter), question))
+            sampling = asked.sampling(room, place)
+            found.append((Request(name, question.ids, sampling, adapter, cache_salt), question))
     return found
 
 

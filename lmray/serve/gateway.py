@@ -120,7 +120,8 @@ class _Gateway:
         adapter = self._adapter(form.asked.model, await self._names(key), key)
         account.model = adapter or self._settings.model
         await asyncio.to_thread(check_format, form.asked.response_format)
-        requests = engine_requests(form, adapter, self._settings.max_length)
+        salt = key.name if key is not None else ""  # or a key could find out what others asked, by how fast it is read
+        requests = engine_requests(form, adapter, self._settings.max_length, cache_salt=salt)
         self._filter(form, [question for _, question in requests[:: form.asked.n]])
         account.leaving.enter_context(self._quotas.using(key, lambda: account.num_tokens))
         account.ask(sum(len(request.prompt_ids) for request, _ in requests) // form.asked.n)

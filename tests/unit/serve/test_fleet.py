@@ -130,6 +130,16 @@ def test_a_share_of_the_requests_goes_to_the_next_version(small, versions):
     assert report["canary"]["first_token_s"] == pytest.approx(1.0) and report["taken_back"] is None
 
 
+def test_all_answers_to_one_request_come_from_one_version(small, versions):
+    replicas = FakeReplicas()
+    fleet = make(small, replicas, Canary(share=0.5))
+    for index in range(80):
+        ask(fleet, "helper", name=f"chatcmpl-{index // 4}-{index % 4}")
+    asked = [request.adapter for request in replicas.requests]
+    assert set(asked) == set(versions)
+    assert all(len(set(asked[start : start + 4])) == 1 for start in range(0, 80, 4))
+
+
 def test_a_visitor_with_a_key_always_gets_the_same_version(small, versions):
     replicas = FakeReplicas()
     fleet = make(small, replicas, Canary(share=0.5))
