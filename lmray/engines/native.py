@@ -48,7 +48,7 @@ class Native(EngineConfig):
 
     def make_stepper(self, model: Any, *, stop_token_ids: tuple[int, ...]) -> Core:
         """The engine's synchronous core. Raises ConfigError for a model it cannot run."""
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         check_model(base, self.max_length)
         vocab_size = int(base.get_input_embeddings().weight.shape[0])
         capabilities = Capabilities(self.max_batch_size, self.max_adapters, self.max_length, vocab_size)
