@@ -35,7 +35,7 @@ class LoraBank:
     """Adapters by handle, side by side; those that PEFT attached to the model come with it, under PEFT's names."""
 
     def __init__(self, model: nn.Module, decoder: Decoder):
-        self.base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._places = {name: (one, part) for one in decoder.linears() for part, name in enumerate(one.names)}
         self._space = RankSpace()
         self._dtype = decoder.dtype
@@ -111,11 +111,11 @@ def _read(found: AdapterFolder, base: Any, places: Mapping[str, tuple[Linears, i
         key, shape = min(set(expected.items()) ^ set(given.items()))
         where, hint = str(found.path / WEIGHTS), "its two files belong to different adapters"
         raise ArtifactError(where, f"does not fit its config, first at `{key}` {list(shape)}", hint=hint)
-    sides = {
-        name: [found.tensors[f"{PREFIX}{name}.lora_{side}.weight"] for side in "AB"]
-        for name in wanted
-    }  # fmt: skip
-    return {name: _Factors(*sides[name], scale) for name, (_, scale) in wanted.items()}
+    found_in = found.tensors
+    return {
+        name: _Factors(found_in[f"{PREFIX}{name}.lora_A.weight"], found_in[f"{PREFIX}{name}.lora_B.weight"], scale)
+        for name, (_, scale) in wanted.items()
+    }
 
 
 def _wanted(config: LoraConfig, base: Any, places: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
@@ -124,11 +124,12 @@ def _wanted(config: LoraConfig, base: Any, places: Mapping[str, Any]) -> dict[st
     if config.target_modules is None:
         config.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base.config.model_type, set())
     config = _maybe_include_all_linear_layers(config, base)  # type: ignore[assignment]
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     found = {}
     for name in places:
         if not check_target_module_exists(config, name):
             continue
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+        rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
         found[name] = (rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
     return found

@@ -49,7 +49,7 @@ class Native(EngineConfig):
 
     def make_stepper(self, model: Any, *, stop_token_ids: tuple[int, ...], tokenizer: Any = None) -> Core:
         """The engine's synchronous core. Raises ConfigError for a model it cannot run."""
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         check_model(base, self.max_length)
         vocab_size = int(base.get_input_embeddings().weight.shape[0])
         grammars = Grammars.of(tokenizer, vocab_size, stop_token_ids)
