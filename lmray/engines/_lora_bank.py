@@ -91,7 +91,8 @@ class LoraBank:
     def _attached(self, handle: str) -> Iterator[tuple[str, _Factors]]:
         for name, module in self.base.named_modules():
             if isinstance(module, LoraLayer) and handle in module.lora_A:
-                a_RI, b_OR = (side[handle].weight.detach() for side in (module.lora_A, module.lora_B))
+                sides: Any = module.lora_A, module.lora_B
+                a_RI, b_OR = (side[handle].weight.detach() for side in sides)
                 yield name, _Factors(a_RI, b_OR, module.scaling[handle])
 
 
