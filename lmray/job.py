@@ -11,7 +11,19 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, field_validator, model_validator
 
 from lmray.adapters.base import Adapter
-from lmray.config import Config, Document, Member, Name, decode, dump, read_document, set_value, with_overrides
+from lmray.artifacts.served import AdapterCache, ServedAdapter
+from lmray.config import (
+    Config,
+    Document,
+    Member,
+    Name,
+    decode,
+    dump,
+    read_document,
+    set_value,
+    with_overrides,
+)
+from lmray.config.endpoint import HttpLimits, TextFilter
 from lmray.data.spec import DataSpec
 from lmray.engines.base import EngineConfig
 from lmray.errors import ConfigError, did_you_mean
@@ -289,23 +301,22 @@ class SweepJob(Job):
         return self
 
 
-class ServedAdapter(Config):
-    artifact: Name
-    stage: str | None = None
-    """The stage whose version is served. Empty: the newest version."""
-
-
 class Http(Config):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     api_keys_file: str | None = None
-    """File with one API key a line. Empty: no key is asked for, so keep `host` on loopback."""
+    """File with one API key a line, or YAML with hashes and what each key may do (`lmray.serve.keys`). Empty: no key is
+    asked for, so keep `host` on loopback."""
+    admin_keys_file: str | None = None
+    """The same for `/admin`, with other keys. Empty: there is no `/admin`."""
+    limits: HttpLimits = HttpLimits()
 
 
 class Autoscaling(Config):
     preset: Literal["cheap", "balanced", "fast"] = "balanced"
     """How fast replicas come and go; see `lmray.policies.autoscaling`."""
-    min_replicas: Annotated[int, Field(ge=1)] = 1
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    """0: while nothing is asked no replica runs, and the next request waits for one to start."""
     max_replicas: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
@@ -319,8 +330,11 @@ class ServeJob(Job):
     kind: Literal["serve"] = "serve"
     model: ModelSpec
     adapters: tuple[ServedAdapter, ...] = ()
+    adapter_cache: AdapterCache = AdapterCache()
     engine: Annotated[EngineConfig, Member(ENGINES)]
     http: Http = Http()
+    filters: tuple[TextFilter, ...] = ()
+    """Of prompts and answers, one after the other."""
     autoscaling: Autoscaling = Autoscaling()
     resources: Resources = Resources()
 

@@ -44,6 +44,20 @@ class FileStore:
         found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
         return sorted(path.relative_to(self.root).as_posix() for path in found)
 
+    def folders(self, prefix: str) -> list[str]:
+        try:
+            with os.scandir(self.root / prefix) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir())
+        except FileNotFoundError:
+            return []
+
+    def stamp(self, key: str) -> tuple[int, ...] | None:
+        try:
+            facts = os.stat(f"{self.root}/{key}")  # asked often, for many keys
+        except FileNotFoundError:
+            return None
+        return facts.st_mtime_ns, facts.st_ino, facts.st_size  # a write is a rename: another inode at once
+
     def compare_and_swap(self, key: str, expected: bytes | None, content: bytes) -> bool:
         with self._lock(key):
             if self.get(key) != expected:

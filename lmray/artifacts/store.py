@@ -1,4 +1,4 @@
-"""The storage port: four verbs over keys like `artifacts/NAME/stages.json`; everything that lasts goes through it."""
+"""The storage port: a few verbs over keys like `artifacts/NAME/stages.json`; everything that lasts goes through it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ class Store(Protocol):
 
     def list(self, prefix: str) -> list[str]:
         """Keys below folder `prefix`, sorted."""
+        ...
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders right below folder `prefix`, sorted."""
+        ...
+
+    def stamp(self, key: str) -> tuple[int, ...] | None:
+        """Something that is another whenever `key` was written again, without reading it; None where it is missing."""
         ...
 
     def compare_and_swap(self, key: str, expected: bytes | None, content: bytes) -> bool:

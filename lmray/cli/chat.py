@@ -112,8 +112,10 @@ def _local(target: str, max_tokens: int, temperature: float) -> Iterator[Speaker
     from lmray.models.precision import resolve_dtype
     from lmray.models.rope import RopeScaling
     from lmray.models.source import find_model
-    from lmray.serve.answer import Answer, make_request
-    from lmray.serve.openai import ChatMessage, ChatRequest
+    from lmray.serve.answer import Answer
+    from lmray.serve.forms import Chat, engine_requests
+    from lmray.serve.messages import ChatMessage
+    from lmray.serve.openai import ChatRequest
 
     source, ref = _split(target)
     found = find_model(source)
@@ -128,8 +130,9 @@ def _local(target: str, max_tokens: int, temperature: float) -> Iterator[Speaker
     async def pieces(messages: Messages) -> AsyncIterator[str]:
         asked = [ChatMessage.model_validate(message) for message in messages]
         chat = ChatRequest(model=source, messages=asked, max_tokens=max_tokens, temperature=temperature)
-        answer = Answer(tokenizer, ())
-        async for event in engine.submit(make_request(chat, handle, tokenizer, config.max_length)):
+        answer = Answer(tokenizer)
+        [(request, _)] = engine_requests(Chat(chat, tokenizer), handle, config.max_length)
+        async for event in engine.submit(request):
             yield answer.push(event).text
 
     loop = asyncio.new_event_loop()

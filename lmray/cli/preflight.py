@@ -151,14 +151,16 @@ def check_serve(job: ServeJob, *, cluster: bool, examples: int) -> Found:
     folder = find_model(plan.source, plan.revision, storage=plan.store).folder
     rows = {"rows": job.engine.max_batch_size, "tokens": job.engine.max_length}
     memory, lines = _generation(job, folder, cluster=cluster, **rows)
-    adapters = ", ".join(f"{name} ({version[:12]})" for name, version in plan.adapters.items()) or "none"
+    named = [f"{name} ({version[:12]})" for name, version in plan.adapters.items()]
+    asked_for = [f"{one.artifact} at {one.stage or 'newest'}, when asked for" for one in plan.served if one.is_pattern]
+    adapters = ", ".join(named + asked_for) or "none"
     head = [
         f"serve      {plan.model_name}, digest {plan.digest[:12]}",
         f"adapters   {adapters}",
-        f"http       {job.http.host}:{job.http.port} is free, {len(plan.key_hashes)} key(s)",
+        f"http       {job.http.host}:{job.http.port} is free, {len(plan.keys)} key(s)",
         f"replicas   {job.autoscaling.min_replicas} to {job.autoscaling.max_replicas}",
     ]
-    value = {"model": plan.model_name, "digest": plan.digest, "adapters": plan.adapters, "keys": len(plan.key_hashes)}
+    value = {"model": plan.model_name, "digest": plan.digest, "adapters": plan.adapters, "keys": len(plan.keys)}
     return Found(value | memory, head + lines)
 
 

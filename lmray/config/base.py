@@ -118,7 +118,8 @@ class Member:
 _NAME = re.compile(r"\w[\w.\-]{0,63}")
 
 
-def _checked_name(value: str) -> str:
+def checked_name(value: str) -> str:
+    """`value` in normal form (NFC). Raises PydanticCustomError for what is no name."""
     value = unicodedata.normalize("NFC", value)
     if not _NAME.fullmatch(value):
         raise PydanticCustomError(
@@ -129,5 +130,10 @@ def _checked_name(value: str) -> str:
     return value
 
 
-Name = Annotated[str, AfterValidator(_checked_name)]
+def is_name(value: str) -> bool:
+    """Whether `value` is a name as it stands."""
+    return unicodedata.is_normalized("NFC", value) and _NAME.fullmatch(value) is not None
+
+
+Name = Annotated[str, AfterValidator(checked_name)]
 """A name of a job, artifact or adapter: becomes part of a path, so it holds no separator and starts with no dot."""

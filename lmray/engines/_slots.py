@@ -1,4 +1,4 @@
-"""Which request sits in which row of the batch: a state machine without tensors.
+"""Which request sits in which row of the batch: a state machine without a model.
 
 Rows are dense: row i is `running[i]`. When a row ends, the last row moves into its place, so the batch never has holes
 and the engine copies at most one row of its cache. Requests wait in the order they came.
@@ -6,11 +6,12 @@ and the engine copies at most one row of its cache. Requests wait in the order t
 
 from __future__ import annotations
 
-import random
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from lmray.engines.base import FinishReason, Request, TokenEvent
+from lmray.engines._sampling import Chooser
+from lmray.engines.base import FinishReason, Request, TokenEvent, TokenLogprob
 
 
 @dataclass
@@ -22,15 +23,32 @@ class Row:
     length: int = 0
     num_generated: int = 0
     last_token: int = -1
-    random: random.Random = field(default_factory=random.Random)
+    chooser: Chooser = field(init=False)
+    _started_s: float | None = field(default=None, init=False)
 
-    def take(self, token_id: int, stop_token_ids: frozenset[int]) -> TokenEvent:
+    def __post_init__(self) -> None:
+        self.chooser = Chooser(self.request)
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether the log probabilities of its prompt are still to be told, for which all its logits are needed."""
+        return self.request.sampling.prompt_logprobs is not None and self.num_generated == 0
+
+    def start(self) -> None:
+        """From now on its prompt is read; the first call counts."""
+        self._started_s = self._started_s or time.perf_counter()
+
+    def prefill_s(self) -> float:
+        assert self._started_s is not None
+        return time.perf_counter() - self._started_s
+
+    def take(self, token_id: int, stop_token_ids: frozenset[int], logprob: TokenLogprob | None = None) -> TokenEvent:
         """Records the token drawn for this row and says what is sent for it."""
         if token_id in stop_token_ids:
-            return TokenEvent(self.request.id, None, "stop")
+            return TokenEvent(self.request.id, None, "stop", logprob)
         self.last_token = token_id
         self.num_generated += 1
-        return TokenEvent(self.request.id, token_id, self._finished())
+        return TokenEvent(self.request.id, token_id, self._finished(), logprob)
 
     def _finished(self) -> FinishReason | None:
         full = self.length + 1 >= self.max_length
@@ -69,7 +87,8 @@ class Slots:
         if not self.waiting or len(self.running) >= self.max_rows:
             return None
         request = self.waiting.popleft()
-        self.running.append(Row(request, self.max_length, random=random.Random(request.sampling.seed)))
+        self.running.append(Row(request, self.max_length))
+        self.running[-1].start()
         return self.running[-1]
 
     def release(self, index: int) -> Move | None:

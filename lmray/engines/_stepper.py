@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,53 +18,62 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from lmray.engines._adapters import AdapterBank
 from lmray.engines._cache import SlotCache
-from lmray.engines._sampling import draw
+from lmray.engines._core import Outcome, Sampler, is_last, is_token
 from lmray.engines._slots import Row, Slots
-from lmray.engines.base import Capabilities, Request, TokenEvent
+from lmray.engines.base import Capabilities, Request
 from lmray.errors import ConfigError, LmrayError
 from lmray.models.rope import num_positions
-
-Outcome = TokenEvent | LmrayError
-"""What a step has for a request: a token, or why it ended without one."""
 
 ATTENTIONS = ("sdpa", "eager")
 """Attention functions that take a mask of any shape."""
 
 
 class Stepper:
-    """A model, its slots and its adapters. Not thread-safe. Raises ConfigError for a model it cannot run."""
+    """Any model that `check_model` let pass, by its own forward; its slots and its adapters. See `Core`."""
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        stop_token_ids: Sequence[int],
-        max_batch_size: int,
-        max_adapters: int,
-        max_length: int,
+        sampler: Sampler,
+        capabilities: Capabilities,
         max_prefill_tokens: int,
+        reason: str,
     ):
+        """`reason`: why it is not run through blocks."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(base, PreTrainedModel)
-        check_model(base, max_length)
         self.base = base
         self.adapters = AdapterBank(model)
-        self.slots = Slots(max_batch_size, max_length)
-        vocab_size = base.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        self.capabilities = Capabilities(max_batch_size, max_adapters, max_length, int(vocab_size))  # type: ignore[arg-type]
+        self.slots = Slots(capabilities.max_batch_size, capabilities.max_length)
+        self.capabilities = capabilities
         self.num_generated = 0
-        self._stop = frozenset(stop_token_ids)
+        self._sampler = sampler
         self._max_prefill_tokens = max_prefill_tokens
+        self._reason = reason
         num_layers = base.config.get_text_config(decoder=True).num_hidden_layers
-        self._cache = SlotCache(num_layers=num_layers, num_rows=max_batch_size, max_length=max_length)
+        num_rows, max_length = capabilities.max_batch_size, capabilities.max_length
+        self._cache = SlotCache(num_layers=num_layers, num_rows=num_rows, max_length=max_length)
         self._takes_limit = "logits_to_keep" in inspect.signature(base.forward).parameters
 
+    @property
+    def busy(self) -> bool:
+        return self.slots.busy
+
+    def adapters_in_use(self) -> set[str | None]:
+        return self.slots.adapters_in_use()
+
+    def clear(self) -> None:
+        self.slots.clear()
+
+    def stats(self) -> dict[str, Any]:
+        waiting, running = len(self.slots.waiting), len(self.slots.running)
+        return {"waiting": waiting, "running": running, "forward": f"transformers: {self._reason}"}
+
     def add(self, request: Request) -> None:
-        """Queues a request that `check_request` let pass."""
         self.slots.add(request)
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request and frees its row; unknown ids are those that ended by themselves."""
         if not self.slots.drop_waiting(request_id) and (index := self.slots.find(request_id)) is not None:
             self._release(index)
 
@@ -85,14 +95,17 @@ class Stepper:
         num_tokens = len(prompt_ids)
         self._cache.at_prompt(index, num_tokens)
         visible_PP = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=self.base.device).tril()
-        logits_1V = self._forward(
+        logits_1TV = self._forward(
             [row],
             torch.tensor([prompt_ids], device=self.base.device),
             torch.arange(num_tokens, device=self.base.device)[None],
             visible_PP[None, None],
+            all_logits=row.tells_prompt,
         )
         row.length = num_tokens
-        return self._draw([index], logits_1V)
+        if row.tells_prompt:
+            row.chooser.read(logits_1TV[0])
+        return self._draw([index], logits_1TV[:, -1])
 
     def _decode(self) -> list[tuple[str, Outcome]]:
         rows = self.slots.running
@@ -103,29 +116,35 @@ class Stepper:
         places_L = torch.arange(max(row.length for row in rows) + 1, device=self.base.device)
         visible_NL = places_L[None] <= positions_N[:, None]
         tokens_N = torch.tensor([row.last_token for row in rows], device=self.base.device)
-        logits_NV = self._forward(rows, tokens_N[:, None], positions_N[:, None], visible_NL[:, None, None])
+        logits_N1V = self._forward(rows, tokens_N[:, None], positions_N[:, None], visible_NL[:, None, None])
         for row in rows:
             row.length += 1
-        return self._draw(range(len(rows)), logits_NV)
+        return self._draw(range(len(rows)), logits_N1V[:, -1])
 
     def _forward(
-        self, rows: Sequence[Row], input_ids: torch.Tensor, position_ids: torch.Tensor, visible: torch.Tensor
+        self,
+        rows: Sequence[Row],
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        visible: torch.Tensor,
+        *,
+        all_logits: bool = False,
     ) -> torch.Tensor:
-        """Logits [N, V] after the last token of each row. `visible` is [N, 1, T, L], True where a token is seen."""
+        """Logits after the last token of each row (the last of dimension 1), with `all_logits` after every token.
+        `visible` is [N, 1, T, L], True where a token is seen."""
         mask = visible
         if self.base.config._attn_implementation == "eager":  # adds its mask to the scores
             mask = torch.zeros(visible.shape, dtype=self.base.dtype, device=visible.device)
             mask = mask.masked_fill(~visible, torch.finfo(self.base.dtype).min)
-        logits = self.adapters.forward(
+        return self.adapters.forward(
             [row.request.adapter for row in rows],
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=mask,
             past_key_values=self._cache,
             use_cache=True,
-            **self._last_only(input_ids),
+            **({} if all_logits else self._last_only(input_ids)),
         )
-        return logits[:, -1].float()
 
     def _last_only(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Asks the model for the last token's logits alone, where it can be asked.
@@ -140,38 +159,23 @@ class Stepper:
 
     def _draw(self, indices: Sequence[int], logits_NV: torch.Tensor) -> list[tuple[str, Outcome]]:
         """Draws a token for rows `indices`, whose logits are given in that order, and ends the rows that are done."""
-        highest_N, greedy_N = logits_NV.max(dim=-1)
-        broken, greedy = highest_N.isnan().tolist(), greedy_N.tolist()
-        outcomes: list[tuple[str, Outcome]] = []
+        rows = [self.slots.running[index] for index in indices]
+        outcomes = self._sampler.draw(rows, logits_NV)
         done = []
-        for place, index in enumerate(indices):
-            row = self.slots.running[index]
-            outcome: Outcome
-            if broken[place]:
+        for index, outcome in zip(indices, outcomes, strict=True):
+            self.num_generated += is_token(outcome)
+            if isinstance(outcome, LmrayError):
                 self._cache.wipe(index)
-                outcome = _not_a_number(row.request)
-            else:
-                sampling = row.request.sampling
-                warm = sampling.temperature > 0
-                token = draw(logits_NV[place].cpu(), sampling, row.random.random()) if warm else greedy[place]
-                outcome = row.take(token, self._stop)
-                self.num_generated += outcome.token_id is not None
-            outcomes.append((row.request.id, outcome))
-            if isinstance(outcome, LmrayError) or outcome.finish_reason:
+            if is_last(outcome):
                 done.append(index)
         for index in reversed(done):  # from the end, so that rows moved down are rows that go on
             self._release(index)
-        return outcomes
+        return [(row.request.id, outcome) for row, outcome in zip(rows, outcomes, strict=True)]
 
     def _release(self, index: int) -> None:
         move = self.slots.release(index)
         if move is not None:
             self._cache.move(move.source, move.target, self.slots.running[move.target].length)
-
-
-def _not_a_number(request: Request) -> LmrayError:
-    what = f"adapter `{request.adapter}`" if request.adapter else "the model"
-    return LmrayError(f"request {request.id}", f"{what} answered with NaN", hint="its weights are too large")
 
 
 def check_model(model: PreTrainedModel, max_length: int) -> None:

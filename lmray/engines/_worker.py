@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lmray.engines._adapter_folder import read_adapter_folder
-from lmray.engines._stepper import Outcome, Stepper
+from lmray.engines._core import Core, Outcome
 from lmray.engines.base import Request, TokenEvent, check_request
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, did_you_mean
 
@@ -27,7 +27,7 @@ WHERE = "engine `native`"
 class NativeEngine:
     """A running engine; see `lmray.engines.base.Engine` for its methods."""
 
-    def __init__(self, stepper: Stepper, *, threads: int):
+    def __init__(self, stepper: Core, *, threads: int):
         self.capabilities = stepper.capabilities
         self._stepper = stepper
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -89,10 +89,8 @@ class NativeEngine:
         self._taken.discard(handle)
 
     def stats(self) -> dict[str, Any]:
-        slots = self._stepper.slots
         return {
-            "waiting": len(slots.waiting),
-            "running": len(slots.running),
+            **self._stepper.stats(),
             "adapters": sorted(self._adapters),
             "generated_tokens": self._stepper.num_generated,
             "failure": str(self._end) if self._end is not None else None,
@@ -145,11 +143,11 @@ class NativeEngine:
         torch.set_num_threads(threads)
         try:
             while self._take_calls():
-                if self._stepper.slots.busy:
+                if self._stepper.busy:
                     self._post(self._deliver, self._stepper.step())
                 self._let_go()
         except Exception as error:
-            self._stepper.slots.clear()
+            self._stepper.clear()
             what = f"a step failed: {type(error).__name__}: {error}"
             self._post(self._fail, LmrayError(WHERE, what, hint="start the engine again"))
         finally:
@@ -157,7 +155,7 @@ class NativeEngine:
 
     def _take_calls(self) -> bool:
         """Does what the inbox asks, waiting for something where no request runs; False once the engine is closed."""
-        waits = not self._stepper.slots.busy
+        waits = not self._stepper.busy
         while waits or not self._inbox.empty():
             call = self._inbox.get()
             if call is None:
@@ -168,7 +166,7 @@ class NativeEngine:
 
     def _let_go(self) -> None:
         """Unloads adapters that are to go and that no request uses any more."""
-        used = self._stepper.slots.adapters_in_use() if self._leaving else set()
+        used = self._stepper.adapters_in_use() if self._leaving else set()
         for handle in [handle for handle in self._leaving if handle not in used]:
             self._stepper.adapters.remove(handle)
             self._leaving.pop(handle)()

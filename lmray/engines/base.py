@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -24,20 +24,43 @@ class Sampling:
     """How the next token is drawn. Raises DataError for a value outside its range."""
 
     max_tokens: int
+    """0: the prompt is read and nothing is drawn."""
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
     """0: no limit."""
+    min_p: float = 0.0
+    """Least probability of a token that may be drawn, as a share of the likeliest token's."""
     seed: int | None = None
     """Equal seeds give equal draws; empty: another draw each time."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens in prompt and answer, and multiplies the negative ones."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time it is in the answer."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens in the answer, once."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens and what is added to their logits."""
+    logprobs: int | None = None
+    """So many likeliest tokens are told with each token's log probability; empty: none is told."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
+    grammar: str | None = None
+    """What the answer must match: a grammar of `llguidance` as text."""
 
     def __post_init__(self) -> None:
         ranges = {
-            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "max_tokens": (self.max_tokens >= 0, "0 or more"),
             "temperature": (0.0 <= self.temperature < float("inf"), "0 or more"),
             "top_p": (0.0 < self.top_p <= 1.0, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "0 (no limit) or more"),
+            "min_p": (0.0 <= self.min_p <= 1.0, "0 to 1"),
+            "repetition_penalty": (0.0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
+            "frequency_penalty": (abs(self.frequency_penalty) < float("inf"), "a finite number"),
+            "presence_penalty": (abs(self.presence_penalty) < float("inf"), "a finite number"),
+            "logprobs": ((self.logprobs or 0) >= 0, "0 or more"),
+            "prompt_logprobs": ((self.prompt_logprobs or 0) >= 0, "0 or more"),
         }
         for name, (fits, allowed) in ranges.items():
             if not fits:
@@ -53,6 +76,18 @@ class Request:
     sampling: Sampling
     adapter: str | None = None
     """Handle of an adapter added before; None is the base model."""
+    cache_salt: str = ""
+    """Only requests of one salt share keys and values of a common beginning, such as those of one tenant."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log probability in the model's own distribution: before temperature, penalties, bias and grammar."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens of this place with theirs, likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +98,12 @@ class TokenEvent:
     request_id: str
     token_id: int | None
     finish_reason: FinishReason | None = None
+    logprob: TokenLogprob | None = None
+    """Where the request asked for it; of a stop token too."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """With a request's first event, where it asked for them: one a token of the prompt, None for the first."""
+    prefill_s: float | None = field(default=None, compare=False)
+    """With a request's first event: time since the engine began to read the prompt."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +115,8 @@ class Capabilities:
     max_length: int
     """Longest sequence, prompt and answer together, in tokens."""
     vocab_size: int
+    has_grammars: bool = False
+    """Whether answers can be held to a grammar."""
 
 
 class Engine(Protocol):
@@ -97,8 +140,8 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> dict[str, Any]:
-        """`waiting`, `running`, `adapters` (handles), `generated_tokens`, `failure` (None, or why the engine ended);
-        JSON types."""
+        """`waiting`, `running`, `adapters` (handles), `generated_tokens`, `failure` (None, or why the engine ended),
+        `forward` (what runs the model, and why), and more that an engine has to tell; JSON types."""
         ...
 
     async def close(self) -> None:
@@ -122,8 +165,9 @@ class EngineConfig(MemberConfig):
         raise NotImplementedError
 
     @abstractmethod
-    def start(self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int) -> Engine:
-        """A running engine over a loaded `transformers` causal model, plain or with PEFT adapters attached."""
+    def start(self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None) -> Engine:
+        """A running engine over a loaded `transformers` causal model, plain or with PEFT adapters attached.
+        `tokenizer` tells grammars what tokens say; without it answers are held to none."""
         raise NotImplementedError
 
 
@@ -136,10 +180,14 @@ def check_request(request: Request, capabilities: Capabilities, adapters: tuple[
         raise ArtifactError(where, f"unknown adapter `{request.adapter}`", allowed=allowed, hint=hint)
     if num_tokens == 0:
         raise DataError(where, "the prompt is empty")
-    if num_tokens >= capabilities.max_length:
+    if num_tokens >= capabilities.max_length + (request.sampling.max_tokens == 0):
         allowed = f"up to {capabilities.max_length - 1}, so that an answer of one token fits"
         hint = "shorten the prompt, or raise `engine.max_length`"
         raise DataError(where, f"the prompt has {num_tokens} tokens", allowed=allowed, hint=hint)
-    odd = next((token for token in request.prompt_ids if not 0 <= token < capabilities.vocab_size), None)
+    named = (*request.prompt_ids, *(token for token, _ in request.sampling.logit_bias))
+    odd = next((token for token in named if not 0 <= token < capabilities.vocab_size), None)
     if odd is not None:
         raise DataError(where, f"token {odd} is none of the model's", allowed=f"0 to {capabilities.vocab_size - 1}")
+    if request.sampling.grammar is not None and not capabilities.has_grammars:
+        hint = "install `lmray[guided]` where the engine runs, and serve a model with a fast tokenizer"
+        raise DataError(where, "this engine holds answers to no grammar", hint=hint)

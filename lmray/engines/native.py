@@ -1,8 +1,10 @@
 """The embedded engine: continuous batching over any `transformers` causal model, rows of one batch on mixed adapters.
 
 One worker thread owns the model and does the steps; requests reach it through an inbox, tokens come back through the
-caller's event loop. No kernels of its own: keys and values of a row live in a slot of one preallocated block, and mixed
-adapters go through PEFT's per-row adapter names.
+caller's event loop. Models built like Llama run through a forward of their own: keys and values in blocks that are
+shared between requests with a common beginning, prompts read in chunks, all adapters in one pass. Any other model runs
+through its own forward: a row of one preallocated block for each request, mixed adapters by PEFT's per-row names. Which
+of the two, and why, is `forward` in the engine's stats.
 """
 
 from __future__ import annotations
@@ -12,12 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from peft import PeftModel
+from pydantic import Field, model_validator
 
 from lmray.engines._adapter_folder import read_adapter_folder
+from lmray.engines._core import Core, Sampler
+from lmray.engines._decoder import unfit
+from lmray.engines._grammar import Grammars
+from lmray.engines._paged import BLOCK_SIZE, PagedStepper
+from lmray.engines._schedule import Limits
 from lmray.engines._stepper import Stepper, check_model
 from lmray.engines._worker import NativeEngine
-from lmray.engines.base import EngineConfig, Request, Sampling, check_request
+from lmray.engines.base import Capabilities, EngineConfig, Request, Sampling, check_request
 from lmray.errors import LmrayError
 
 
@@ -25,26 +33,52 @@ class Native(EngineConfig):
     """Runs the model in this process."""
 
     max_prefill_tokens: Annotated[int, Field(ge=1)] = 512
-    """Prompt tokens read between two decoding steps; at least one prompt is. Lower: running answers pause less."""
+    """Prompt tokens read in a step, beside one token for each request that generates. Lower: running answers pause
+    less."""
+    cache_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens whose keys and values are kept, also of requests that ended; at least `max_length`. Empty: `max_length`
+    for each of `max_batch_size` requests. Where they run out, requests wait, or are read again later. Models that run
+    through their own forward always keep that many."""
 
-    def make_stepper(self, model: Any, *, stop_token_ids: tuple[int, ...]) -> Stepper:
+    @model_validator(mode="after")
+    def _holds_one_request(self):
+        if self.cache_tokens is not None and self.cache_tokens < self.max_length:
+            found = f"`cache_tokens` {self.cache_tokens} is below `max_length` {self.max_length}"
+            raise ValueError(f"{found}: no request of that length could ever run")
+        return self
+
+    def make_stepper(self, model: Any, *, stop_token_ids: tuple[int, ...], tokenizer: Any = None) -> Core:
         """The engine's synchronous core. Raises ConfigError for a model it cannot run."""
-        return Stepper(
-            model,
-            stop_token_ids=stop_token_ids,
-            max_batch_size=self.max_batch_size,
-            max_adapters=self.max_adapters,
-            max_length=self.max_length,
-            max_prefill_tokens=self.max_prefill_tokens,
-        )
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        check_model(base, self.max_length)
+        vocab_size = int(base.get_input_embeddings().weight.shape[0])
+        grammars = Grammars.of(tokenizer, vocab_size, stop_token_ids)
+        sizes = self.max_batch_size, self.max_adapters, self.max_length, vocab_size
+        capabilities = Capabilities(*sizes, has_grammars=grammars is not None)
+        sampler = Sampler(frozenset(stop_token_ids), grammars)
+        reason = unfit(model)
+        if reason is not None:
+            budget = self.max_prefill_tokens
+            return Stepper(model, sampler=sampler, capabilities=capabilities, max_prefill_tokens=budget, reason=reason)
+        return PagedStepper(model, sampler=sampler, capabilities=capabilities, limits=self._limits())
+
+    def _limits(self) -> Limits:
+        per_request = -(-self.max_length // BLOCK_SIZE)
+        num_blocks = self.max_batch_size * per_request
+        if self.cache_tokens is not None:
+            num_blocks = max(self.cache_tokens // BLOCK_SIZE, per_request)
+        return Limits(self.max_batch_size, self.max_length, num_blocks, BLOCK_SIZE, self.max_prefill_tokens)
 
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
         check_model(model, self.max_length)
         for folder in adapters.values():
             read_adapter_folder(folder, model)
 
-    def start(self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int) -> NativeEngine:
-        return NativeEngine(self.make_stepper(model, stop_token_ids=stop_token_ids), threads=threads)
+    def start(
+        self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None
+    ) -> NativeEngine:
+        stepper = self.make_stepper(model, stop_token_ids=stop_token_ids, tokenizer=tokenizer)
+        return NativeEngine(stepper, threads=threads)
 
 
 def generate(
@@ -82,7 +116,7 @@ def generate(
             check_request(request, stepper.capabilities, stepper.adapters.handles)
             stepper.add(request)
         num_done = 0
-        while stepper.slots.busy:
+        while stepper.busy:
             for request_id, outcome in stepper.step():
                 if isinstance(outcome, LmrayError):
                     raise outcome

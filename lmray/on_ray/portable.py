@@ -57,7 +57,8 @@ def _paths(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, bool]]
     for i, task in enumerate((tree.get("evaluate") or {}).get("tasks") or ()):
         found.append((f"evaluate.tasks.{i}.include_path", task.get("include_path"), True))
     found += [("sharding.config", (tree.get("sharding") or {}).get("config"), True)]
-    found += [("http.api_keys_file", (tree.get("http") or {}).get("api_keys_file"), True)]
+    files = tree.get("http") or {}
+    found += [(f"http.{field}", files.get(field), True) for field in ("api_keys_file", "admin_keys_file")]
     for key, text, must_exist in found:
         if text:
             yield prefix + key, text, must_exist

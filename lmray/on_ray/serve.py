@@ -1,6 +1,6 @@
 """Serving on Ray Serve: a gateway deployment in front of engine replicas. Converts types; decides nothing.
 
-The gateway's replica tokenises, keeps the keys and streams text; each engine replica owns a model with all adapters.
+The gateway's replica tokenises, keeps the keys and streams text; each engine replica owns a model and holds adapters.
 Tokens pass between them as a streaming handle call. Runs in the driver but for the two deployment classes.
 """
 
@@ -17,10 +17,11 @@ import httpx
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayError
-from ray.serve.config import AutoscalingConfig
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from lmray.artifacts.store import open_store
 from lmray.engines.base import EngineConfig, Request, Sampling, TokenEvent
 from lmray.errors import CapacityError, LmrayError, RemoteError
 from lmray.job import ServeJob
@@ -28,15 +29,22 @@ from lmray.models.load import load_model, load_tokenizer, stop_token_ids
 from lmray.models.precision import resolve_dtype
 from lmray.on_ray.cluster import cluster_resources
 from lmray.on_ray.failures import error_inside
-from lmray.policies.autoscaling import autoscaling_arguments
+from lmray.on_ray.routing import AdapterRouter
+from lmray.policies.autoscaling import TokenPolicy, autoscaling_arguments, shutdown_s
+from lmray.serve.admin import add_admin
+from lmray.serve.canaries import Canaries
+from lmray.serve.catalogue import Catalogue
+from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.serve.live import LiveEngine
 from lmray.serve.prepare import ServePlan, check_out, prepare
+from lmray.serve.visitors import Visitors
 
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""
-SHUTDOWN_S = 300.0
-"""How long a replica that is to go may take to finish the answers it has begun."""
 READY_TIMEOUT_S = 60.0
+EVERYWHERE_TIMEOUT_S = 60.0
+"""How long a call to every replica may take."""
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
 """An exception as a traceback ends with it, with the lines `allowed:` and `hint:` below."""
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -46,30 +54,35 @@ class EngineReplica:
     """One engine in its own process. Ray Serve restarts it when `check_health` raises."""
 
     async def __init__(self, plan: ServePlan, config: EngineConfig, dtype: str, num_cpus: int, num_gpus: int):
-        found, device = check_out(plan), "cuda" if num_gpus else "cpu"
+        folder, device = check_out(plan), "cuda" if num_gpus else "cpu"
         dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
-        model: Any = load_model(found.model, dtype, rope_scaling=plan.rope_scaling)
+        model: Any = load_model(folder, dtype, rope_scaling=plan.rope_scaling)
         model.to(device)
-        stops = stop_token_ids(model, load_tokenizer(found.model))
-        self._engine = config.start(model, stop_token_ids=stops, threads=num_cpus)
-        for name, folder in found.adapters.items():
-            await self._engine.add_adapter(name, folder)
-        async for _ in self._engine.submit(Request("warm-up", (0,), Sampling(max_tokens=1))):
+        tokenizer = load_tokenizer(folder)
+        stops = stop_token_ids(model, tokenizer)
+        self._live = LiveEngine(config.start(model, stop_token_ids=stops, threads=num_cpus, tokenizer=tokenizer), plan)
+        await self._live.start()
+        async for _ in self._live.stream(Request("warm-up", (0,), Sampling(max_tokens=1))):
             pass  # reserves memory and fails here rather than at a user's request
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        async with aclosing(self._engine.submit(request)) as events:
+        async with aclosing(self._live.stream(request)) as events:
             async for event in events:
                 yield event
 
-    async def adapters(self) -> tuple[str, ...]:
-        return tuple(self._engine.stats()["adapters"])
-
     async def stats(self) -> dict[str, Any]:
-        return self._engine.stats()
+        return self._live.stats()
+
+    async def manage(self, action: str, handle: str) -> dict[str, Any]:
+        found = await self._live.manage(action, handle)
+        return {"replica": ray_serve.get_replica_context().replica_id.unique_id, **found}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return self._live.demand.report()
 
     async def check_health(self) -> None:
-        failure = self._engine.stats()["failure"]
+        await self._live.follow(again=True)
+        failure = self._live.stats()["failure"]
         if failure is not None:
             raise RuntimeError(failure)
 
@@ -81,12 +94,27 @@ class Gateway:
         self._plan, self._max_length, self._engines = plan, max_length, engines
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        settings = GatewaySettings(self._plan.model_name, self._max_length, self._plan.key_hashes)
-        return make_app(_Replicas(self._engines), load_tokenizer(check_out(self._plan).model), settings)
+        plan = self._plan
+        store = open_store(plan.store)
+        catalogue = Catalogue(store, plan.served, plan.fit, reserved=plan.model_name)
+        catalogue.refresh()
+        settings = GatewaySettings(
+            plan.model_name,
+            self._max_length,
+            keys=plan.keys,
+            limits=plan.limits,
+            filters=plan.filters,
+            sends_request_id=False,  # Ray Serve sends it
+        )
+        fleet = Fleet(_Replicas(self._engines), catalogue, Canaries(store, plan.endpoint))
+        app = make_app(fleet, load_tokenizer(check_out(plan)), settings)
+        app.add_middleware(Visitors)
+        add_admin(app, fleet, plan)
+        return app
 
 
 class _Replicas:
-    """The gateway's backend: streaming calls to whichever replica Ray Serve picks."""
+    """Streaming calls to whichever replica Ray Serve picks."""
 
     def __init__(self, engines: DeploymentHandle):
         self._streaming = engines.options(stream=True)
@@ -102,10 +130,12 @@ class _Replicas:
         finally:
             response.cancel()
 
-    async def adapters(self) -> tuple[str, ...]:
+    async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
         try:
-            return await self._engines.adapters.remote()
-        except (RayError, RayServeException) as error:
+            return await self._engines.broadcast(method, *arguments).results_async(timeout_s=EVERYWHERE_TIMEOUT_S)
+        except DeploymentUnavailableError:
+            return []  # none runs while nothing is asked
+        except (RayError, RayServeException, TimeoutError) as error:
             raise _plain(error) from None
 
 
@@ -159,23 +189,19 @@ def serve(job: ServeJob) -> Service:
 
 
 def _application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
-    rows, scaling, num_gpus = job.engine.max_batch_size, job.autoscaling, job.resources.gpus_per_worker
-    most = rows * scaling.max_replicas * (1 + QUEUED_PER_ROW)
+    rows, num_gpus = job.engine.max_batch_size, job.resources.gpus_per_worker
+    most = rows * job.autoscaling.max_replicas * (1 + QUEUED_PER_ROW)
+    router: dict[str, Any] = {"request_router_class": AdapterRouter}
+    router["request_router_kwargs"] = {"light": max(rows // 2, 1)}
     engines = ray_serve.deployment(
         EngineReplica,
         name="engine",
         max_ongoing_requests=rows,
         max_queued_requests=rows * QUEUED_PER_ROW,
-        autoscaling_config=AutoscalingConfig(
-            **autoscaling_arguments(
-                scaling.preset,
-                min_replicas=scaling.min_replicas,
-                max_replicas=scaling.max_replicas,
-                max_batch_size=rows,
-            )
-        ),
+        autoscaling_config=_autoscaling(job),
+        request_router_config=RequestRouterConfig(**router),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        graceful_shutdown_timeout_s=SHUTDOWN_S,
+        graceful_shutdown_timeout_s=shutdown_s(job.engine.max_length),
         max_constructor_retry_count=2,
     )
     gateway = ray_serve.deployment(
@@ -183,11 +209,20 @@ def _application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.App
         name="gateway",
         max_ongoing_requests=most,  # replicas push back, with an answer that clients understand; the gateway does not
         ray_actor_options={"num_cpus": 0},  # thin: a core of its own would cost a small machine a replica
-        graceful_shutdown_timeout_s=SHUTDOWN_S,
+        graceful_shutdown_timeout_s=shutdown_s(job.engine.max_length),
         max_constructor_retry_count=2,
     )
     bound = engines.bind(plan, job.engine, job.model.dtype, num_cpus, num_gpus)
     return gateway.bind(plan, job.engine.max_length, bound)
+
+
+def _autoscaling(job: ServeJob) -> AutoscalingConfig:
+    scaling = job.autoscaling
+    settings = {"preset": scaling.preset, "max_batch_size": job.engine.max_batch_size}
+    return AutoscalingConfig(
+        policy=AutoscalingPolicy(policy_function=TokenPolicy, policy_kwargs=settings),
+        **autoscaling_arguments(scaling.preset, min_replicas=scaling.min_replicas, max_replicas=scaling.max_replicas),
+    )
 
 
 def _cpus_per_replica(job: ServeJob) -> int:
@@ -195,7 +230,7 @@ def _cpus_per_replica(job: ServeJob) -> int:
     offered = cluster_resources()
     smallest = min((node.cpus for node in offered.nodes), default=0.0)
     num_cpus = job.resources.cpus_per_worker or max(1, int(smallest) // job.autoscaling.max_replicas)
-    num_gpus, fewest = job.resources.gpus_per_worker, job.autoscaling.min_replicas
+    num_gpus, fewest = job.resources.gpus_per_worker, max(job.autoscaling.min_replicas, 1)
     room = offered.room_for(cpus=num_cpus, gpus=num_gpus)
     if room < fewest:
         size = f"{num_cpus} CPU(s) and {num_gpus} GPU(s)"

@@ -1,27 +1,25 @@
-"""One chat turn: from a request in words to tokens for the engine, and from its tokens back to words."""
+"""One answer: its engine's tokens become text, log probabilities and tool calls while they come."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lmray.data.pieces import Messages, Tools
-from lmray.data.tokenise import prompt_ids
-from lmray.engines.base import Request, Sampling, TokenEvent
-from lmray.serve.openai import ChatRequest, RequestError
+from lmray.config.endpoint import TextFilter
+from lmray.engines.base import Request, TokenEvent, TokenLogprob
+from lmray.serve.filters import FilteredText
 from lmray.serve.text import Detokeniser, StopStrings
-from lmray.serve.tools import ToolCalls, writes_tool_calls
+from lmray.serve.tokens import Told
+from lmray.serve.tools import ToolCalls
 
 
 class Backend(Protocol):
     """Where tokens come from: an engine in this process, or replicas somewhere."""
 
-    def stream(self, request: Request) -> AsyncIterator[TokenEvent]:
+    def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The tokens that continue `request`. Closing it early cancels the request. Raises LmrayError."""
         ...
 
@@ -31,91 +29,96 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
+class Question:
+    """One prompt as the engine reads it."""
+
+    ids: tuple[int, ...]
+    text: str
+    """What an answer with `echo` starts with."""
+
+
+@dataclass(frozen=True)
 class Piece:
-    """Text to send, maybe empty; the last piece carries `finish_reason`."""
+    """What one token adds to an answer, maybe no text; the last piece carries `finish_reason`."""
 
     text: str
     finish_reason: str | None = None
     calls: tuple[dict[str, Any], ...] = ()
     """Tool calls that are whole now."""
-
-
-def make_request(
-    chat: ChatRequest, adapter: str | None, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Request:
-    """`chat` as tokens. Raises RequestError for messages that the template refuses, tools that it does not show the
-    model, and a conversation that leaves no room to answer."""
-    messages, tools = [message.plain() for message in chat.messages], chat.offered_tools
-    try:
-        ids = prompt_ids(tokenizer, messages, tools)
-        _check_shown(tokenizer, messages, tools, ids)
-    except TemplateError as error:
-        raise RequestError("messages", f"the model's chat template refuses them: {error}") from None
-    room = max_length - len(ids)
-    if room < 1:
-        found = f"the messages are {len(ids)} tokens long"
-        raise RequestError(
-            "messages", found, allowed=f"at most {max_length - 1} tokens", hint="leave out earlier turns"
-        )
-    sampling = Sampling(
-        max_tokens=chat.max_tokens or chat.max_completion_tokens or room,
-        temperature=chat.temperature,
-        top_p=chat.top_p,
-        top_k=chat.top_k,
-        seed=chat.seed,
-    )
-    return Request(f"chatcmpl-{uuid.uuid4().hex}", ids, sampling, adapter)
-
-
-def _check_shown(tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools, ids: tuple[int, ...]) -> None:
-    """Raises RequestError where the model would be asked the same without the tools, or without earlier calls."""
-    if tools and prompt_ids(tokenizer, messages) == ids:
-        hint = "leave them out, or serve a model that was trained to call functions"
-        raise RequestError("tools", "the model's chat template has no place for them", hint=hint)
-    silent = [{key: value for key, value in one.items() if key != "tool_calls"} for one in messages]
-    if silent != messages and prompt_ids(tokenizer, silent, tools) == ids:
-        raise RequestError("messages", "the model's chat template has no place for `tool_calls`")
-
-
-def make_answer(chat: ChatRequest, tokenizer: PreTrainedTokenizerBase) -> Answer:
-    """The answer to `chat`, before its first token. Its calls are read where the template asks for a form we know."""
-    calls = chat.offered_tools is not None and writes_tool_calls(tokenizer.chat_template)
-    return Answer(tokenizer, chat.stop_strings, calls=calls)
+    told: tuple[Told, ...] = ()
+    """Log probabilities of tokens, where they were asked for."""
+    read: tuple[TokenLogprob | None, ...] = ()
+    """Those of the prompt's tokens, with the first piece."""
+    filtered: tuple[str, ...] = ()
+    """Names of filters that found something, once a match."""
 
 
 class Answer:
-    """The text of one answer, and the tool calls in it, while its tokens come."""
+    """The text of one answer, and what goes with it, while its tokens come."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: tuple[str, ...], *, calls: bool = False):
-        """`calls`: take tool calls out of the text."""
-        self.num_tokens = 0
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        self._text = Detokeniser(lambda ids: str(tokenizer.decode(ids, **options)))
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: tuple[str, ...] = (),
+        *,
+        calls: bool = False,
+        echo: Question | None = None,
+        filters: Sequence[TextFilter] = (),
+    ):
+        """`calls`: take tool calls out of the text. `echo`: the answer starts with this prompt, which `filters` do not
+        see."""
+        self._tokenizer = tokenizer
+        self._text = self._detokeniser(special=False)
         self._stops = StopStrings(stops)
+        self._filters = FilteredText(filters)
         self._calls = ToolCalls() if calls else None
+        self._echo = echo
+        self._offset = len(echo.text) if echo is not None else 0
 
     def push(self, event: TokenEvent) -> Piece:
         """What `event` adds; without text while that may be the start of a tool call. An answer with calls that the
         model ended itself has `tool_calls` for a reason. Nothing may follow a piece with a `finish_reason`."""
-        piece = self._said(event)
-        if self._calls is None:
-            return piece
-        text, calls = self._calls.push(piece.text)
-        if piece.finish_reason is None:
-            return Piece(text, None, calls)
-        reason = "tool_calls" if self._calls.num_calls and piece.finish_reason == "stop" else piece.finish_reason
-        return Piece(text + self._calls.finish(), reason, calls)
+        told = self._told(event)
+        text, reason = self._said(event)
+        text, found = self._filters.push(text, last=reason is not None)
+        reason = "content_filter" if self._filters.stopped else reason
+        calls: tuple[dict[str, Any], ...] = ()
+        if self._calls is not None:
+            text, calls = self._calls.push(text)
+            if reason is not None:
+                reason = "tool_calls" if self._calls.num_calls and reason == "stop" else reason
+                text += self._calls.finish()
+        if self._echo is not None:
+            text, self._echo = self._echo.text + text, None
+        return Piece(text, reason, calls, told, event.prompt_logprobs or (), found)
 
-    def _said(self, event: TokenEvent) -> Piece:
-        """What `event` adds to the text as it stands. A stop string can bring a `finish_reason` too."""
+    def _said(self, event: TokenEvent) -> tuple[str, str | None]:
+        """What `event` adds to the text as it stands, and why it ends. A stop string can be a reason too."""
         text = ""
         if event.token_id is not None:
-            self.num_tokens += 1
-            text = self._stops.push(self._text.push(event.token_id))
+            said = self._text.push(event.token_id)
+            self._offset += len(said)
+            text = self._stops.push(said)
         if event.finish_reason is not None:
             text += self._stops.push(self._text.finish())
         if self._stops.stopped:
-            return Piece(text, "stop")
+            return text, "stop"
         if event.finish_reason is not None:
-            return Piece(text + self._stops.finish(), event.finish_reason)
-        return Piece(text)
+            return text + self._stops.finish(), event.finish_reason
+        return text, None
+
+    def _told(self, event: TokenEvent) -> tuple[Told, ...]:
+        """Log probabilities of `event`'s token, behind those of an echoed prompt."""
+        own = () if event.logprob is None else (Told(event.logprob.token_id, self._offset, event.logprob),)
+        if self._echo is None or event.prompt_logprobs is None:
+            return own
+        reading, offset, before = self._detokeniser(special=True), 0, []
+        for token_id, logprob in zip(self._echo.ids, event.prompt_logprobs, strict=True):
+            before.append((token_id, offset, logprob))
+            offset += len(reading.push(token_id))
+        added = offset + len(reading.finish()) - len(self._echo.text)  # special tokens put before a text that was given
+        return (*(Told(token_id, max(0, place - added), logprob) for token_id, place, logprob in before), *own)
+
+    def _detokeniser(self, *, special: bool) -> Detokeniser:
+        options = {"skip_special_tokens": not special, "clean_up_tokenization_spaces": False}
+        return Detokeniser(lambda ids: str(self._tokenizer.decode(ids, **options)))

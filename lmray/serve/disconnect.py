@@ -1,4 +1,5 @@
-"""Notices a client that left while its answer was being made, so that nobody generates for nobody."""
+"""Notices a client that left while its answer was being made, so that nobody generates for nobody, and one that is
+answered for too long."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from lmray.serve.failures import AnswerError, error_body
+
 T = TypeVar("T")
 
 
@@ -15,16 +18,25 @@ class ClientGoneError(Exception):
     """The client closed the connection."""
 
 
-async def until_gone(http: Request, items: AsyncIterator[T]) -> AsyncGenerator[T, None]:
-    """`items` as they come. Raises ClientGoneError once the client has left; `items` is closed in any case."""
+async def until_gone(
+    http: Request, items: AsyncIterator[T], *, timeout_s: float = float("inf")
+) -> AsyncGenerator[T, None]:
+    """`items` as they come. Raises ClientGoneError once the client has left, AnswerError (504) for an item that is not
+    there `timeout_s` after the first was asked for; `items` is closed in any case."""
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + timeout_s
     gone = asyncio.ensure_future(_gone(http))
     coming: asyncio.Future[T] | None = None
     try:
         while True:
             coming = asyncio.ensure_future(_next(items))
-            await asyncio.wait({gone, coming}, return_when=asyncio.FIRST_COMPLETED)
-            if not coming.done():
+            left_s = None if timeout_s == float("inf") else max(0.0, deadline_s - loop.time())
+            await asyncio.wait({gone, coming}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not coming.done():
                 raise ClientGoneError
+            if not coming.done():
+                found = f"the answer was not done after {timeout_s:g} s"
+                raise AnswerError(504, error_body(found, kind="server_error", code="timeout"))
             if isinstance(coming.exception(), StopAsyncIteration):
                 return
             yield coming.result()

@@ -1,4 +1,4 @@
-"""From lmray's errors to HTTP statuses with OpenAI's error body."""
+"""What can be wrong with a request, and how lmray's errors become HTTP statuses with OpenAI's error body."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError
-from lmray.serve.openai import error_body
 
 _LOG = logging.getLogger(__name__)
+
+
+class RequestError(DataError):
+    """A request that OpenAI's protocol or this server does not allow; `param` is the field."""
+
+    def __init__(self, param: str | None, found: str, *, allowed: str | None = None, hint: str | None = None):
+        super().__init__(param or "request", found, allowed=allowed, hint=hint)
+        self.param = param
 
 
 class AnswerError(Exception):
@@ -20,19 +27,28 @@ class AnswerError(Exception):
         self.status, self.body, self.headers = status, body, headers or {}
 
 
+def error_body(
+    message: str, *, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """An error as OpenAI's clients expect it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
 def failure_of(error: Exception) -> AnswerError:
     """The status and body for what a program raised; what a client cannot help is logged and told in one word."""
+    if isinstance(error, AnswerError):
+        return error
     if isinstance(error, DataError):
-        param = getattr(error, "param", None)
-        return AnswerError(400, error_body(str(error), kind="invalid_request_error", param=param))
+        return AnswerError(400, error_body(str(error), code="invalid_value", param=getattr(error, "param", None)))
     if isinstance(error, ArtifactError):
-        return AnswerError(404, error_body(str(error), kind="invalid_request_error", code="model_not_found"))
+        return AnswerError(404, error_body(str(error), code="model_not_found", param="model"))
     if isinstance(error, CapacityError):
-        return AnswerError(
-            429, error_body(str(error), kind="rate_limit_error", code="overloaded"), {"Retry-After": "1"}
-        )
+        body = error_body(str(error), kind="rate_limit_error", code="overloaded")
+        return AnswerError(429, body, {"Retry-After": "1"})
     if isinstance(error, RemoteError):
         return AnswerError(503, error_body(error.found, kind="server_error", code="unavailable"), {"Retry-After": "1"})
-    _LOG.error("a request failed: %s", error)
-    found = error.found if isinstance(error, LmrayError) else "internal error"
-    return AnswerError(500, error_body(found, kind="server_error"))
+    if isinstance(error, LmrayError):
+        _LOG.error("a request failed: %s", error)
+        return AnswerError(500, error_body(error.found, kind="server_error"))
+    _LOG.error("a request failed: %s", type(error).__name__, exc_info=error)
+    return AnswerError(500, error_body("internal error", kind="server_error"))

@@ -1,4 +1,4 @@
-"""The HTTP side of serving: a FastAPI app that speaks OpenAI's chat protocol over a `Backend`.
+"""The HTTP side of serving: a FastAPI app that speaks OpenAI's protocol over a `Backend`.
 
 Runs in one process or in a Serve deployment; it knows tokens, text, keys and errors, and no engine. No CORS: a browser
 page of another origin has no business here.
@@ -6,39 +6,36 @@ page of another origin has no business here.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
-from lmray.engines.base import Request as EngineRequest
-from lmray.engines.base import TokenEvent
+from lmray.config.endpoint import HttpLimits, TextFilter
 from lmray.errors import LmrayError, did_you_mean
-from lmray.serve.answer import Backend, make_answer, make_request
+from lmray.serve.account import Account
+from lmray.serve.answer import Backend, Piece, Question
 from lmray.serve.disconnect import ClientGoneError, until_gone
-from lmray.serve.failures import AnswerError, failure_of
-from lmray.serve.keys import is_known
-from lmray.serve.openai import (
-    ChatRequest,
-    RequestError,
-    chunk,
-    completion,
-    error_body,
-    model_list,
-    read_chat_request,
-    token_usage,
-    usage_chunk,
-)
+from lmray.serve.envelope import CLIENT_CLOSED, answer_failures
+from lmray.serve.failures import AnswerError, RequestError, error_body, failure_of
+from lmray.serve.filters import of_answers, refusing
+from lmray.serve.forms import Chat, Completion, Form, engine_requests
+from lmray.serve.generate import answer_pieces, side_by_side
+from lmray.serve.guided import check_format
+from lmray.serve.keys import ApiKey, find_key
+from lmray.serve.metrics import Metrics
+from lmray.serve.openai import ChatRequest, CompletionRequest, read_request
+from lmray.serve.quotas import Quotas
 
-CLIENT_CLOSED = 499
-"""Nobody reads it; it shows in logs that the client left."""
+Pieces = AsyncGenerator[tuple[int, Piece], None]
+"""Pieces of all answers to one request, each with its answer's index."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +46,27 @@ class GatewaySettings:
     """The base model's name in requests."""
     max_length: int
     """Longest sequence of the engine, prompt and answer together, in tokens."""
-    key_hashes: tuple[str, ...] = ()
-    """SHA-256 of the keys that are let in. Empty: no key is asked for."""
-    max_body_bytes: int = 2**20
+    keys: tuple[ApiKey, ...] = ()
+    """Those that are let in. Empty: no key is asked for."""
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    filters: tuple[TextFilter, ...] = ()
+    sends_request_id: bool = True
+    """Whether answers carry `x-request-id`; off where what stands before the gateway puts it there."""
 
 
 def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: GatewaySettings) -> FastAPI:
-    """The app: `/v1/models`, `/v1/chat/completions`, `/health`, `/ready`."""
+    """The app: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/health`, `/ready`, `/metrics`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gateway = _Gateway(backend, tokenizer, settings)
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/ready", gateway.ready, methods=["GET"])
+    app.add_api_route("/metrics", gateway.page, methods=["GET"])
     app.add_api_route("/v1/models", gateway.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", gateway.model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
-    for kind in (LmrayError, AnswerError, Exception):
-        app.add_exception_handler(kind, _answer_failure)
-    app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(ClientGoneError, _answer_gone)
+    app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
+    told = {"sends_request_id": settings.sends_request_id, "send_timeout_s": settings.limits.send_timeout_s}
+    answer_failures(app, metrics=gateway.metrics, **told)
     return app
 
 
@@ -80,140 +80,195 @@ class _Gateway:
     def __init__(self, backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: GatewaySettings):
         self._backend, self._tokenizer, self._settings = backend, tokenizer, settings
         self._created = int(time.time())
+        self._quotas = Quotas(settings.keys, time.monotonic)
+        self.metrics = Metrics()
 
     async def ready(self) -> Response:
         """200 once a request would be answered, 503 with the reason until then."""
         try:
-            return JSONResponse({"status": "ready", "models": list(await self._names())})
+            names = await self._names()
         except LmrayError as error:
             return JSONResponse(failure_of(error).body, 503)
+        return JSONResponse({"status": "ready"} | ({} if self._settings.keys else {"models": list(names)}))
+
+    async def page(self, http: Request) -> Response:
+        """The metrics, without a key or for keys that may read them."""
+        key = self._key(http)
+        if key is not None and not key.metrics:
+            raise AnswerError(403, error_body("this key may not read metrics", code="not_allowed"))
+        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, http: Request) -> dict[str, Any]:
-        self._authorise(http)
-        return model_list(await self._names(), self._created)
+        key = self._key(http)
+        return {"object": "list", "data": [self._card(*one) for one in (await self._names(key)).items()]}
 
     async def model(self, http: Request, name: str) -> dict[str, Any]:
-        self._authorise(http)
-        names = await self._names()
-        self._adapter(name, names)
-        return next(entry for entry in model_list(names, self._created)["data"] if entry["id"] == name)
+        key = self._key(http)
+        return self._card(name, self._adapter(name, await self._names(key), key))
 
     async def chat(self, http: Request) -> Response:
-        self._authorise(http)
-        chat = read_chat_request(await self._body(http))
-        adapter = self._adapter(chat.model, await self._names())
-        request = make_request(chat, adapter, self._tokenizer, self._settings.max_length)
-        head = {"id": request.id, "created": int(time.time()), "model": chat.model}
-        events = until_gone(http, self._backend.stream(request))
-        if not chat.stream:
-            return JSONResponse(await self._whole(head, chat, request, events))
-        first = await anext(events)  # what fails before the first token is answered with a status, not in the stream
-        return StreamingResponse(self._pieces(head, chat, request, first, events), media_type="text/event-stream")
+        key = self._key(http)
+        return await self._answer(http, key, Chat(read_request(ChatRequest, await self._body(http)), self._tokenizer))
 
-    async def _whole(
-        self,
-        head: Mapping[str, Any],
-        chat: ChatRequest,
-        request: EngineRequest,
-        events: AsyncGenerator[TokenEvent, None],
-    ) -> dict[str, Any]:
-        answer, text, calls, reason = make_answer(chat, self._tokenizer), [], [], None
-        async with aclosing(events):
-            while reason is None:
-                piece = answer.push(await anext(events))
-                text.append(piece.text)
-                calls += piece.calls
-                reason = piece.finish_reason
-        usage = token_usage(len(request.prompt_ids), answer.num_tokens)
-        return completion(head, "".join(text), reason, usage, calls=calls)
+    async def complete(self, http: Request) -> Response:
+        key = self._key(http)
+        asked = read_request(CompletionRequest, await self._body(http))
+        return await self._answer(http, key, Completion(asked, self._tokenizer))
 
-    async def _pieces(
-        self,
-        head: Mapping[str, Any],
-        chat: ChatRequest,
-        request: EngineRequest,
-        event: TokenEvent,
-        events: AsyncGenerator[TokenEvent, None],
-    ) -> AsyncIterator[str]:
-        """Server-sent events of one answer; an error on the way is sent as an event, since the status is out."""
-        answer, reason, num_calls = make_answer(chat, self._tokenizer), None, 0
-        yield _sse(chunk(head, {"role": "assistant", "content": ""}))
-        async with aclosing(events):
-            try:
-                while reason is None:
-                    piece = answer.push(event)
-                    reason = piece.finish_reason
-                    if piece.text:
-                        yield _sse(chunk(head, {"content": piece.text}))
-                    for place, call in enumerate(piece.calls, start=num_calls):
-                        yield _sse(chunk(head, {"tool_calls": [{"index": place, **call}]}))
-                    num_calls += len(piece.calls)
-                    if reason is None:
-                        event = await anext(events)
-            except LmrayError as error:
-                yield _sse(failure_of(error).body)
-                return
-            except ClientGoneError:
-                return
-        yield _sse(chunk(head, {}, reason))
-        if chat.stream_options is not None and chat.stream_options.include_usage:
-            yield _sse(usage_chunk(head, token_usage(len(request.prompt_ids), answer.num_tokens)))
-        yield "data: [DONE]\n\n"
+    async def _answer(self, http: Request, key: ApiKey | None, form: Form) -> Response:
+        account, limits = _account(http), self._settings.limits
+        adapter = self._adapter(form.asked.model, await self._names(key), key)
+        account.model = adapter or self._settings.model
+        await asyncio.to_thread(check_format, form.asked.response_format)
+        salt = key.name if key is not None else ""  # or a key could find out what others asked, by how fast it is read
+        requests = engine_requests(form, adapter, self._settings.max_length, cache_salt=salt)
+        self._filter(form, [question for _, question in requests[:: form.asked.n]])
+        account.leaving.enter_context(self._quotas.using(key, lambda: account.num_tokens))
+        account.ask(sum(len(request.prompt_ids) for request, _ in requests) // form.asked.n)
+        filters = of_answers(self._settings.filters)
+        answers = [
+            answer_pieces(self._backend, request, form.answer(question, filters), account)
+            for request, question in requests
+        ]
+        pieces = until_gone(http, side_by_side(answers), timeout_s=limits.answer_timeout_s)
+        account.leaving.push_async_callback(pieces.aclose)
+        head = {"id": form.id, "created": int(time.time()), "model": form.asked.model}
+        if not form.asked.stream:
+            return JSONResponse(await _whole(head, form, len(answers), pieces, account))
+        first = await anext(pieces)  # what fails before the first token is answered with a status, not in the stream
+        events = _events(head, form, len(answers), _with(first, pieces), account)
+        return StreamingResponse(events, media_type="text/event-stream")
 
-    async def _names(self) -> dict[str, str | None]:
-        """Every name a request may give as `model`, with the adapter behind it; None is the base model."""
+    def _filter(self, form: Form, questions: Sequence[Question]) -> None:
+        """Raises AnswerError (400) for a prompt that a filter refuses, and for log probabilities of filtered answers:
+        they would tell what the filter takes out."""
+        filters = self._settings.filters
+        if form.asked.num_logprobs is not None and of_answers(filters):
+            raise RequestError("logprobs", "are not told where answers are filtered")
+        for question in questions if filters else ():
+            options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            refused = refusing(filters, str(self._tokenizer.decode(list(question.ids), **options)))
+            if refused is not None:
+                self.metrics.filtered.labels(refused.name, "prompts").inc()
+                found = f"filter `{refused.name}` lets no such text through"
+                raise AnswerError(400, error_body(found, code="content_filter", param=form.param))
+
+    async def _names(self, key: ApiKey | None = None) -> dict[str, str | None]:
+        """Every name that a request with `key` may give as `model`, with the adapter behind it; None is the base
+        model."""
         base = self._settings.model
         names: dict[str, str | None] = {base: None}
         for adapter in await self._backend.adapters():
             names |= {adapter: adapter, f"{base}:{adapter}": adapter}
-        return names
+        if key is None or not key.models:
+            return names
+        return {name: adapter for name, adapter in names.items() if (adapter or base).partition("@")[0] in key.models}
 
-    def _adapter(self, model: str, names: Mapping[str, str | None]) -> str | None:
-        if model not in names:
-            close = did_you_mean(model, names)
-            found = f"unknown model `{model}`; there are: {', '.join(names)}" + (f"; {close}" if close else "")
-            raise AnswerError(
-                404, error_body(found, kind="invalid_request_error", code="model_not_found", param="model")
-            )
-        return names[model]
+    def _adapter(self, model: str, names: Mapping[str, str | None], key: ApiKey | None) -> str | None:
+        if model in names:
+            return names[model]
+        if key is not None and key.models:  # whether there is one of that name is not this key's to know
+            found = f"this key may not ask `{model}`; it may ask: {', '.join(names) or 'none that is served'}"
+            raise AnswerError(403, error_body(found, code="model_not_allowed", param="model"))
+        close = did_you_mean(model, names)
+        found = f"unknown model `{model}`; there are: {', '.join(names)}" + (f"; {close}" if close else "")
+        raise AnswerError(404, error_body(found, code="model_not_found", param="model"))
 
-    def _authorise(self, http: Request) -> None:
-        if not self._settings.key_hashes:
-            return
-        scheme, _, key = http.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not is_known(key.strip(), self._settings.key_hashes):
-            found = "wrong API key" if key else "no API key; send `Authorization: Bearer KEY`"
-            body = error_body(found, kind="invalid_request_error", code="invalid_api_key")
-            raise AnswerError(401, body, {"WWW-Authenticate": "Bearer"})
+    def _card(self, name: str, adapter: str | None) -> dict[str, Any]:
+        parent = self._settings.model if adapter else None
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "lmray", "parent": parent}
+
+    def _key(self, http: Request) -> ApiKey | None:
+        """The request's key; None where none is asked for. Raises AnswerError (401) for none or a wrong one."""
+        account = _account(http)
+        account.path = http.scope["route"].path
+        if not self._settings.keys:
+            return None
+        scheme, _, given = http.headers.get("authorization", "").partition(" ")
+        key = find_key(given.strip(), self._settings.keys) if scheme.lower() == "bearer" else None
+        if key is None:
+            found = "wrong API key" if given else "no API key; send `Authorization: Bearer KEY`"
+            raise AnswerError(401, error_body(found, code="invalid_api_key"), {"WWW-Authenticate": "Bearer"})
+        account.key = key.name
+        return key
 
     async def _body(self, http: Request) -> Any:
-        """The decoded JSON body, read no further than allowed."""
-        limit, content = self._settings.max_body_bytes, bytearray()
-        async for part in http.stream():
-            content += part
-            if len(content) > limit:
-                found = f"the body is longer than {limit} bytes"
-                raise AnswerError(413, error_body(found, kind="invalid_request_error", code="request_too_large"))
+        """The decoded JSON body, read no further and waited for no longer than allowed."""
+        limits, content = self._settings.limits, bytearray()
         try:
-            return json.loads(content)
-        except ValueError as error:
+            async with asyncio.timeout(limits.body_timeout_s):
+                async for part in http.stream():
+                    content += part
+                    if len(content) > limits.max_body_bytes:
+                        found = f"the body is longer than {limits.max_body_bytes} bytes"
+                        raise AnswerError(413, error_body(found, code="request_too_large"))
+        except TimeoutError:
+            found = f"the body was not there after {limits.body_timeout_s:g} s"
+            raise AnswerError(408, error_body(found, code="timeout")) from None
+        try:
+            body = json.loads(content)
+            json.dumps(body, ensure_ascii=False).encode()  # JSON can write half a character, which no tokenizer reads
+        except (ValueError, RecursionError) as error:
             raise RequestError(None, f"the body is not JSON: {error}") from None
+        return body
+
+
+def _account(http: Request) -> Account:
+    return http.state.account
+
+
+async def _whole(head: Mapping[str, Any], form: Form, num: int, pieces: Pieces, account: Account) -> dict[str, Any]:
+    """The answer of a request without `stream`."""
+    found: list[list[Piece]] = [[] for _ in range(num)]
+    async with aclosing(pieces):
+        async for index, piece in pieces:
+            found[index].append(piece)
+    choices = [form.whole(index, one) for index, one in enumerate(found)]
+    return {**head, "object": form.whole_object, "choices": choices, "usage": _usage(account)}
+
+
+async def _events(
+    head: Mapping[str, Any], form: Form, num: int, pieces: Pieces, account: Account
+) -> AsyncIterator[str]:
+    """Server-sent events of all answers; an error on the way is sent as an event, since the status is out."""
+    told = form.asked.include_usage
+    frame = {**head, "object": form.piece_object} | ({"usage": None} if told else {})
+    for index in range(num):
+        for choice in form.opening(index):
+            yield _sse({**frame, "choices": [choice]})
+    try:
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                for choice in form.streamed(index, piece):
+                    yield _sse({**frame, "choices": [choice]})
+    except (LmrayError, AnswerError) as error:
+        failure = failure_of(error)
+        account.status = failure.status
+        yield _sse(failure.body)
+        return
+    except ClientGoneError:
+        account.status = CLIENT_CLOSED
+        return
+    if told:
+        yield _sse({**frame, "choices": [], "usage": _usage(account)})
+    yield "data: [DONE]\n\n"
+
+
+async def _with(first: tuple[int, Piece], pieces: Pieces) -> Pieces:
+    """`first` and what follows it."""
+    async with aclosing(pieces):
+        yield first
+        async for one in pieces:
+            yield one
+
+
+def _usage(account: Account) -> dict[str, int]:
+    return {
+        "prompt_tokens": account.num_prompt_tokens,
+        "completion_tokens": account.num_answer_tokens,
+        "total_tokens": account.num_tokens,
+    }
 
 
 def _sse(body: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-async def _answer_failure(http: Request, error: Exception) -> Response:
-    failure = error if isinstance(error, AnswerError) else failure_of(error)
-    return JSONResponse(failure.body, failure.status, headers=dict(failure.headers))
-
-
-async def _answer_http(http: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    found = f"{http.method} {http.url.path}: {error.detail}"
-    return JSONResponse(error_body(found, kind="invalid_request_error"), error.status_code, headers=error.headers)
-
-
-async def _answer_gone(http: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED)

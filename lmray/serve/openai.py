@@ -1,133 +1,64 @@
-"""OpenAI's chat completions on the wire: what is read, what is sent.
+"""OpenAI's completions on the wire: what is asked, and what is wrong with it.
 
-A field that would change the answer and is not supported is refused, never ignored.
+A field that would change the answer and is not supported is refused, never ignored. Those in `_NO_EFFECT` label a
+request or steer a provider's own service; they are read over.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
-from lmray.errors import DataError, did_you_mean
+from lmray.engines.base import Sampling
+from lmray.errors import did_you_mean
+from lmray.serve.failures import RequestError
+from lmray.serve.guided import ResponseFormat, grammar_of
+from lmray.serve.messages import ChatMessage, Tool, Wire
 
+MAX_CHOICES = 128
+"""Answers to one request, over all its prompts."""
+MAX_LOGPROBS = 20
 _NO_EFFECT = frozenset(
     ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
 )
-"""Fields that label a request or steer a provider's own service."""
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
-    "top_logprobs": (0,),
-}
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
 """Fields that are accepted with the value that changes nothing."""
 
-
-class _Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class TextPart(_Wire):
-    type: Literal["text"]
-    text: str
-
-
-class Function(_Wire):
-    """A function that a model may call."""
-
-    name: Annotated[str, Field(min_length=1)]
-    description: str = ""
-    parameters: dict[str, Any] = {}
-    strict: Literal[False] | None = None
-    """Arguments held to the schema need guided decoding."""
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+NumTokens = Annotated[int, Field(ge=1)]
+StopString = Annotated[str, Field(min_length=1)]
+Prompt = str | tuple[int, ...]
+"""A text, or its tokens."""
+R = TypeVar("R", bound="GenerationRequest")
 
 
-class Tool(_Wire):
-    type: Literal["function"]
-    function: Function
-
-    def plain(self) -> dict[str, Any]:
-        """As chat templates take it."""
-        return self.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
-
-
-class Called(_Wire):
-    """A function that was called, its arguments as JSON."""
-
-    name: str
-    arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _is_object(cls, text: str) -> str:
-        if not isinstance(json.loads(text), dict):  # what is no JSON raises a ValueError too
-            raise ValueError("are no JSON object")
-        return text
-
-
-class ToolCall(_Wire):
-    id: str
-    type: Literal["function"] = "function"
-    function: Called
-
-    def plain(self) -> dict[str, Any]:
-        """As chat templates take it: the arguments as an object."""
-        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
-        return {"id": self.id, "type": self.type, "function": function}
-
-
-class ChatMessage(_Wire):
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _fits_its_role(self) -> Self:
-        if self.content is None and not self.tool_calls:
-            raise ValueError("content is missing")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"tool_calls are the assistant's, not of role `{self.role}`")
-        if self.tool_call_id and self.role != "tool":
-            raise ValueError(f"tool_call_id belongs to role `tool`, not `{self.role}`")
-        return self
-
-    def plain(self) -> dict[str, Any]:
-        """The message as chat templates take it: content as one string."""
-        parts = self.content or ""
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
-        answered = {"tool_call_id": self.tool_call_id} if self.tool_call_id else {}
-        return {"role": self.role, "content": text} | calls | answered
-
-
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     include_usage: bool = False
 
 
-class ChatRequest(_Wire):
-    """The body of `POST /v1/chat/completions`."""
+class GenerationRequest(Wire):
+    """What all requests for answers share."""
 
     model: str
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
-    ) = []
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     seed: int | None = None
-    tools: list[Tool] = []
-    tool_choice: Literal["none", "auto"] = "auto"
-    """Whether the model is told of `tools`. It cannot be made to call one without guided decoding."""
+    """Of the first answer to a prompt; the next ones count on from it."""
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
+        default_factory=dict
+    )
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
+    response_format: ResponseFormat = ResponseFormat()
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -136,20 +67,129 @@ class ChatRequest(_Wire):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, room: int, place: int) -> Sampling:
+        """For answer `place` to one prompt that leaves `room` tokens."""
+        return Sampling(
+            max_tokens=self.limit(room),
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=None if self.seed is None else self.seed + place,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=tuple(sorted(self.logit_bias.items())),
+            logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_prompt_logprobs,
+            grammar=grammar_of(self.response_format),
+        )
+
+    def limit(self, room: int) -> int:
+        """Most tokens of an answer, where `room` are left."""
+        raise NotImplementedError
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives told with each token of the answer; None where no log probability is."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return None
+
+    def check(self) -> None:
+        """Raises RequestError for fields that contradict each other."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options", "is given without `stream`", hint='add `"stream": true`')
+
+
+class ChatRequest(GenerationRequest):
+    """The body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: NumTokens | None = None
+    max_completion_tokens: NumTokens | None = None
+    logprobs: bool = False
+    top_logprobs: NumLogprobs = 0
+    tools: list[Tool] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto"] = "auto"
+    """Whether the model is told of `tools`. It is not made to call one."""
+
+    @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """What the chat template is given; None where the model is to call nothing."""
         return [tool.plain() for tool in self.tools] if self.tools and self.tool_choice == "auto" else None
 
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
-class RequestError(DataError):
-    """A request that OpenAI's protocol or this server does not allow; `param` is the field."""
+    def limit(self, room: int) -> int:
+        return self.max_tokens or self.max_completion_tokens or room
 
-    def __init__(self, param: str | None, found: str, *, allowed: str | None = None, hint: str | None = None):
-        super().__init__(param or "request", found, allowed=allowed, hint=hint)
-        self.param = param
+    def check(self) -> None:
+        super().check()
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise RequestError("max_tokens", "means the same as `max_completion_tokens`", hint="give one")
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs", "is given without `logprobs`", hint='add `"logprobs": true`')
+        if self.offered_tools and self.response_format.type != "text":
+            hint = 'set `"tool_choice": "none"`'
+            raise RequestError("response_format", "leaves no room for a call of `tools`", hint=hint)
 
 
-def read_chat_request(body: Any) -> ChatRequest:
+class CompletionRequest(GenerationRequest):
+    """The body of `POST /v1/completions`."""
+
+    prompt: tuple[Prompt, ...]
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    """0: only the prompt is read."""
+    logprobs: NumLogprobs | None = None
+    prompt_logprobs: NumLogprobs | None = None
+    echo: bool = False
+    """Whether the prompt stands before its answer, and its log probabilities before the answer's."""
+
+    @field_validator("prompt", mode="plain")
+    @classmethod
+    def _one_or_many(cls, given: Any) -> tuple[Prompt, ...]:
+        prompts = [given] if isinstance(given, str) or _is_tokens(given) else given
+        if not isinstance(prompts, list) or not all(isinstance(one, str) or _is_tokens(one) for one in prompts):
+            raise ValueError("is neither a text nor a list of token ids, and no list of these")
+        if not prompts or not all(prompts):
+            raise ValueError("is empty")
+        return tuple(one if isinstance(one, str) else tuple(one) for one in prompts)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        asked = [num for num in (echoed, self.prompt_logprobs) if num is not None]
+        return max(asked, default=None)
+
+    def limit(self, room: int) -> int:
+        return self.max_tokens
+
+    def check(self) -> None:
+        super().check()
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs", "are not streamed", hint="leave `stream` out, or use `echo`")
+        if self.n * len(self.prompt) > MAX_CHOICES:
+            found = f"{len(self.prompt)} prompts with {self.n} answers each"
+            raise RequestError("prompt", found, allowed=f"{MAX_CHOICES} answers")
+
+
+def _is_tokens(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
+
+
+def read_request(kind: type[R], body: Any) -> R:
     """`body` (decoded JSON) as a request. Raises RequestError naming the field."""
     if not isinstance(body, dict):
         raise RequestError(None, "the body is not a JSON object")
@@ -161,19 +201,18 @@ def read_chat_request(body: Any) -> ChatRequest:
             if value not in _NEUTRAL[key]:
                 allowed = f"{_NEUTRAL[key][0]!r}, or leave it out"
                 raise RequestError(key, f"{value!r} is not supported", allowed=allowed)
-        elif key not in ChatRequest.model_fields:
-            known = sorted({*ChatRequest.model_fields, *_NEUTRAL, *_NO_EFFECT})
+        elif key not in kind.model_fields:
+            known = sorted({*kind.model_fields, *_NEUTRAL, *_NO_EFFECT})
             raise RequestError(key, "unknown field", allowed=", ".join(known), hint=did_you_mean(key, known))
         else:
             fields[key] = value
     try:
-        request = ChatRequest.model_validate(fields)
+        request = kind.model_validate_json(
+            json.dumps(fields)
+        )  # as JSON: there an object may be a part and a list a tuple
     except ValidationError as error:
         raise _request_error(error) from None
-    if None not in (request.max_tokens, request.max_completion_tokens):
-        raise RequestError("max_tokens", "means the same as `max_completion_tokens`", hint="give one")
-    if request.stream_options is not None and not request.stream:
-        raise RequestError("stream_options", "is given without `stream`", hint='add `"stream": true`')
+    request.check()
     return request
 
 
@@ -184,56 +223,6 @@ def _request_error(error: ValidationError) -> RequestError:
         return problem["type"] not in ("string_type", "list_type"), len(problem["loc"])
 
     worst = max(error.errors(include_url=False), key=depth)
-    branches = ("str", "constrained-str")  # and `list[...]`: which of a field's types was tried
+    branches = ("str", "constrained-str", "[key]")  # and `list[...]`: which of a field's types was tried
     path = [str(part) for part in worst["loc"] if part not in branches and not str(part).startswith("list[")]
     return RequestError(".".join(path), worst["msg"])
-
-
-def completion(
-    head: Mapping[str, Any],
-    text: str,
-    finish_reason: str,
-    usage: Mapping[str, int],
-    *,
-    calls: Sequence[Mapping[str, Any]] = (),
-) -> dict[str, Any]:
-    """The whole answer of a request without `stream`. `head` holds `id`, `created`, `model`."""
-    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-    if calls:
-        message |= {"content": text.strip() or None, "tool_calls": [*calls]}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-    return {**head, "object": "chat.completion", "choices": [choice], "usage": dict(usage)}
-
-
-def chunk(head: Mapping[str, Any], delta: Mapping[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    """One piece of a streamed answer."""
-    choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": finish_reason}
-    return {**head, "object": "chat.completion.chunk", "choices": [choice]}
-
-
-def usage_chunk(head: Mapping[str, Any], usage: Mapping[str, int]) -> dict[str, Any]:
-    """The last piece of a stream that asked for `include_usage`."""
-    return {**head, "object": "chat.completion.chunk", "choices": [], "usage": dict(usage)}
-
-
-def token_usage(num_prompt_tokens: int, num_answer_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_answer_tokens,
-        "total_tokens": num_prompt_tokens + num_answer_tokens,
-    }
-
-
-def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def model_list(names: Mapping[str, str | None], created: int) -> dict[str, Any]:
-    """The answer of `GET /v1/models`; `names` maps a model's name to its adapter, None for the base model."""
-    base = next(name for name, adapter in names.items() if adapter is None)
-    data = [
-        {"id": name, "object": "model", "created": created, "owned_by": "lmray", "parent": base if adapter else None}
-        for name, adapter in names.items()
-    ]
-    return {"object": "list", "data": data}

@@ -7,21 +7,24 @@ finds them again where it is called and refuses anything else than what was plan
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
-from lmray.artifacts.store import open_store
+from lmray.artifacts.served import AdapterCache, ServedAdapter
+from lmray.artifacts.store import Store, open_store
+from lmray.config.endpoint import HttpLimits, TextFilter
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
 from lmray.models.load import load_config, load_tokenizer
 from lmray.models.quiet import quiet
-from lmray.models.rope import RopeScaling, check_same_scaling
-from lmray.models.source import ARTIFACT, FoundModel, find_model, model_of
-from lmray.serve.keys import check_exposure, read_key_hashes
+from lmray.models.rope import RopeScaling
+from lmray.models.source import ARTIFACT, find_model, model_of
+from lmray.serve.fit import Fit, StoredAdapters
+from lmray.serve.keys import ApiKey, check_exposure, read_keys
 
 
 @dataclass(frozen=True)
@@ -37,25 +40,31 @@ class ServePlan:
     """Of the base model's weights."""
     store: str
     """Folder of the artifact store."""
+    endpoint: str
+    """Name of the job."""
+    served: tuple[ServedAdapter, ...]
+    cache: AdapterCache
     adapters: dict[str, str]
-    """Name in requests -> version id of the artifact of that name."""
-    key_hashes: tuple[str, ...]
+    """Of those that are named: name in requests -> version id of the artifact, when the endpoint was prepared."""
+    keys: tuple[ApiKey, ...]
+    admin_keys: tuple[ApiKey, ...] = ()
+    """Empty: the endpoint has no admin calls."""
     rope_scaling: RopeScaling | None = None
     """Of the base model's positions."""
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    filters: tuple[TextFilter, ...] = ()
 
-
-@dataclass(frozen=True)
-class CheckedOut:
-    """What a plan names, on this node's disk."""
-
-    model: Path
-    adapters: dict[str, Path]
+    @property
+    def fit(self) -> Fit:
+        """What an adapter must be."""
+        return Fit(self.source, self.digest, self.rope_scaling, self.cache.max_adapter_bytes)
 
 
 def prepare(job: ServeJob) -> ServePlan:
     """Resolves and checks all that `job` names. Raises ArtifactError, ConfigError, CapacityError."""
-    key_hashes = read_key_hashes(job.http.api_keys_file)
-    check_exposure(job.http.host, key_hashes)
+    keys = read_keys(job.http.api_keys_file)
+    admin_keys = _admin_keys(job, keys)
+    check_exposure(job.http.host, keys)
     check_port(job.http.host, job.http.port)
     if job.resources.workers.max != 1:
         hint = "set `autoscaling.min_replicas` and `max_replicas`"
@@ -68,31 +77,37 @@ def prepare(job: ServeJob) -> ServePlan:
     store = open_store(job.storage)
     is_folder = Path(job.model.source).expanduser().exists()
     model_name = found.folder.name if is_folder else job.model.source.removeprefix(ARTIFACT).partition("@")[0]
-    adapters = _adapters(job, Artifacts(store), found, model_name)
     plan = ServePlan(
         model_name=model_name,
         source=str(found.folder) if is_folder else found.source,
         revision=job.model.revision,
         digest=found.digest,
         store=str(store.root),
-        adapters=adapters,
-        key_hashes=key_hashes,
+        endpoint=job.name,
+        served=job.adapters,
+        cache=job.adapter_cache,
+        adapters={},
+        keys=keys,
+        admin_keys=admin_keys,
         rope_scaling=job.model.rope_scaling,
+        limits=job.http.limits,
+        filters=job.filters,
     )
-    job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), check_out(plan).adapters)
-    return plan
+    named = _named_adapters(job, store, plan)
+    adapters = StoredAdapters(store, plan.fit)
+    folders = {name: adapters.find(artifact.ref).folder for name, artifact in named.items()}
+    job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), folders)
+    return replace(plan, adapters={name: artifact.id for name, artifact in named.items()})
 
 
-def check_out(plan: ServePlan) -> CheckedOut:
-    """Model and adapters of `plan` as folders of this node. Raises ArtifactError where the model is another here."""
+def check_out(plan: ServePlan) -> Path:
+    """The model of `plan` as a folder of this node. Raises ArtifactError where it is another model here."""
     found = find_model(plan.source, plan.revision, storage=plan.store)
     if found.digest != plan.digest:
         what = f"has other weights on this node ({found.digest[:12]})"
         hint = "put the model where every node reads the same"
         raise ArtifactError(f"model `{plan.source}`", what, allowed=plan.digest[:12], hint=hint)
-    artifacts = Artifacts(open_store(plan.store))
-    folders = {name: artifacts.checkout(artifacts.find(ArtifactRef(name, id))) for name, id in plan.adapters.items()}
-    return CheckedOut(found.folder, folders)
+    return found.folder
 
 
 def load_empty_model(folder: Path, rope_scaling: RopeScaling | None = None) -> PreTrainedModel:
@@ -119,30 +134,32 @@ def check_port(host: str, port: int) -> None:
         raise CapacityError(f"http {host}:{port}", f"cannot listen there: {error.strerror}", hint=hint) from None
 
 
-def _adapters(job: ServeJob, artifacts: Artifacts, base: FoundModel, model_name: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    if len(job.adapters) > job.engine.max_adapters:
-        hint = f"set `engine.max_adapters` to {len(job.adapters)}"
-        raise ConfigError("adapters", f"{len(job.adapters)} are more than the engine holds", hint=hint)
-    for wanted in job.adapters:
-        artifact = artifacts.find(ArtifactRef(wanted.artifact, wanted.stage))
-        _check_base(artifact, base)
-        check_same_scaling(f"artifact `{artifact.ref}`", RopeScaling.of(artifact.base), job.model.rope_scaling)
-        if artifact.name in found or artifact.name == model_name:
-            raise ConfigError(
-                "adapters", f"the name `{artifact.name}` is taken", hint="serve one version of an artifact"
-            )
-        found[artifact.name] = artifact.id
+def _admin_keys(job: ServeJob, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+    field = "http.admin_keys_file"
+    found = read_keys(job.http.admin_keys_file, field=field)
+    for key in found:
+        told = sorted(key.model_fields_set - {"name", "sha256", "metrics"})
+        if told:
+            hint = "leave it out: who may administer an endpoint may do so without limit"
+            raise ConfigError(field, f"key `{key.name}` has {', '.join(told)}, which `/admin` does not know", hint=hint)
+    if {key.sha256 for key in found} & {key.sha256 for key in keys}:
+        hint = "give those who administer the endpoint keys of their own"
+        raise ConfigError(field, "holds a key of `http.api_keys_file`", hint=hint)
     return found
 
 
-def _check_base(artifact: Artifact, base: FoundModel) -> None:
-    if artifact.kind != "adapter":
-        hint = f"serve it as `model.source: artifact:{artifact.name}`"
-        raise ArtifactError(f"artifact `{artifact.ref}`", f"is a {artifact.kind}", allowed="adapter", hint=hint)
-    digest = artifact.base.get("digest")
-    if digest != base.digest:
-        was = f"was trained on `{artifact.base.get('source')}` ({str(digest)[:12]})"
-        hint = f"set `model.source: {artifact.base.get('source')}`, or train it again on this model"
-        allowed = f"adapters of `{base.source}` ({base.digest[:12]})"
-        raise ArtifactError(f"artifact `{artifact.ref}`", was, allowed=allowed, hint=hint)
+def _named_adapters(job: ServeJob, store: Store, plan: ServePlan) -> dict[str, Artifact]:
+    """The versions that now stand behind the names in the job; patterns are looked at when somebody asks."""
+    found: dict[str, Artifact] = {}
+    wanted = [one for one in job.adapters if not one.is_pattern]
+    if len(wanted) > job.engine.max_adapters or (job.adapters and not job.engine.max_adapters):
+        hint = f"set `engine.max_adapters` to {max(len(wanted), 1)}"
+        raise ConfigError("adapters", f"{len(job.adapters)} are more than the engine holds", hint=hint)
+    for one in wanted:
+        artifact = Artifacts(store).find(ArtifactRef(one.artifact, one.stage))
+        plan.fit.check(artifact)
+        if artifact.name in found or artifact.name == plan.model_name:
+            hint = "serve one version of an artifact"
+            raise ConfigError("adapters", f"the name `{artifact.name}` is taken", hint=hint)
+        found[artifact.name] = artifact
+    return found

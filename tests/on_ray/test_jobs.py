@@ -277,8 +277,10 @@ def test_paths_of_other_kinds_are_found_too(job, tmp_path):
     moved = portable(job(sharding=sharding, data__train=[{"source": "pypi:x"}]), folder=tmp_path)
     assert moved.sharding.config == str(tmp_path / "keys")
     (tmp_path / "adapter").mkdir()
-    tree = {"name": "s", "model": {"source": "m"}, "engine": "native", "http": {"api_keys_file": "keys"}}
-    assert portable(decode(ServeJob, Document("s", tree)), folder=tmp_path).http.api_keys_file == str(tmp_path / "keys")
+    tree = {"name": "s", "model": {"source": "m"}, "engine": "native"}
+    tree["http"] = {"api_keys_file": "keys", "admin_keys_file": "keys"}
+    http = portable(decode(ServeJob, Document("s", tree)), folder=tmp_path).http
+    assert http.api_keys_file == http.admin_keys_file == str(tmp_path / "keys")
     text = """
     name: e
     model: {source: m}

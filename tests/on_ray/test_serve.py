@@ -43,7 +43,10 @@ def job(ray_cluster, tmp_path_factory) -> ServeJob:
         {
             "name": "endpoint",
             "model": {"source": str(model), "dtype": "float32"},
-            "adapters": [{"artifact": "helper", "stage": "production"}],
+            "adapters": [
+                {"artifact": "helper", "stage": "production"},
+                {"artifact": "late*", "stage": "production"},
+            ],
             "engine": {"name": "native", "max_batch_size": 4, "max_length": 1024},
             "http": {"port": port, "api_keys_file": str(root / "keys")},
             "resources": {"cpus_per_worker": 1},
@@ -123,6 +126,28 @@ def test_a_client_that_leaves_ends_its_request_in_the_replica(client, job):
     while (stats := engine.stats.remote().result())["running"]:
         pass
     assert stats["generated_tokens"] - before < length / 2, "it was generated to its end"
+
+
+def test_an_adapter_promoted_while_the_endpoint_runs_is_served_and_rolled_back(client, job, texts, tmp_path):
+    artifacts = Artifacts(open_store(job.storage))
+    told = {"messages": MESSAGES, "temperature": 0, "max_tokens": MAX_TOKENS}
+
+    def answer(model: str) -> str | None:
+        return client.chat.completions.create(model=model, **told).choices[0].message.content
+
+    folder = tiny_adapter_folder(find_model(job.model.source).folder, tmp_path / "late", seed=2)
+    base = artifacts.find("helper").base
+    artifacts.promote(artifacts.keep("late", folder, base=base).ref, "production")
+    while "late" not in [model.id for model in client.models.list()]:
+        pass
+    assert answer("late") not in texts.values()
+    artifacts.promote(artifacts.keep("helper", folder, base=base).ref, "production")
+    while answer("helper") == texts["helper"]:
+        pass
+    assert answer("helper") == answer("late")
+    artifacts.rollback("helper", "production")
+    while answer("helper") != texts["helper"]:
+        pass
 
 
 def test_a_second_endpoint_is_refused_while_one_runs(service, job):

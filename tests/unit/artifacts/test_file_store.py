@@ -160,3 +160,14 @@ def test_temporary_files_of_others_are_left_alone_until_nobody_can_own_them(stor
     os.utime(forgotten, (0, 0))
     store.put("a", b"")
     assert mine.exists() and elsewhere.exists() and not forgotten.exists()
+
+
+def test_stamps_tell_what_was_written_again_and_folders_what_lies_below(store):
+    assert store.stamp("a/b/one") is None and store.folders("a") == []
+    store.put("a/b/one", b"1")
+    store.put("a/c/two", b"2")
+    before = store.stamp("a/b/one")
+    assert store.stamp("a/b/one") == before and store.stamp("a/c/two") != before
+    store.put("a/b/one", b"3")
+    assert store.stamp("a/b/one") != before
+    assert store.folders("a") == ["b", "c"]

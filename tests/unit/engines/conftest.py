@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from lmray.engines import native
 from lmray.models.load import load_model
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
 
@@ -30,6 +31,14 @@ def adapter_folders(model_folder, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def model(model_folder):
     return load_model(model_folder, "float32")
+
+
+@pytest.fixture(params=["paged", "transformers"])
+def way(request, monkeypatch) -> str:
+    """Which forward runs the model: its own is taken where the other cannot be."""
+    if request.param == "transformers":
+        monkeypatch.setattr(native, "unfit", lambda model: "the test asks for it")
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def test_equal_seeds_give_equal_draws_and_none_gives_others():
         slots.add(Request("a", (5,), Sampling(8, temperature=1.0, seed=seed)))
         row = slots.admit()
         assert row is not None
-        return [row.random.random() for _ in range(4)]
+        return [row.chooser.random.random() for _ in range(4)]
 
     assert draws(3) == draws(3)
     assert draws(None) != draws(None)

@@ -12,8 +12,10 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from lmray.engines import native
 from lmray.engines._adapter_folder import WEIGHTS, read_adapter_folder
-from lmray.engines._stepper import Stepper
+from lmray.engines._core import Core
+from lmray.engines._decoder import unfit
 from lmray.engines.base import Request, Sampling
 from lmray.engines.native import Native, generate
 from lmray.errors import ArtifactError, ConfigError, DataError, LmrayError
@@ -35,6 +37,8 @@ FAMILIES = {
     "llama": (transformers.LlamaConfig(**SIZES, **TOKENS), "eager"),
     "qwen3": (transformers.Qwen3Config(**SIZES, **TOKENS, head_dim=8), "sdpa"),
     "mistral": (transformers.MistralConfig(**SIZES, **TOKENS, sliding_window=128), "sdpa"),
+    "qwen2": (transformers.Qwen2Config(**SIZES, **TOKENS), "sdpa"),
+    "llama with biases": (transformers.LlamaConfig(**SIZES, **TOKENS, attention_bias=True, mlp_bias=True), "sdpa"),
     "gemma3": (transformers.Gemma3TextConfig(**SIZES, **TOKENS, **GEMMA), "sdpa"),
     "gpt2": (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=256, **TOKENS), "sdpa"),
 }
@@ -45,17 +49,23 @@ def small_model(config, attention: str = "sdpa") -> transformers.PreTrainedModel
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         for parameter in model.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1 or parameter.abs().sum() == 0:  # biases too
                 torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
-def make(model, **changes) -> Stepper:
+def make_stepper(model, **changes) -> Core:
     config = Native(**{"max_batch_size": 4, "max_length": 128, **changes})
     return config.make_stepper(model, stop_token_ids=STOP)
 
 
-def step(stepper: Stepper, answers: dict[str, list[int]]) -> None:
+@pytest.fixture
+def make(way):
+    """`make_stepper`, each way."""
+    return make_stepper
+
+
+def step(stepper: Core, answers: dict[str, list[int]]) -> None:
     """One step, its tokens added to `answers` by request id. Raises what a request ended with."""
     for request_id, outcome in stepper.step():
         if isinstance(outcome, LmrayError):
@@ -64,10 +74,10 @@ def step(stepper: Stepper, answers: dict[str, list[int]]) -> None:
             answers[request_id].append(outcome.token_id)
 
 
-def run(stepper: Stepper) -> dict[str, list[int]]:
+def run(stepper: Core) -> dict[str, list[int]]:
     """Steps until nothing is left."""
     answers: dict[str, list[int]] = defaultdict(list)
-    while stepper.slots.busy:
+    while stepper.busy:
         step(stepper, answers)
     return answers
 
@@ -75,13 +85,14 @@ def run(stepper: Stepper) -> dict[str, list[int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ragged_batches_of_other_architectures_give_their_own_greedy_tokens(family, prompts):
     model = small_model(*FAMILIES[family])
+    assert (unfit(model) is None) == (family not in ("gemma3", "gpt2"))
     expected = [greedy(model, prompt) for prompt in prompts]
     answers = generate(model, prompts, stop_token_ids=STOP, max_new_tokens=NUM_NEW, batch_size=4, threads=1)
     assert answers == expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 99])
-def test_generate_gives_answers_in_order_and_tells_its_progress(model, prompts, expected, batch_size):
+def test_generate_gives_answers_in_order_and_tells_its_progress(way, model, prompts, expected, batch_size):
     told = []
     answers = generate(
         model,
@@ -98,7 +109,7 @@ def test_generate_gives_answers_in_order_and_tells_its_progress(model, prompts, 
     assert generate(model, [], stop_token_ids=STOP, max_new_tokens=1, batch_size=1, threads=1) == []
 
 
-def test_generate_runs_a_model_in_training_and_gives_it_back_as_it_came(model, adapter_folders, prompts, expected):
+def test_generate_runs_a_model_in_training_and_gives_it_back_as_it_came(way, model, adapter_folders, prompts, expected):
     trained = PeftModel.from_pretrained(model, adapter_folders["a"], is_trainable=True).train()
     before = {name: parameter.requires_grad for name, parameter in trained.named_parameters()}
     told = {"stop_token_ids": STOP, "max_new_tokens": NUM_NEW, "batch_size": 3, "threads": 1}
@@ -118,10 +129,10 @@ def test_generate_refuses_what_it_cannot_answer(model):
         generate(model, [(5,)], **told, adapter="default")
 
 
-def test_many_requests_over_few_rows_and_all_adapters_are_exact(model, adapter_folders, prompts, expected):
+def test_many_requests_over_few_rows_and_all_adapters_are_exact(make, model, adapter_folders, prompts, expected):
     stepper = make(model, max_batch_size=3)
     for name, folder in adapter_folders.items():
-        stepper.adapters.add(name, read_adapter_folder(folder, stepper.base))
+        stepper.adapters.add(name, read_adapter_folder(folder, stepper.adapters.base))
     source = random.Random(1)
     wanted = [(place, adapter) for place in range(len(prompts)) for adapter in (None, "a", "b")]
     source.shuffle(wanted)
@@ -130,12 +141,12 @@ def test_many_requests_over_few_rows_and_all_adapters_are_exact(model, adapter_f
         stepper.add(Request(f"{place} {adapter}", prompts[place], Sampling(NUM_NEW), adapter))
         for _ in range(source.randrange(9)):
             step(stepper, answers)
-    while stepper.slots.busy:
+    while stepper.busy:
         step(stepper, answers)
     assert {key: answers[f"{key[0]} {key[1]}"] for key in wanted} == {key: expected[key[1]][key[0]] for key in wanted}
 
 
-def test_adapters_of_other_rank_and_layers_share_a_batch(model, model_folder, adapter_folders, prompts, tmp_path):
+def test_adapters_of_other_rank_and_layers_share_a_batch(make, model, model_folder, adapter_folders, prompts, tmp_path):
     """A row must not feel which layers its neighbour's adapter has."""
     folder = tiny_adapter_folder(model_folder, tmp_path / "small", seed=3, r=2)
     kept = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "layers.1.self_attn" in name}
@@ -146,22 +157,23 @@ def test_adapters_of_other_rank_and_layers_share_a_batch(model, model_folder, ad
     (folder / "adapter_config.json").write_text(config.replace(modules, regex))
     reference = PeftModel.from_pretrained(load_model(model_folder, "float32"), folder)
     stepper = make(model)
-    stepper.adapters.add("small", read_adapter_folder(folder, stepper.base))
-    stepper.adapters.add("a", read_adapter_folder(adapter_folders["a"], stepper.base))
+    stepper.adapters.add("small", read_adapter_folder(folder, stepper.adapters.base))
+    stepper.adapters.add("a", read_adapter_folder(adapter_folders["a"], stepper.adapters.base))
     for place, adapter in ((0, "small"), (1, "a"), (2, None)):
         stepper.add(Request(str(place), prompts[place], Sampling(NUM_NEW), adapter))
     assert run(stepper)["0"] == greedy(reference, prompts[0])
 
 
-def test_new_prompts_are_read_up_to_the_limit_in_a_step_but_always_one(model):
-    stepper = make(model, max_prefill_tokens=10)
+def test_its_own_forward_reads_new_prompts_up_to_the_limit_in_a_step_but_always_one(model, monkeypatch):
+    monkeypatch.setattr(native, "unfit", lambda model: "the test asks for it")
+    stepper = make_stepper(model, max_prefill_tokens=10)
     for name, length in (("a", 30), ("b", 4), ("c", 4), ("d", 4)):
         stepper.add(Request(name, (5,) * length, Sampling(8)))
     assert [request_id for request_id, _ in stepper.step()] == ["a"]
     assert [request_id for request_id, _ in stepper.step()] == ["a", "b", "c", "d"]
 
 
-def test_cancelling_frees_the_row_and_leaves_the_others_exact(model, prompts, expected):
+def test_cancelling_frees_the_row_and_leaves_the_others_exact(make, model, prompts, expected):
     stepper = make(model, max_batch_size=2)
     for place in range(3):
         stepper.add(Request(str(place), prompts[place], Sampling(NUM_NEW)))
@@ -175,7 +187,7 @@ def test_cancelling_frees_the_row_and_leaves_the_others_exact(model, prompts, ex
     assert [outcome.token_id for _, outcome in first[1:]] + answers["1"] == expected[None][1]
 
 
-def test_a_waiting_request_can_be_cancelled(model, prompts):
+def test_a_waiting_request_can_be_cancelled(make, model, prompts):
     stepper = make(model, max_batch_size=1)
     stepper.add(Request("runs", prompts[0], Sampling(2)))
     stepper.add(Request("waits", prompts[1], Sampling(2)))
@@ -184,16 +196,16 @@ def test_a_waiting_request_can_be_cancelled(model, prompts):
     assert "waits" not in run(stepper)
 
 
-def test_an_answer_ends_where_the_row_is_full(model):
+def test_an_answer_ends_where_the_row_is_full(make, model):
     stepper = make(model, max_length=16)
     stepper.add(Request("a", (5,) * 10, Sampling(99)))
     outcomes = [outcome for _ in range(6) for _, outcome in stepper.step()]
     assert len(outcomes) == 6
     assert outcomes[-1].finish_reason == "length"
-    assert not stepper.slots.busy
+    assert not stepper.busy
 
 
-def test_equal_seeds_draw_equal_answers_whoever_shares_the_batch(model, prompts):
+def test_equal_seeds_draw_equal_answers_whoever_shares_the_batch(make, model, prompts):
     def answer(*neighbours: int) -> list[int]:
         stepper = make(model)
         stepper.add(Request("me", prompts[0], Sampling(NUM_NEW, temperature=1.0, top_p=0.9, seed=7)))
@@ -205,7 +217,7 @@ def test_equal_seeds_draw_equal_answers_whoever_shares_the_batch(model, prompts)
 
 
 def test_a_broken_adapter_ends_its_own_request_only_and_leaves_no_nan_in_its_row(
-    model, adapter_folders, prompts, expected, tmp_path
+    make, model, adapter_folders, prompts, expected, tmp_path
 ):
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -213,7 +225,7 @@ def test_a_broken_adapter_ends_its_own_request_only_and_leaves_no_nan_in_its_row
     tensors = {name: tensor * 1e30 for name, tensor in load_file(adapter_folders["a"] / WEIGHTS).items()}
     save_file(tensors, Path(broken / WEIGHTS))
     stepper = make(model, max_batch_size=2)
-    stepper.adapters.add("broken", read_adapter_folder(broken, stepper.base))
+    stepper.adapters.add("broken", read_adapter_folder(broken, stepper.adapters.base))
     stepper.add(Request("good", prompts[0], Sampling(NUM_NEW)))
     stepper.add(Request("bad", prompts[3], Sampling(NUM_NEW), "broken"))
     first = dict(stepper.step())
@@ -226,11 +238,11 @@ def test_a_broken_adapter_ends_its_own_request_only_and_leaves_no_nan_in_its_row
     assert answers["next"] == expected[None][5]
 
 
-def test_the_last_adapter_leaves_the_model_as_it_was(model, adapter_folders):
+def test_the_last_adapter_leaves_the_model_as_it_was(make, model, adapter_folders):
     stepper = make(model)
     before = {name: type(module) for name, module in model.named_modules()}
     for name, folder in adapter_folders.items():
-        stepper.adapters.add(name, read_adapter_folder(folder, stepper.base))
+        stepper.adapters.add(name, read_adapter_folder(folder, stepper.adapters.base))
     for name in adapter_folders:
         stepper.adapters.remove(name)
     assert stepper.adapters.handles == ()
@@ -262,11 +274,11 @@ def test_the_last_adapter_leaves_the_model_as_it_was(model, adapter_folders):
 )
 def test_models_that_slots_would_answer_wrongly_for_are_refused(config, found):
     with pytest.raises(ConfigError) as caught:
-        make(small_model(config, "eager"))
+        make_stepper(small_model(config, "eager"))
     assert found in str(caught.value)
 
 
 def test_attention_that_takes_no_mask_is_refused(model):
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ConfigError, match="cannot run attention `flash_attention_2`"):
-        make(model)
+        make_stepper(model)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from lmray.engines.base import Request, TokenEvent
+from lmray.engines.base import FinishReason, Request, TokenEvent, TokenLogprob
 from lmray.errors import LmrayError
+
+STOP, LETTER_A = 2, 67
 
 
 class FakeBackend:
@@ -16,7 +18,7 @@ class FakeBackend:
         self,
         ids: Sequence[int] = (),
         *,
-        finish_reason: str = "stop",
+        finish_reason: FinishReason = "stop",
         error: LmrayError | None = None,
         fails_after: int = 0,
         adapters: Sequence[str] = ("helper",),
@@ -40,12 +42,23 @@ class FakeBackend:
             for place, token_id in enumerate(self.ids):
                 await self._trouble(place)
                 last = place == len(self.ids) - 1 and self.finish_reason == "length"
-                yield TokenEvent(request.id, token_id, "length" if last else None)
+                yield self._event(request, place, token_id, "length" if last else None)
             await self._trouble(len(self.ids))
             if self.finish_reason == "stop":
-                yield TokenEvent(request.id, None, "stop")
+                yield self._event(request, len(self.ids), None, "stop")
         finally:
             self.closed.append(request.id)
+
+    def _event(self, request: Request, place: int, token_id: int | None, reason: FinishReason | None) -> TokenEvent:
+        """With log probabilities of -1 for what was asked, and -2 for the token `a`."""
+        sampling, told = request.sampling, None
+        if sampling.logprobs is not None:
+            told = _logprob(STOP if token_id is None else token_id, sampling.logprobs)
+        read = None
+        if place == 0 and sampling.prompt_logprobs is not None:
+            read = (None, *(_logprob(one, sampling.prompt_logprobs) for one in request.prompt_ids[1:]))
+        prefill_s = 0.0 if place == 0 else None
+        return TokenEvent(request.id, token_id, reason, told, read, prefill_s)
 
     async def _trouble(self, place: int) -> None:
         if self.error is not None and place >= self.fails_after:
@@ -53,3 +66,7 @@ class FakeBackend:
         if place == self.hangs_after:
             self.hanging.set()
             await asyncio.Event().wait()
+
+
+def _logprob(token_id: int, num_top: int) -> TokenLogprob:
+    return TokenLogprob(token_id, -1.0, ((token_id, -1.0), (LETTER_A, -2.0))[:num_top])

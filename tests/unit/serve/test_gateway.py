@@ -10,10 +10,12 @@ from openai.pagination import SyncPage
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from lmray.config.endpoint import HttpLimits
 from lmray.engines.base import Sampling
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError
+from lmray.serve import guided
 from lmray.serve.gateway import GatewaySettings, make_app
-from lmray.serve.keys import read_key_hashes
+from lmray.serve.keys import read_keys
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import FakeBackend
 
@@ -69,6 +71,7 @@ def test_usage_is_streamed_last_where_it_is_asked_for(chat, ids):
     events = sse(chat(FakeBackend(ids("abc")), stream=True, stream_options={"include_usage": True}).text)
     assert events[-2]["choices"] == []
     assert events[-2]["usage"]["completion_tokens"] == 3
+    assert all(event["usage"] is None for event in events[:-2])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -98,9 +101,12 @@ def test_an_answer_cut_by_length_says_so_and_sends_what_it_held_back(chat, ids, 
 
 def test_sampling_reaches_the_engine_and_defaults_are_openais(chat, tokenizer):
     backend = FakeBackend()
-    chat(backend, temperature=0.5, top_p=0.9, top_k=7, max_completion_tokens=5, seed=3)
+    told = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 3, "repetition_penalty": 1.1}
+    told |= {"frequency_penalty": 0.2, "presence_penalty": -0.3}
+    chat(backend, **told, max_completion_tokens=5, logit_bias={"7": -100, "5": 2}, logprobs=True, top_logprobs=4)
     chat(backend)
-    assert backend.requests[0].sampling == Sampling(5, temperature=0.5, top_p=0.9, top_k=7, seed=3)
+    expected = Sampling(5, **told, logit_bias=((5, 2.0), (7, -100.0)), logprobs=4)
+    assert backend.requests[0].sampling == expected
     room = MAX_LENGTH - len(backend.requests[1].prompt_ids)
     assert backend.requests[1].sampling == Sampling(room, temperature=1.0)
     prompt = tokenizer.decode(list(backend.requests[0].prompt_ids))
@@ -145,18 +151,30 @@ def test_an_unknown_model_is_told_which_there_are(chat):
     [
         ({"temprature": 1}, "temprature", "unknown field\n  allowed: "),
         ({"temprature": 1}, "temprature", "hint: did you mean `temperature`?"),
-        ({"n": 2}, "n", "2 is not supported\n  allowed: 1, or leave it out"),
-        ({"logprobs": True}, "logprobs", "True is not supported"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "less than or equal to 128"),
+        ({"best_of": 2}, "best_of", "2 is not supported\n  allowed: 1, or leave it out"),
+        ({"echo": True}, "echo", "unknown field"),
+        ({"top_logprobs": 2}, "top_logprobs", "is given without `logprobs`"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"tools": [{"type": "function"}]}, "tools.0.function", "Field required"),
         ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format", "leaves no room for a call"),
         ({"tools": [TOOL]}, "tools", "chat template has no place for them"),
         ({"messages": [CALLED]}, "messages", "no place for `tool_calls`"),
         ({"messages": [{**CALLED, "role": "user"}]}, "messages.0", "are the assistant's"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages.0", "belongs to role `tool`"),
         ({"messages": [{"role": "user"}]}, "messages.0", "content is missing"),
         ({"messages": [MISCALLED]}, "messages.0.tool_calls.0.function.arguments", "no JSON object"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "is not supported"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "0.5 is not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object' or 'json_schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "and that needs it"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        ({"presence_penalty": -2.5}, "presence_penalty", "greater than or equal to -2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"min_p": 2}, "min_p", "less than or equal to 1"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "valid integer"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+        ({"seed": "a"}, "seed", "valid integer"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_k": -1}, "top_k", "greater than or equal to 0"),
@@ -185,7 +203,15 @@ def test_what_would_change_the_answer_is_refused_not_ignored(chat, fields, param
 
 
 def test_fields_that_change_nothing_are_accepted(chat):
-    fields = {"n": 1, "user": "someone", "metadata": {"a": "b"}, "logprobs": False, "tools": [], "logit_bias": None}
+    fields = {
+        "n": 1,
+        "best_of": 1,
+        "user": "someone",
+        "metadata": {"a": "b"},
+        "logprobs": False,
+        "tools": [],
+        "logit_bias": None,
+    }
     assert chat(FakeBackend(), **fields, response_format={"type": "text"}).status_code == 200
 
 
@@ -197,7 +223,7 @@ def test_messages_that_the_template_refuses_are_a_bad_request(call, tokenizer, m
     assert "the model's chat template refuses them: roles must alternate" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b""])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"", b"[" * 100_000, b'{"model": "\\ud800"}'])
 def test_a_body_that_is_no_json_object_is_a_bad_request(call, content):
     response = call(FakeBackend(), "POST", "/v1/chat/completions", content=content)
     assert response.status_code == 400
@@ -210,7 +236,7 @@ def test_a_body_that_is_too_long_is_not_read_to_its_end(call):
         yield b"x" * 90
         raise AssertionError("read further than allowed")
 
-    told = {"content": body(), "settings": {"max_body_bytes": 100}}
+    told = {"content": body(), "settings": {"limits": HttpLimits(max_body_bytes=100)}}
     response = call(FakeBackend(), "POST", "/v1/chat/completions", **told)
     assert response.status_code == 413
     assert response.json()["error"]["message"] == "the body is longer than 100 bytes"
@@ -224,7 +250,7 @@ def test_other_paths_and_methods_are_answered_in_the_same_shape(call):
 @pytest.fixture
 def keyed(tmp_path) -> dict:
     (tmp_path / "keys").write_text("secret\nother\n")
-    return {"settings": {"key_hashes": read_key_hashes(str(tmp_path / "keys"))}}
+    return {"settings": {"keys": read_keys(str(tmp_path / "keys"))}}
 
 
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "secret", "Basic secret", "Bearer", "Bearer sécret"])
@@ -283,6 +309,29 @@ def test_a_failure_on_the_way_is_an_event_and_no_done(chat, ids):
     events = sse(chat(FakeBackend(ids("abcd"), error=LmrayError("engine", "broke"), fails_after=2), stream=True).text)
     assert text_of(events) == "ab"
     assert events[-1]["error"]["message"] == "broke"
+
+
+def test_an_answer_without_an_end_is_a_failure(chat):
+    response = chat(FakeBackend(finish_reason="length"))
+    assert response.status_code == 503
+    assert response.json()["error"]["message"] == "the answer broke off"
+
+
+def test_json_needs_the_library_that_reads_schemas(chat, monkeypatch):
+    monkeypatch.setattr(guided, "find_spec", lambda name: None)
+    response = chat(FakeBackend(), response_format={"type": "json_object"})
+    assert response.status_code == 400
+    assert "hint: install `lmray[guided]` where it runs" in response.json()["error"]["message"]
+
+
+def test_json_reaches_the_engine_as_a_grammar(chat):
+    pytest.importorskip("llguidance")
+    backend = FakeBackend()
+    schema = {"enum": ["大阪", 1]}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}}
+    assert chat(backend, response_format=form).status_code == 200
+    [grammar] = json.loads(backend.requests[0].sampling.grammar or "")["grammars"]
+    assert grammar["json_schema"]["enum"] == schema["enum"]
 
 
 def test_a_bug_is_told_in_one_word_only(chat):

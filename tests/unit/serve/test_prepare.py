@@ -74,9 +74,7 @@ def test_a_plan_names_versions_and_digests(job, model, artifacts):
     assert plan.model_name == "tiny"
     assert plan.digest == find_model(str(model)).digest
     assert plan.adapters == {"helper": artifacts.find("helper@production").id}
-    found = check_out(plan)
-    assert found.model == model
-    assert (found.adapters["helper"] / "adapter_model.safetensors").is_file()
+    assert check_out(plan) == model
 
 
 def test_a_replica_refuses_a_model_that_is_not_the_planned_one(job):
@@ -104,10 +102,10 @@ def test_adapters_that_cannot_be_served_are_refused(job, adapters, found):
 def test_a_kept_model_is_served_under_its_name_and_by_its_version(job, root, artifacts):
     plan = prepare(job.changed({"model.source": "artifact:whole@production", "adapters": []}))
     assert (plan.model_name, plan.source) == ("whole", f"artifact:{artifacts.find('whole').ref}")
-    served = check_out(plan).model
+    served = check_out(plan)
     assert (served / "model.safetensors").read_bytes() == (root / "whole" / "model.safetensors").read_bytes()
     merged = prepare(job.changed({"model.source": "artifact:helper@production", "adapters": []}))
-    assert merged.model_name == "helper" and check_out(merged).model.name == merged.digest
+    assert merged.model_name == "helper" and check_out(merged).name == merged.digest
     with pytest.raises(ArtifactError, match="was trained on"):
         prepare(job.changed({"model.source": "artifact:whole"}))
 
@@ -119,8 +117,9 @@ def test_two_versions_under_one_name_are_refused(job):
 
 
 def test_more_adapters_than_the_engine_holds_are_refused(job):
-    with pytest.raises(ConfigError, match="1 are more than the engine holds"):
-        prepare(job.changed({"engine.max_adapters": 0}))
+    for artifact in ("helper", "h*"):
+        with pytest.raises(ConfigError, match="1 are more than the engine holds"):
+            prepare(job.changed({"engine.max_adapters": 0, "adapters": [{"artifact": artifact}]}))
 
 
 def test_an_unknown_model_and_an_open_address_are_refused(job, root):
@@ -128,6 +127,38 @@ def test_an_unknown_model_and_an_open_address_are_refused(job, root):
         prepare(job.changed({"model.source": str(root)}))
     with pytest.raises(ConfigError, match="is open to other machines"):
         prepare(job.changed({"http.host": "0.0.0.0"}))
+
+
+def test_admin_keys_are_keys_of_their_own(job, root):
+    ours, theirs = root / "keys", root / "admin-keys"
+    ours.write_text("one\ntwo\n")
+    theirs.write_text("three\n")
+    files = {"http.api_keys_file": str(ours), "http.admin_keys_file": str(theirs)}
+    assert len(prepare(job.changed(files)).admin_keys) == 1
+    theirs.write_text("two\n")
+    with pytest.raises(ConfigError, match=r"http\.admin_keys_file: holds a key of `http\.api_keys_file`"):
+        prepare(job.changed(files))
+    theirs.write_text("# none\n")
+    with pytest.raises(ConfigError, match=r"http\.admin_keys_file: .* holds no key"):
+        prepare(job.changed(files))
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ("models: [helper]", r"http\.admin_keys_file: key `ops` has models, which `/admin` does not know"),
+        ("requests_per_minute: 3", "has requests_per_minute"),
+        ("model: helper", r"admin-keys\.yaml:1: keys\.0\.model"),
+    ],
+)
+def test_admin_keys_have_hashes_too_and_no_limits(job, root, told, found):
+    file = root / "admin-keys.yaml"
+    changes = {"http.admin_keys_file": str(file)}
+    file.write_text(f"keys: [{{name: ops, sha256: {'a' * 64}}}]\n")
+    assert [key.name for key in prepare(job.changed(changes)).admin_keys] == ["ops"]
+    file.write_text(f"keys: [{{name: ops, sha256: {'a' * 64}, {told}}}]\n")
+    with pytest.raises(ConfigError, match=found):
+        prepare(job.changed(changes))
 
 
 def test_a_model_that_the_engine_cannot_run_is_refused_before_it_is_loaded(job):

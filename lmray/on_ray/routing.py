@@ -1,0 +1,39 @@
+"""Ray Serve's request router for engine replicas: asks `lmray.policies.placement` and converts types.
+
+Runs wherever requests start, that is in the gateway. Requests without an adapter have no home and are spread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from ray.serve.request_router import PendingRequest, RunningReplica
+
+from lmray.policies.placement import ranked
+
+
+class AdapterRouter(ConsistentHashRouter):
+    """Tries replicas in the order of the request's adapter. Ray's own router of this kind keeps a request with the
+    order that was chosen for it, however many wait, which Serve's default does not; its hash ring is not used."""
+
+    def initialize_state(self, *, light: int = 1, **told: Any) -> None:
+        super().initialize_state(**told)
+        self._light = light
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if not candidate_replicas or pending_request is None:
+            return [candidate_replicas] if candidate_replicas else []
+        pending_request.routing_context.should_backoff = True
+        by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        lengths = self.replica_queue_len_cache
+        loads = {name: lengths.get(replica.replica_id) or 0 for name, replica in by_name.items()}
+        return [[by_name[name]] for name in ranked(_key(pending_request), loads, light=self._light)]
+
+
+def _key(pending: PendingRequest) -> str:
+    """The adapter of the engine's request; another each time where there is none."""
+    asked: Any = pending.args[0] if pending.args else None
+    return getattr(asked, "adapter", None) or pending.metadata.internal_request_id

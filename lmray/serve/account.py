@@ -1,0 +1,78 @@
+"""What one HTTP request was, took and cost: from its first byte to its last, however it ends."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+from lmray.engines.base import TokenEvent
+from lmray.serve.metrics import Metrics
+
+_LOG = logging.getLogger("lmray.serve.access")
+
+
+@dataclass
+class Account:
+    """Written by whoever learns something; told to the metrics and the log once, at the end."""
+
+    metrics: Metrics
+    request_id: str
+    path: str = ""
+    """Of the route; empty for what is none."""
+    key: str = ""
+    """The key's name."""
+    model: str = ""
+    """Of the models that are served."""
+    status: int = 0
+    num_prompt_tokens: int = 0
+    num_answer_tokens: int = 0
+    started_s: float = field(default_factory=time.perf_counter)
+    asked_s: float = 0.0
+    leaving: AsyncExitStack = field(default_factory=AsyncExitStack)
+    """What is closed when the request ends."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + self.num_answer_tokens
+
+    def ask(self, num_prompt_tokens: int) -> None:
+        """The engine is asked now; until `close` the request counts as running."""
+        self.asked_s, self.num_prompt_tokens = time.perf_counter(), num_prompt_tokens
+        running = self.metrics.running.labels(self.model)
+        running.inc()
+        self._between_tokens_s = self.metrics.between_tokens_s.labels(self.model)  # looked up once, not for every token
+        self.leaving.callback(running.dec)
+
+    def take(self, event: TokenEvent, before_s: float | None) -> float:
+        """Counts an engine's event; `before_s` is what this call gave for the answer's event before. Returns now."""
+        now_s = time.perf_counter()
+        self.num_answer_tokens += event.token_id is not None
+        if before_s is not None:
+            self._between_tokens_s.observe(now_s - before_s)
+            return now_s
+        self.metrics.first_token_s.labels(self.model).observe(now_s - self.asked_s)
+        if event.prefill_s is not None:
+            self.metrics.queue_s.labels(self.model).observe(max(0.0, now_s - self.asked_s - event.prefill_s))
+        return now_s
+
+    async def close(self) -> None:
+        """Closes what the request holds, counts it and logs one line, which has no text of it."""
+        await self.leaving.aclose()
+        if not self.path:
+            return
+        self.metrics.requests.labels(self.path, self.model, self.key, str(self.status)).inc()
+        self.metrics.prompt_tokens.labels(self.model, self.key).inc(self.num_prompt_tokens)
+        self.metrics.answer_tokens.labels(self.model, self.key).inc(self.num_answer_tokens)
+        _LOG.info(
+            "request=%s path=%s model=%s key=%s status=%d prompt_tokens=%d answer_tokens=%d seconds=%.3f",
+            self.request_id,
+            self.path,
+            self.model or "-",
+            self.key or "-",
+            self.status,
+            self.num_prompt_tokens,
+            self.num_answer_tokens,
+            time.perf_counter() - self.started_s,
+        )

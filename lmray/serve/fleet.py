@@ -1,0 +1,121 @@
+"""The gateway's backend: from a name in a request to a version of the store, and on to a replica.
+
+A request names the version from here on, so every replica serves the same one and a second try is the same request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Protocol
+
+from lmray.engines.base import Request, TokenEvent
+from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError, did_you_mean
+from lmray.serve.canaries import Canaries, Comparison, answer_of
+from lmray.serve.catalogue import Catalogue
+from lmray.serve.visitors import VISITOR
+
+MAX_ATTEMPTS = 2
+"""How often a request may be sent before its first token. No more: a request that ends every replica it meets is not to
+meet them all."""
+
+
+class Replicas(Protocol):
+    """Where requests go; an implementation picks the replica."""
+
+    def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """Raises RemoteError where the replica died or none answers."""
+        ...
+
+    async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
+        """What `method` gave on every replica. Raises LmrayError."""
+        ...
+
+
+class Fleet:
+    """All replicas of an endpoint behind the names of its adapters."""
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        catalogue: Catalogue,
+        canaries: Canaries,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.replicas, self.catalogue, self.canaries = replicas, catalogue, canaries
+        self._clock = clock
+
+    async def adapters(self) -> tuple[str, ...]:
+        """Names that requests may give; from memory, no replica is asked."""
+        await self.catalogue.look()
+        return self.catalogue.names
+
+    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """The tokens that continue `request`. Closing it early cancels the request.
+
+        It is sent again where its replica died before the first token; and to the current version where the next one
+        failed before that, so that a canary costs nobody an answer. Raises ArtifactError for an unknown adapter, and
+        what the replica raises.
+        """
+        versions, compared = self._versions(request)
+        for version in versions:
+            started = False
+            try:
+                watched = self._watched(replace(request, adapter=version), compared)
+                async with aclosing(watched) as events:
+                    async for event in events:
+                        started = True
+                        yield event
+                return
+            except LmrayError:
+                if started or version == versions[-1]:
+                    raise
+
+    def _versions(self, request: Request) -> tuple[list[str | None], Comparison | None]:
+        """Handles to try, one after another, and what they are compared in."""
+        name = request.adapter
+        if name is None:
+            return [None], None
+        line = self.catalogue.line(name)
+        if line is None or line.current is None:
+            hint = did_you_mean(name, self.catalogue.names)
+            raise ArtifactError(f"adapter `{name}`", "is not served", hint=hint)
+        answer = answer_of(request.id)  # all answers to one request come from one version
+        keys = {"request": answer, "key": VISITOR.get() or answer}
+        chosen, compared = self.canaries.choose(name, line, keys)
+        return list(dict.fromkeys((chosen.ref, line.current.ref))), compared
+
+    async def _watched(self, request: Request, compared: Comparison | None) -> AsyncGenerator[TokenEvent, None]:
+        """Counts what happens to a request of an adapter with a canary."""
+        began, answered = self._clock(), False
+        version = request.adapter or ""
+        try:
+            async with aclosing(self._sent(request)) as events:
+                async for event in events:
+                    if compared is not None and not answered:
+                        seconds = self._clock() - began
+                        self.canaries.answered(compared, version, request_id=request.id, first_token_s=seconds)
+                    answered = True
+                    yield event
+        except (CapacityError, DataError):
+            raise  # load, and a client's own mistakes, say nothing about a version
+        except LmrayError:
+            if compared is not None:
+                self.canaries.failed(compared, version, answered=answered)
+            raise
+
+    async def _sent(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            started = False
+            try:
+                async with aclosing(self.replicas.stream(request)) as events:
+                    async for event in events:
+                        started = True
+                        yield event
+                return
+            except RemoteError:
+                if started or attempt == MAX_ATTEMPTS:
+                    raise

@@ -1,0 +1,88 @@
+"""A conversation on the wire: OpenAI's messages, functions and calls, and the same as chat templates take them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Wire(BaseModel):
+    """A part of a request. What is unknown is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+class Function(Wire):
+    """A function that a model may call."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    strict: Literal[False] | None = None
+    """Arguments held to the schema need guided decoding."""
+
+
+class Tool(Wire):
+    type: Literal["function"]
+    function: Function
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        return self.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
+
+
+class Called(Wire):
+    """A function that was called, its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_object(cls, text: str) -> str:
+        if not isinstance(json.loads(text), dict):  # what is no JSON raises a ValueError too
+            raise ValueError("are no JSON object")
+        return text
+
+
+class ToolCall(Wire):
+    id: str
+    type: Literal["function"] = "function"
+    function: Called
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates take it: the arguments as an object."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class ChatMessage(Wire):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are the assistant's, not of role `{self.role}`")
+        if self.tool_call_id and self.role != "tool":
+            raise ValueError(f"tool_call_id belongs to role `tool`, not `{self.role}`")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates take it: content as one string."""
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
+        answered = {"tool_call_id": self.tool_call_id} if self.tool_call_id else {}
+        return {"role": self.role, "content": text} | calls | answered

@@ -1,0 +1,168 @@
+"""Admin calls over two replicas in this process: who is let in, and what each call does."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from lmray.serve import catalogue as module
+from lmray.serve.admin import add_admin
+from lmray.serve.canaries import Canaries
+from lmray.serve.catalogue import Catalogue
+from lmray.serve.fleet import Fleet
+from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.serve.live import LiveEngine
+from lmray.serve.pins import Pins
+from tests.unit.serve.stores import FakeEngine, SmallStore, plan_of
+
+KEY = "an operator's key"
+
+
+class HereReplicas:
+    """Engines of this process."""
+
+    def __init__(self, *engines: LiveEngine):
+        self.engines = engines
+
+    async def everywhere(self, method: str, *arguments):
+        return [await getattr(engine, method)(*arguments) for engine in self.engines]
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch) -> SmallStore:
+    monkeypatch.setattr(module, "EVERY_S", 0.0)
+    monkeypatch.setattr(module, "PATIENCE_S", 10.0)
+    return SmallStore(tmp_path)
+
+
+@pytest.fixture
+def visit(small, tokenizer):
+    """Makes calls one after another on a running endpoint with two replicas."""
+
+    def calls(*told: tuple, key: str = KEY, admin_keys: tuple[str, ...] = (KEY,)) -> list[httpx.Response]:
+        async def main():
+            plan = plan_of(small, "*", admin_keys=admin_keys)
+            engines = [LiveEngine(FakeEngine(), plan) for _ in range(2)]
+            for engine in engines:
+                await engine.start()
+            catalogue = Catalogue(small.store, plan.served, plan.fit, reserved="tiny")
+            catalogue.refresh()
+            fleet = Fleet(HereReplicas(*engines), catalogue, Canaries(small.store, "endpoint"))
+            app: FastAPI = make_app(fleet, tokenizer, GatewaySettings("tiny", 64))
+            add_admin(app, fleet, plan)
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers) as client:
+                return [
+                    await client.request(method, f"/admin{path}", json=body[0] if body else None)
+                    for method, path, *body in told
+                ]
+
+        return asyncio.run(main())
+
+    return calls
+
+
+def held(response: httpx.Response) -> list[list[str]]:
+    """Handles that each replica holds."""
+    return [[one["handle"] for one in replica["held"]] for replica in response.json()["replicas"]]
+
+
+def test_without_admin_keys_there_are_no_such_routes(visit):
+    (response,) = visit(("GET", "/adapters"), admin_keys=())
+    assert response.status_code == 404
+
+
+@pytest.mark.parametrize(("key", "found"), [("", "no admin key"), ("another", "wrong admin key")])
+def test_whoever_has_no_admin_key_is_refused(visit, small, key, found):
+    small.keep("helper", stage="production")
+    for response in visit(
+        ("GET", "/adapters"), ("POST", "/adapters/helper/load"), ("POST", "/adapters/helper/pin"), key=key
+    ):
+        assert response.status_code == 401 and found in response.json()["error"]["message"]
+    assert Pins(small.store, "endpoint").names() == ()
+
+
+def test_adapters_are_listed_with_what_is_wrong_with_them(visit, small):
+    good = small.keep("good", stage="production")
+    small.keep("other-base", base={"source": "other", "digest": "e" * 64}, stage="production")
+    (response,) = visit(("GET", "/adapters"))
+    good_one, bad = response.json()["adapters"]
+    assert good_one == {"name": "good", "version": good.ref, "pinned": False, "refused": None}
+    assert bad["version"] is None and "was trained on `other`" in bad["refused"]
+    assert held(response) == [[], []]
+
+
+def test_a_version_is_loaded_on_every_replica_ahead_of_its_promotion_and_unloaded(visit, small):
+    now = small.keep("helper", "one", stage="production")
+    coming = small.keep("helper", "two")
+    loaded, ahead, gone, again = visit(
+        ("POST", "/adapters/helper/load"),
+        ("POST", f"/adapters/{coming.ref}/load"),
+        ("POST", "/adapters/helper@production/unload"),
+        ("POST", "/adapters/helper/unload"),
+    )
+    assert held(loaded) == [[now.ref]] * 2
+    assert held(ahead) == [[coming.ref, now.ref]] * 2
+    assert gone.json()["version"] == now.ref and held(gone) == [[coming.ref]] * 2
+    assert again.status_code == 409 and "is not loaded" in again.json()["error"]["message"]
+
+
+def test_prewarming_answers_before_the_adapter_is_there(visit, small):
+    small.keep("helper", stage="production")
+    begun, done = visit(("POST", "/adapters/helper/prewarm"), ("POST", "/adapters/helper/load"))
+    assert [replica["held"][0]["state"] for replica in begun.json()["replicas"]] == ["waiting", "waiting"]
+    assert [replica["held"][0]["state"] for replica in done.json()["replicas"]] == ["ready", "ready"]
+
+
+def test_pins_hold_on_every_replica_and_for_later_ones(visit, small):
+    artifact = small.keep("helper", stage="production")
+    pinned, loaded, refused, listed = visit(
+        ("POST", "/adapters/helper/pin"),
+        ("POST", "/adapters/helper/load"),
+        ("POST", "/adapters/helper/unload"),
+        ("GET", "/adapters"),
+    )
+    assert pinned.json()["pinned"] == ["helper"]
+    assert [replica["held"][0]["pinned"] for replica in loaded.json()["replicas"]] == [True, True]
+    assert refused.status_code == 409 and "is pinned" in refused.json()["error"]["message"]
+    assert listed.json()["adapters"][0]["pinned"]
+    (later,) = visit(("GET", "/adapters"))
+    assert held(later) == [[artifact.ref]] * 2
+    _, unloaded = visit(("POST", "/adapters/helper/unpin"), ("POST", "/adapters/helper/unload"))
+    assert unloaded.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("/helpr/load", "`helpr`: is not served\n  hint: did you mean `helper`?"),
+        ("/helpr/pin", "did you mean `helper`?"),
+        ("/helper@staging/load", "no version or stage `staging`"),
+        ("/helper/lode", "unknown action `lode`; there are: load, prewarm, unload, pin, unpin; did you mean `load`?"),
+        ("/..%2F..%2Fetc/load", "Not Found"),
+        ("/..@production/load", "is no artifact reference"),
+    ],
+)
+def test_what_is_unknown_is_named(visit, small, path, found):
+    small.keep("helper", stage="production")
+    (response,) = visit(("POST", f"/adapters{path}"))
+    assert response.status_code == 404 and found in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ({"id": "x", "score": 1}, "answer `x`: is none of an adapter with a canary"),
+        ({"id": "x"}, "Field required"),
+        ({"id": "x", "score": 1, "version": "y"}, "Extra inputs"),
+        ([], "Input should be an object"),
+    ],
+)
+def test_scores_that_belong_to_nothing_are_refused(visit, body, found):
+    listed, refused = visit(("GET", "/canaries"), ("POST", "/canaries/scores", body))
+    assert listed.json() == {"canaries": []}
+    assert refused.status_code == 400 and found in refused.json()["error"]["message"]

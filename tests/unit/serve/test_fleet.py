@@ -1,0 +1,206 @@
+"""From names to versions to replicas: what a request is turned into, and what happens when a replica dies."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+
+from lmray.artifacts.served import Canary, ServedAdapter
+from lmray.engines.base import Request, Sampling, TokenEvent
+from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError
+from lmray.serve.canaries import Canaries
+from lmray.serve.catalogue import Catalogue
+from lmray.serve.fleet import Fleet
+from lmray.serve.visitors import VISITOR
+from tests.unit.serve.stores import FIT, SmallStore
+
+
+class FakeReplicas:
+    """Each attempt sends tokens, then ends as it is told."""
+
+    def __init__(self, *endings: Exception | None, num_tokens: tuple[int, ...] = ()):
+        self.endings, self.num_tokens = list(endings), list(num_tokens)
+        self.requests: list[Request] = []
+
+    async def stream(self, request: Request):
+        self.requests.append(request)
+        for token in range(self.num_tokens.pop(0) if self.num_tokens else 2):
+            yield TokenEvent(request.id, token)
+        if (ending := self.endings.pop(0) if self.endings else None) is not None:
+            raise ending
+
+    async def everywhere(self, method, *arguments):
+        return []
+
+
+@pytest.fixture
+def small(tmp_path) -> SmallStore:
+    return SmallStore(tmp_path)
+
+
+def make(small: SmallStore, replicas: FakeReplicas, canary: Canary | None = None) -> Fleet:
+    served = ServedAdapter(artifact="*", stage="production", canary=canary)
+    catalogue = Catalogue(small.store, [served], FIT)
+    catalogue.refresh()
+    now = itertools.count()
+    return Fleet(replicas, catalogue, Canaries(small.store, "endpoint"), clock=lambda: float(next(now)))
+
+
+def ask(fleet: Fleet, adapter: str | None = None, *, name: str = "r") -> list[int | None]:
+    async def main():
+        request = Request(name, (1,), Sampling(max_tokens=4), adapter)
+        tokens = [event.token_id async for event in fleet.stream(request)]
+        await asyncio.gather(*fleet.canaries._writing)
+        return tokens
+
+    return asyncio.run(main())
+
+
+DEAD = RemoteError("endpoint", "no replica answered: ActorDiedError")
+
+
+def test_a_request_names_the_version_its_name_stands_for(small):
+    artifact = small.keep("helper", stage="production")
+    replicas = FakeReplicas()
+    fleet = make(small, replicas)
+    assert ask(fleet, "helper") == [0, 1] and ask(fleet) == [0, 1]
+    assert [request.adapter for request in replicas.requests] == [artifact.ref, None]
+    assert asyncio.run(fleet.adapters()) == ("helper",)
+    with pytest.raises(ArtifactError, match="`helpr`: is not served\n  hint: did you mean `helper`"):
+        ask(fleet, "helpr")
+
+
+def test_a_request_whose_replica_died_before_its_first_token_is_sent_again(small):
+    small.keep("helper", stage="production")
+    replicas = FakeReplicas(DEAD, num_tokens=(0, 3))
+    assert ask(make(small, replicas), "helper") == [0, 1, 2]
+    first, second = replicas.requests
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("replicas", "num_requests"),
+    [
+        (FakeReplicas(DEAD, num_tokens=(1,)), 1),
+        (FakeReplicas(DEAD, DEAD, num_tokens=(0, 0)), 2),
+        (FakeReplicas(CapacityError("endpoint", "too many"), num_tokens=(0,)), 1),
+    ],
+)
+def test_nothing_is_sent_again_after_a_token_nor_for_ever(small, replicas, num_requests):
+    with pytest.raises((RemoteError, CapacityError)):
+        ask(make(small, replicas))
+    assert len(replicas.requests) == num_requests
+
+
+@pytest.fixture
+def versions(small) -> tuple[str, str]:
+    """What production and staging hold."""
+    current = small.keep("helper", "one", stage="production").ref
+    return current, small.keep("helper", "two", stage="staging").ref
+
+
+class Versioned(FakeReplicas):
+    """Fails for the versions in `bad`, before or after `num_tokens` tokens."""
+
+    def __init__(self, *bad: str, after: int = 0):
+        super().__init__()
+        self.bad, self.after = bad, after
+
+    async def stream(self, request: Request):
+        self.requests.append(request)
+        for token in range(self.after or 1):
+            if request.adapter in self.bad and not self.after:
+                raise LmrayError("request", "answered with NaN")
+            yield TokenEvent(request.id, token)
+        if request.adapter in self.bad:
+            raise LmrayError("request", "answered with NaN")
+
+
+def test_a_share_of_the_requests_goes_to_the_next_version(small, versions):
+    replicas = FakeReplicas()
+    fleet = make(small, replicas, Canary(share=0.25))
+    for index in range(200):
+        ask(fleet, "helper", name=f"r{index}")
+    counts = [sum(request.adapter == version for request in replicas.requests) for version in versions]
+    assert sum(counts) == 200 and 30 <= counts[1] <= 70
+    (report,) = fleet.canaries.report()
+    assert report["current"]["requests"] == counts[0] and report["canary"]["requests"] == counts[1]
+    assert report["canary"]["first_token_s"] == pytest.approx(1.0) and report["taken_back"] is None
+
+
+def test_all_answers_to_one_request_come_from_one_version(small, versions):
+    replicas = FakeReplicas()
+    fleet = make(small, replicas, Canary(share=0.5))
+    for index in range(80):
+        ask(fleet, "helper", name=f"chatcmpl-{index // 4}-{index % 4}")
+    asked = [request.adapter for request in replicas.requests]
+    assert set(asked) == set(versions)
+    assert all(len(set(asked[start : start + 4])) == 1 for start in range(0, 80, 4))
+
+
+def test_a_visitor_with_a_key_always_gets_the_same_version(small, versions):
+    replicas = FakeReplicas()
+    fleet = make(small, replicas, Canary(share=0.5))
+    seen = set()
+    for visitor in range(20):
+        token = VISITOR.set(f"visitor {visitor}")
+        replicas.requests.clear()
+        for index in range(5):
+            ask(fleet, "helper", name=f"r{index}")
+        VISITOR.reset(token)
+        (version,) = {request.adapter for request in replicas.requests}
+        seen.add(version)
+    assert seen == set(versions)
+
+
+def test_a_bad_next_version_is_taken_back_costs_nobody_an_answer_and_is_not_tried_again(small, versions):
+    current, coming = versions
+    replicas = Versioned(coming)
+    fleet = make(small, replicas, Canary(share=0.5, min_requests=10))
+    for index in range(100):
+        assert ask(fleet, "helper", name=f"r{index}") == [0]
+    (report,) = fleet.canaries.report()
+    assert report["taken_back"].startswith("errors: ")
+    tried = sum(request.adapter == coming for request in replicas.requests)
+    assert tried == report["canary"]["errors"] < 30
+    again = make(small, replicas, Canary(share=1.0))
+    replicas.requests.clear()
+    assert ask(again, "helper") == [0] and [request.adapter for request in replicas.requests] == [current]
+    small.keep("helper", "three", stage="staging")
+    again.catalogue.refresh()
+    ask(again, "helper")
+    assert replicas.requests[-1].adapter not in versions, "another version gets its own chance"
+
+
+def test_an_answer_that_broke_off_counts_once_and_is_not_answered_twice(small, versions):
+    fleet = make(small, Versioned(versions[1], after=2), Canary(share=1.0))
+    with pytest.raises(LmrayError, match="NaN"):
+        ask(fleet, "helper")
+    (report,) = fleet.canaries.report()
+    assert (report["canary"]["requests"], report["canary"]["errors"]) == (1, 1)
+
+
+def test_a_promotion_ends_the_comparison(small, versions):
+    fleet = make(small, FakeReplicas(), Canary(share=1.0))
+    ask(fleet, "helper")
+    small.artifacts.promote(versions[1], "production")
+    fleet.catalogue.refresh()
+    line = fleet.catalogue.line("helper")
+    assert line.current.ref == versions[1] and line.canary is None
+
+
+def test_scores_are_counted_by_the_id_of_the_answer(small, versions):
+    fleet = make(small, FakeReplicas(), Canary(share=1.0))
+    ask(fleet, "helper", name="chatcmpl-1-0")
+    fleet.canaries.score("chatcmpl-1", 0.5)
+    assert fleet.canaries.report()[0]["canary"]["score"] == 0.5
+    with pytest.raises(DataError, match="answer `chatcmpl-2`: is none of an adapter with a canary"):
+        fleet.canaries.score("chatcmpl-2", 0.5)
+
+
+def test_a_spoilt_record_of_canaries_is_named(small):
+    small.store.put("endpoints/endpoint/canaries.json", b"[1]")
+    with pytest.raises(ArtifactError, match="is no record of canaries"):
+        Canaries(small.store, "endpoint")

@@ -1,0 +1,146 @@
+"""The gateway over a store's catalogue: names, rights, counts and visitors of adapters that stand for versions."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+
+import httpx
+import pytest
+
+from lmray.artifacts.served import Canary, ServedAdapter
+from lmray.engines.base import Request, TokenEvent
+from lmray.serve.admin import add_admin
+from lmray.serve.canaries import Canaries
+from lmray.serve.catalogue import Catalogue
+from lmray.serve.fleet import Fleet
+from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.serve.visitors import VISITOR, Visitors
+from tests.unit.serve.stores import FIT, SmallStore, plan_of
+from tests.unit.serve.test_envelope import api_key, metrics
+
+KEYS = (api_key("all", metrics=True), api_key("few", models=("helper",)))
+
+
+class Recording:
+    """Remembers requests, and who was the visitor when they came."""
+
+    def __init__(self):
+        self.requests: list[Request] = []
+        self.visitors: list[str] = []
+
+    async def stream(self, request: Request):
+        self.requests.append(request)
+        self.visitors.append(VISITOR.get())
+        yield TokenEvent(request.id, 67)
+        yield TokenEvent(request.id, None, "stop")
+
+    async def everywhere(self, method, *arguments):
+        return []
+
+
+@pytest.fixture
+def small(tmp_path) -> SmallStore:
+    return SmallStore(tmp_path)
+
+
+@pytest.fixture
+def session(small, tokenizer):
+    """Requests one after another: `(method, path, key, body)` each; what came, and what the replicas were asked."""
+
+    def run(*asked, canary: Canary | None = None) -> tuple[list[httpx.Response], Recording]:
+        served = [ServedAdapter(artifact="*", stage="production", canary=canary)]
+        catalogue = Catalogue(small.store, served, FIT, reserved="tiny")
+        catalogue.refresh()
+        replicas = Recording()
+        fleet = Fleet(replicas, catalogue, Canaries(small.store, "endpoint"))
+        app = make_app(fleet, tokenizer, GatewaySettings("tiny", 256, keys=KEYS, sends_request_id=False))
+        app.add_middleware(Visitors)
+        add_admin(app, fleet, plan_of(small, "*", admin_keys=("operator",)))
+
+        async def main():
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+                found = []
+                for method, path, key, body in asked:
+                    headers = {"Authorization": f"Bearer {key}"} if key else {}
+                    found.append(await client.request(method, path, headers=headers, json=body))
+                return found
+
+        return asyncio.run(main()), replicas
+
+    return run
+
+
+def chat(key: str, model: str, **fields):
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], **fields}
+    return ("POST", "/v1/chat/completions", key, body)
+
+
+def test_rights_hold_for_names_whatever_version_they_stand_for(session, small):
+    artifact = small.keep("helper", stage="production")
+    other = small.keep("other", stage="production")
+    small.keep("waits")
+    few, all_, *answers = session(
+        ("GET", "/v1/models", "few", None),
+        ("GET", "/v1/models", "all", None),
+        chat("few", "helper"),
+        chat("few", "tiny:helper"),
+        chat("few", "other"),
+        chat("few", artifact.ref),
+        chat("few", "helper@production"),
+        chat("few", other.ref),
+        chat("all", "helper@production"),
+        chat("all", "waits"),
+    )[0]
+    assert [one["id"] for one in few.json()["data"]] == ["helper", "tiny:helper"]
+    assert [one["id"] for one in all_.json()["data"]] == ["tiny", "helper", "tiny:helper", "other", "tiny:other"]
+    assert [answer.status_code for answer in answers] == [200, 200, 403, 403, 403, 403, 404, 404]
+    assert answers[0].json()["model"] == "helper"
+
+
+def test_what_a_stage_moves_to_is_listed_and_counted_under_the_same_name(session, small):
+    small.keep("helper", "one", stage="production")
+    new = small.keep("helper", "two", stage="staging")
+    canary = Canary(share=1.0)
+    (_, page), replicas = session(chat("few", "helper"), ("GET", "/metrics", "all", None), canary=canary)
+    assert replicas.requests[0].adapter == new.ref
+    found = metrics(page.text)
+    labels = '{key="few",model="helper",path="/v1/chat/completions",status="200"}'
+    assert found[f"lmray_serve_requests_total{labels}"] == 1
+    assert found['lmray_serve_generated_tokens_total{key="few",model="helper"}'] == 1
+    assert not any("@" in name for name in found)
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 3}], ids=str)
+def test_the_visitor_is_known_wherever_an_answer_is_made(session, small, fields):
+    small.keep("helper", stage="production")
+    (one, two), replicas = session(chat("few", "helper", **fields), chat("all", "helper", **fields))
+    assert (one.status_code, two.status_code) == (200, 200)
+    digests = [hashlib.sha256(f"Bearer {key}".encode()).hexdigest() for key in ("few", "all")]
+    num = fields.get("n", 1)
+    assert replicas.visitors == [digests[0]] * num + [digests[1]] * num
+
+
+def test_keys_share_no_beginnings_of_prompts(session, small):
+    _, replicas = session(chat("all", "tiny"), chat("all", "tiny"))
+    assert [request.cache_salt for request in replicas.requests] == ["all", "all"]
+    small.keep("helper", stage="production")
+    _, replicas = session(chat("all", "helper"), chat("few", "helper"))
+    assert [request.cache_salt for request in replicas.requests] == ["all", "few"]
+
+
+def test_admin_calls_are_counted_and_logged_with_their_keys_name(session, small, caplog):
+    small.keep("helper", stage="production")
+    with caplog.at_level(logging.INFO, logger="lmray.serve.access"):
+        *_, page = session(
+            ("POST", "/admin/adapters/helper/load", "operator", None),
+            ("POST", "/admin/adapters/helper/load", "few", None),
+            ("GET", "/metrics", "all", None),
+        )[0]
+    name = 'lmray_serve_requests_total{{key="{}",model="",path="/admin/adapters/{{reference}}/{{action}}",status="{}"}}'
+    assert metrics(page.text)[name.format("admin-0", 200)] == 1
+    assert metrics(page.text)[name.format("", 401)] == 1
+    assert "path=/admin/adapters/{reference}/{action} model=- key=admin-0 status=200" in caplog.text
+    assert "operator" not in caplog.text
