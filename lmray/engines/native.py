@@ -77,6 +77,7 @@ class Native(EngineConfig):
     def start(
         self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None
     ) -> NativeEngine:
+        model.requires_grad_(False)  # frozen weights of layers that share an input are multiplied as one
         stepper = self.make_stepper(model, stop_token_ids=stop_token_ids, tokenizer=tokenizer)
         return NativeEngine(stepper, threads=threads)
 
