@@ -69,17 +69,17 @@ def commit_parts(staging: Path, folder: Path, step: int, *, num_parts: int) -> N
     """Makes `staging`, to which every rank has added its part, `num_parts` in all, the checkpoint of `step`; done
     again, it goes on where it failed. Raises OSError where it cannot, also where parts are not seen (yet)."""
     target = folder / checkpoint_name(step)
-    parts = sorted(staging.glob(_part_manifest("*")))
+    if not staging.exists() and (target / MANIFEST).is_file():  # only the last of it failed
+        fsync(folder)
+        return
+    parts = [staging / _part_manifest(rank) for rank in range(num_parts)]
     if not (staging / MANIFEST).is_file():
-        for rank in range(num_parts):
-            (staging / _part_manifest(rank)).stat()
-        assert len(parts) == num_parts, f"{len(parts)} parts of {num_parts} ranks"
         manifests = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
         files = [item for one in manifests for item in one["files"].items()]
         assert len(dict(files)) == len(files), "two ranks wrote a file of the same name"
         write_json(staging / MANIFEST, {**manifests[0], "files": dict(sorted(files))})
     for path in parts:
-        path.unlink()
+        path.unlink(missing_ok=True)
     for path in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
         fsync(path)
     if target.exists():
@@ -88,8 +88,8 @@ def commit_parts(staging: Path, folder: Path, step: int, *, num_parts: int) -> N
     fsync(folder)
 
 
-def _part_manifest(rank: int | str) -> str:
-    return f"part-{rank:05d}.json" if isinstance(rank, int) else f"part-{rank}.json"
+def _part_manifest(rank: int) -> str:
+    return f"part-{rank:05d}.json"
 
 
 def newest_good(folder: Path, say: Callable[[str], None]) -> Path | None:

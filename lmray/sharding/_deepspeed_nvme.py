@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -12,20 +13,28 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch.distributed as dist
+
 from lmray.errors import ConfigError
 
-PREFIX = "lmray-"
+OWN = ".lmray-offload"
+"""In the folder that the job names, and nothing else's: what is swept is only ever in there."""
+PREFIX = "rank-"
 FIELD = "sharding.nvme_path"
 TRIED = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"
 HINT = "install `libaio-dev`, `g++` and `ninja` on every worker, or offload to the `cpu`"
 LONGEST_BUILD_TRY_S = 60.0
 
 
+def check_absolute(path: str) -> None:
+    """Raises ConfigError where `path` would be another folder on every worker."""
+    if not Path(path).is_absolute():
+        raise ConfigError(FIELD, f"`{path}` is relative", allowed="an absolute path on every worker")
+
+
 def check_path(path: str) -> None:
     """Raises ConfigError where `path` is no folder on this machine, or none that can be made and written to."""
     folder = Path(path)
-    if not folder.is_absolute():
-        raise ConfigError(FIELD, f"`{path}` is relative", allowed="an absolute path on every worker")
     there = next(one for one in (folder, *folder.parents) if one.exists())
     if not there.is_dir():
         raise ConfigError(FIELD, f"{there} is no folder")
@@ -39,20 +48,22 @@ def check_async_io() -> None:
     places = (found and found.submodule_search_locations) or []
     if any(list(Path(place, "ops", "aio").glob("async_io_op*.so")) for place in places):
         return
-    compiler = os.environ.get("CXX", "c++")
-    for tool in (compiler, "ninja"):
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    for tool in (compiler[0], "ninja"):
         if shutil.which(tool) is None:
             raise ConfigError("sharding", f"`nvme` needs `async_io` compiled, and `{tool}` is not in PATH", hint=HINT)
-    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
-        command = [compiler, "-x", "c++", "-", "-o", f"{folder}/tried", "-laio"]
-        tried = subprocess.run(
-            command, input=TRIED, capture_output=True, text=True, timeout=LONGEST_BUILD_TRY_S, check=False
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*compiler, "-x", "c++", "-", "-o", f"{folder}/tried", "-laio"]
+        try:
+            tried = subprocess.run(
+                command, input=TRIED, capture_output=True, text=True, timeout=LONGEST_BUILD_TRY_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            why = f"`{shlex.join(command)}` took more than {LONGEST_BUILD_TRY_S:.0f} s"
+            raise ConfigError("sharding", f"`nvme` needs `async_io` compiled: {why}", hint=HINT) from None
     if tried.returncode:
-        found = (
-            f"`nvme` needs `async_io` compiled, and libaio is not here: {tried.stderr.strip().partition(chr(10))[0]}"
-        )
-        raise ConfigError("sharding", found, hint=HINT)
+        why = tried.stderr.strip().partition("\n")[0]
+        raise ConfigError("sharding", f"`nvme` needs `async_io` compiled, and libaio is not here: {why}", hint=HINT)
 
 
 def load_async_io() -> None:
@@ -68,17 +79,39 @@ def load_async_io() -> None:
 
 
 def own_folder(path: str) -> Path:
-    """A new folder in `path`, this process's alone until it ends, however it ends: what dead ones left is removed.
+    """A new folder below `path`, this process's alone until it ends, however it ends: what dead ones left is removed.
     Raises ConfigError where it cannot be made."""
+    own = Path(path, OWN)
     try:
-        os.makedirs(path, exist_ok=True)
-        with _locked(path):
-            _sweep(Path(path))
-            folder = tempfile.mkdtemp(prefix=PREFIX, dir=path)
+        own.mkdir(parents=True, exist_ok=True)
+        with _locked(own):
+            _sweep(own)
+            folder = tempfile.mkdtemp(prefix=PREFIX, dir=own)
             _lock(folder)  # left open: the lock goes with the process
     except OSError as error:
         raise ConfigError(FIELD, f"{path} cannot be written to: {error.strerror or error}") from None
     return Path(folder)
+
+
+def made_ready(path: str) -> Path:
+    """`own_folder`, with `async_io` loaded; on all ranks together. Raises ConfigError on all of them where it cannot be
+    had on one: a rank that left alone would be waited for."""
+    folder: Path | None = None
+    mine: ConfigError | None = None
+    try:
+        check_path(path)
+        check_async_io()
+        folder = own_folder(path)
+        load_async_io()
+    except ConfigError as error:
+        mine = error
+    errors: list[ConfigError | None] = [mine] * dist.get_world_size()
+    dist.all_gather_object(errors, mine)
+    for error in errors:
+        if error is not None:
+            raise error
+    assert folder is not None
+    return folder
 
 
 def remove_with(owner: object, folder: Path) -> None:
@@ -104,7 +137,7 @@ def _lock(folder: str | Path, *, wait: bool = True) -> int:
 
 
 @contextmanager
-def _locked(path: str):
+def _locked(path: Path):
     opened = _lock(path)
     try:
         yield

@@ -32,6 +32,7 @@ class DeepspeedPlaced:
         self.engine, self.model, self.optimizer = engine, engine.module, engine.optimizer
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.whole: bool = engine.zero_optimization_stage() < 3
+        self.saves_alone = False
         self._limit, self._on_disk = math.inf, on_disk
 
     @property

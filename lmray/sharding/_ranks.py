@@ -20,3 +20,15 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     summed = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(summed)
     return summed.item()
+
+
+@torch.no_grad()
+def agree(model: torch.nn.Module) -> None:
+    """Gives every rank rank 0's weights: factors that start from a decomposition, and what it leaves of a weight,
+    differ from machine to machine, and summed gradients would be of none of them. Quantised weights, of which nothing
+    is decomposed, stay as they are."""
+    if dist.get_world_size() == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            dist.broadcast(parameter, src=0)

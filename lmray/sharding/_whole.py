@@ -16,6 +16,7 @@ class WholePlaced:
     """Placed on a rank that is the only one."""
 
     whole: bool = field(default=True, init=False)
+    saves_alone: bool = field(default=True, init=False)
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
 

@@ -37,6 +37,8 @@ class Placed(Protocol):
     optimizer: torch.optim.Optimizer
     whole: bool
     """Whether every rank holds all weights."""
+    saves_alone: bool
+    """Whether `save` asks nothing of the other ranks, so that one may do it again."""
 
     def all_sum(self, value: float) -> float:
         """`value` summed over all ranks."""
@@ -81,6 +83,11 @@ class Sharding(MemberConfig):
     """The optimizer steps on float32 copies of its part of the weights, beside those that are computed with."""
     gathers_masters: ClassVar[bool] = False
     """Divided weights are gathered in the type they are kept in, and cast one by one as they are multiplied with."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it loads the checkpoints that it saves."""
+        return True
 
     def check(self, train: Mapping[str, Any], *, workers: int, dtype: str) -> None:
         """Raises ConfigError where a setting contradicts the rest of the job; `train` is its section of that name."""

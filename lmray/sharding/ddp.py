@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lmray.sharding._ranks import have_group, sum_over_ranks
+from lmray.sharding._ranks import agree, have_group, sum_over_ranks
 from lmray.sharding._whole import WholePlaced
 from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
 
@@ -34,7 +34,7 @@ class Ddp(Sharding):
     ) -> Placed:
         have_group()
         model.to(device)
-        _agree(model)
+        agree(model)
         return _DdpPlaced(model, make_optimizer(model), torch.device(device))
 
 
@@ -71,15 +71,6 @@ class _DdpPlaced(WholePlaced):
             dist.all_reduce(flat)
             for gradient, summed in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
-
-
-@torch.no_grad()
-def _agree(model: torch.nn.Module) -> None:
-    """Gives every rank rank 0's trained weights: those that start from a decomposition differ from machine to machine,
-    and summed gradients would be of none of them."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            dist.broadcast(parameter, src=0)
 
 
 def _buckets(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -31,7 +31,7 @@ from lmray.sharding._deepspeed_config import (
     job_says,
     read_config,
 )
-from lmray.sharding._deepspeed_nvme import check_async_io, check_path, load_async_io, own_folder, remove_with
+from lmray.sharding._deepspeed_nvme import check_absolute, made_ready, remove_with
 from lmray.sharding._deepspeed_placed import DeepspeedPlaced
 from lmray.sharding._ranks import have_group
 from lmray.sharding.base import Fill, MakeOptimizer, Need, Part, Placed, Sharding
@@ -64,7 +64,7 @@ class Deepspeed(Sharding):
     nvme_path: str | None = None
     """For `nvme`: a folder on a disk of each worker's own. Every rank keeps its part in a folder in it, which goes with
     the run. Of a megabyte at least is what goes to the disk: smaller pieces stay in the host's memory. A run that was
-    interrupted cannot go on from its checkpoint with `nvme`."""
+    interrupted goes on from its checkpoint without `nvme` only."""
     config: str | None = None
     """A DeepSpeed configuration, JSON, whose path is good on every worker: buckets, overlap, prefetching and the
     like. What the job decides it may repeat or leave to `"auto"`."""
@@ -84,6 +84,10 @@ class Deepspeed(Sharding):
         return "nvme" in (self.offload_optimizer, self.offload_param)
 
     @property
+    def goes_on(self) -> bool:
+        return not self._on_disk
+
+    @property
     def divides(self) -> frozenset[Part]:  # type: ignore[override]
         return DIVIDED[self.stage]
 
@@ -98,8 +102,7 @@ class Deepspeed(Sharding):
 
     def check(self, train: Mapping[str, Any], *, workers: int, dtype: str) -> None:
         if self.nvme_path is not None:
-            check_path(self.nvme_path)
-            check_async_io()
+            check_absolute(self.nvme_path)  # the disk is the workers', and looked at there
         if self.config is not None:
             says = job_says(train, workers=workers, dtype=dtype)
             says |= {key: (value, f"sharding.{key.split('.')[1]}") for key, value in flat(self._zero()).items()}
@@ -121,9 +124,8 @@ class Deepspeed(Sharding):
         deepspeed = _imported(device)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         sizes: dict[str, Any] = {"num_trained": trained, "num_live": _live(model)}
-        folder = own_folder(self.nvme_path) if self.nvme_path else None
+        folder = made_ready(self.nvme_path) if self.nvme_path else None
         if folder is not None:
-            load_async_io()
             sizes["num_largest"] = max(parameter.numel() for parameter in model.parameters())
         config = engine_config(read_config(self.config) if self.config else {}, self._zero(folder), **sizes)
         if self.stage == 3:  # each weight is split as it moves: no worker's device ever holds all of them

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from lmray.errors import ConfigError
 from lmray.sharding._blocks import base_of, blocks_of
-from lmray.sharding._ranks import have_group, sum_over_ranks
+from lmray.sharding._ranks import agree, have_group, sum_over_ranks
 from lmray.sharding._state import load_state, save_shared, step_and_forget, trained_weights
 from lmray.sharding.base import Fill, MakeOptimizer, Need, Part, Placed, Sharding
 
@@ -57,6 +57,8 @@ class Fsdp2(Sharding):
             "mp_policy": _precision(dtype),
             "offload_policy": CPUOffloadPolicy(pin_memory=kind == "cuda") if self.cpu_offload else OffloadPolicy(),
         }
+        if fill is None:  # cut from what each rank has: it must be of one
+            agree(model)
         for module in (*_blocks(model), model):
             fully_shard(module, **settings)
         if fill is not None:
@@ -68,6 +70,7 @@ class Fsdp2(Sharding):
 @dataclass
 class _FsdpPlaced:
     whole: bool = field(default=False, init=False)
+    saves_alone: bool = field(default=False, init=False)
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     device: torch.device

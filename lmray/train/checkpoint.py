@@ -63,7 +63,7 @@ def save_checkpoint(
             save_tensors(adapter.resume_state(placed.model), folder / ADAPTER)
             write_json(folder / "progress.json", asdict(progress))
 
-    if placed.whole or ctx.world_size == 1:
+    if placed.saves_alone or ctx.world_size == 1:
         write(placed_part)
     else:  # done by all ranks together: where it fails on one, their attempt ends
         placed_part()

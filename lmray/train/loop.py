@@ -215,9 +215,10 @@ class Loop:
         snapshot = Snapshot(self.commits.next_folder(), self.progress)
         shutil.rmtree(snapshot.folder, ignore_errors=True)
         write, placed, adapter = self._writing(snapshot.folder), self.learner.placed, self.job.adapter
-        if self.job.train.load_best_model_at_end and self.watch.best_step == self.progress.step:
-            save_weights(snapshot.best, placed, adapter, self.ctx, write=write)
-        save_checkpoint(snapshot.checkpoint, self.progress, placed, adapter, self.ctx, write=write)
+        with self.ctx.together():  # no rank waits for one whose disk stays full
+            if self.job.train.load_best_model_at_end and self.watch.best_step == self.progress.step:
+                save_weights(snapshot.best, placed, adapter, self.ctx, write=write)
+            save_checkpoint(snapshot.checkpoint, self.progress, placed, adapter, self.ctx, write=write)
         self.commits.begin(snapshot)
 
     def _writing(self, folder: Path) -> Write:

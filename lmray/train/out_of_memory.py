@@ -37,7 +37,7 @@ from lmray.units import human_bytes
 T = TypeVar("T")
 
 CPU_TEXT = re.compile(r"you tried to allocate (\d+) bytes")
-MEASURING = "the result was measured"
+MEASURING, PLACING = "the result was measured", "the model was placed"
 LESS: Mapping[str, Any] = {"train.gradient_checkpointing": True, "sharding": "fsdp2", "model.dtype": "bfloat16"}
 """Settings that take less memory in most jobs; the plan says whether, and how much, in one."""
 
@@ -51,7 +51,7 @@ class RanOutError(Exception):
 
 
 @contextmanager
-def noticing_shortage(step: int | None, *, doing: str = "the model was placed") -> Iterator[None]:
+def noticing_shortage(step: int | None, *, doing: str = PLACING) -> Iterator[None]:
     """Raises RanOutError where the block, which takes optimizer step number `step`, or none: then `doing` says what it
     does, runs out of memory; any other error passes."""
     try:
@@ -135,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
 def shortage_text(shortage: Mapping[str, Any]) -> str:
     """When and where an entry of `history` came about."""
     step, rows = shortage["step"], shortage["micro_batch"]
-    when = f"at step {step} with {rows} row(s) a forward pass" if step else f"while {shortage['doing']}"
+    when = f"at step {step} with {rows} row(s) a forward pass" if step else f"while {shortage.get('doing', PLACING)}"
     return f"{when}, on worker {shortage['rank']}"
 
 

@@ -17,12 +17,14 @@ from lmray.job import TrainJob
 from lmray.models.precision import resolve_dtype
 from lmray.models.rope import RopeScaling
 from lmray.models.shape import ModelShape, read_shape
+from lmray.sharding.base import Sharding
 from lmray.train.data_facts import data_facts, data_warnings
 from lmray.train.duration import forward_flops, step_flops
 from lmray.train.memory import Rows, bytes_per_row, memory_parts, process_bytes, worst_rows
 from lmray.train.plan_steps import (
     attention_asked,
     check_divided,
+    check_goes_on,
     check_layers,
     check_quantization,
     check_start,
@@ -180,6 +182,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     sharding, sharding_reason = sharding_of(job, shape, rows, settings)
     check_divided(job, sharding)
     check_start(job, shape)
+    check_goes_on(job, sharding)
     if job.model.quantization:
         check_quantization(job, sharding)
     kernels, kernels_reason = kernels_of(job, shape.unfit, device, sharding)
@@ -210,7 +213,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         memory_bytes=memory_parts(shape, rows, **settings, sharding=sharding, reads_whole=loading == "whole"),
         row_bytes=bytes_per_row(shape, rows, dtype, device=device),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
-        warnings=(*_trust_warnings(job), *_schedule_warnings(job), *data_warnings(data)),
+        warnings=(*_trust_warnings(job), *_schedule_warnings(job), *_disk_warnings(sharding), *data_warnings(data)),
     )
 
 
@@ -289,6 +292,12 @@ def _trust_warnings(job: TrainJob) -> list[str]:
     if not job.model.trust_remote_code:
         return []
     return [f"Python code that comes with `{job.model.source}` runs on every worker: `model.trust_remote_code` is true"]
+
+
+def _disk_warnings(sharding: Sharding) -> list[str]:
+    if sharding.goes_on:
+        return []
+    return ["sharding: with `nvme` a failure ends the run; it goes on from its checkpoint with `cpu` instead"]
 
 
 def _schedule_warnings(job: TrainJob) -> list[str]:

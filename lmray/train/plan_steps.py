@@ -138,6 +138,19 @@ def check_quantization(job: TrainJob, sharding: Sharding) -> None:
         raise ConfigError("model.quantization", found, allowed="sharding: single, ddp, or `deepspeed` at stage 1 or 2")
 
 
+def check_goes_on(job: TrainJob, sharding: Sharding) -> None:
+    """Raises ConfigError where the job would go on from its checkpoints by itself, and `sharding` cannot."""
+    if sharding.goes_on:
+        return
+    hint = "offload to the `cpu` instead of `nvme`"
+    if job.resources.workers.elastic:
+        found = "a number of workers that changes goes on from checkpoints, which weights on a disk cannot"
+        raise ConfigError("resources.workers", found, hint=hint)
+    if job.resources.on_oom == "halve":
+        found = "`halve` goes on from checkpoints, which weights on a disk cannot"
+        raise ConfigError("resources.on_oom", found, hint=hint)
+
+
 def check_start(job: TrainJob, shape: ModelShape) -> None:
     """Raises ConfigError where the adapter starts from what quantising took, and nothing was quantised, or the weights
     as they were cannot be read one by one."""

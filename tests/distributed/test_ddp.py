@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from lmray.sharding.base import Sharding
 from lmray.sharding.ddp import Ddp
+from lmray.sharding.fsdp2 import Fsdp2
 from lmray.testing.ranks import run_ranks
 
 
@@ -39,17 +43,21 @@ def test_gradients_are_summed_over_ranks_and_micro_batches():
         assert norm == pytest.approx((2 * 36 + 2 * 100) ** 0.5)
 
 
-def _started(rank: int) -> list[float]:
+def _started(rank: int, sharding: Sharding) -> list[list[float]]:
     dist.init_process_group("gloo")
-    model = torch.nn.Linear(2, 2)
-    model.bias.requires_grad_(False)
-    torch.nn.init.constant_(model.weight, rank + 1.0)
-    torch.nn.init.constant_(model.bias, rank + 1.0)
-    Ddp().place(model, lambda one: torch.optim.SGD([one.weight], lr=1.0), "cpu")
+    model: Any = torch.nn.Sequential(layer := torch.nn.Linear(2, 2))
+    model._no_split_modules = ["Linear"]
+    layer.bias.requires_grad_(False)
+    for parameter in layer.parameters():
+        torch.nn.init.constant_(parameter, rank + 1.0)
+    placed = sharding.place(model, lambda one: torch.optim.SGD([layer.weight], lr=1.0), "cpu")
+    state = placed.gathered_state(trained_only=False) if isinstance(sharding, Fsdp2) else layer.state_dict()
     dist.destroy_process_group()
-    return [*model.weight.flatten().tolist(), *model.bias.tolist()]
+    return [tensor.flatten().tolist() for tensor in (state or {}).values()]
 
 
-def test_trained_weights_start_as_rank_0_has_them():
-    """Decomposed on another machine, a weight gives other factors."""
-    assert run_ranks(2, _started) == [[1.0] * 6, [1.0] * 4 + [2.0] * 2]
+@pytest.mark.parametrize("sharding", [Ddp(), Fsdp2()], ids=["ddp", "fsdp2"])
+def test_weights_start_as_rank_0_has_them(sharding):
+    """Decomposed on another machine, a weight gives other factors, and leaves another rest."""
+    first, other = run_ranks(2, _started, sharding)
+    assert first == [[1.0] * 4, [1.0] * 2] and other in (first, [])

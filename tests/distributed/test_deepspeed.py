@@ -112,7 +112,7 @@ def _from_the_start(rank: int, ranks: int, folder: Path, model: Path, cases: lis
         state = one.gathered_state(trained_only=False)
         assert (state is None) == (rank > 0)
         for part in ("float32params", "optimizer") if name in ON_DISK else ():
-            assert list(folder.glob(f"disk/lmray-*/zero_stage_3/{part}/rank{rank}/*.swp")), part
+            assert list(folder.glob(f"disk/.lmray-offload/rank-*/zero_stage_3/{part}/rank{rank}/*.swp")), part
         found[name, what] = steps, {key: tensor.numpy() for key, tensor in (state or {}).items()}
     return found
 
@@ -199,7 +199,7 @@ def test_what_lies_on_a_disk_is_learnt_as_in_memory(async_io, tmp_path):
     steps, state = found[name, "full"]
     assert_like(steps, expected_steps)
     assert all(abs(state[key] - array).max() < 1e-4 for key, array in expected_state.items())
-    assert not list((tmp_path / "disk").iterdir()), "it goes with the run"
+    assert not list((tmp_path / "disk" / ".lmray-offload").iterdir()), "it goes with the run"
     assert_same_checkpoint(*(tmp_path / one / "full" for one in (name, "stage 3")))
 
 

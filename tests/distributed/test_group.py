@@ -20,7 +20,7 @@ from lmray.metrics.events import read_events
 from lmray.sharding.ddp import Ddp
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.testing.ranks import RankDiedError, outcomes, run_ranks, train_ranks
-from lmray.train import group
+from lmray.train import checkpoint, group
 from lmray.train.group import GroupContext, torchrun_context
 from lmray.train.program import train
 
@@ -86,6 +86,19 @@ def _full_disk(rank: int, folder: Path, parts: Path) -> None:
 
 def _no_space(*_: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+def _full_scratch(rank: int, job) -> None:
+    if rank == 1:
+        checkpoint.save_tensors = _no_space
+    with torchrun_context(run_folder(job), patience=Patience(total_s=0)) as ctx:
+        train(job, ctx)
+
+
+def test_a_scratch_that_stays_full_on_one_rank_ends_all(job):
+    found = outcomes(2, _full_scratch, job(resources={"workers": 2}))
+    assert [type(error) for error in found] == [CheckpointError, CheckpointError]
+    assert all("No space left" in str(error) and "needs room" in str(error) for error in found)
 
 
 def _full_disk_beside(rank: int, job) -> None:

@@ -109,6 +109,8 @@ def test_a_checkpoint_of_which_parts_are_not_seen_is_not_committed(tmp_path):
     add_part(tmp_path / "scratch" / "1", staging, 1)
     commit_parts(staging, tmp_path, 4, num_parts=2)
     assert newest_good(tmp_path, print) == tmp_path / "checkpoint-00000004"
+    commit_parts(staging, tmp_path, 4, num_parts=2)  # again, as where only the last of it failed
+    assert newest_good(tmp_path, print) == tmp_path / "checkpoint-00000004"
 
 
 def test_an_older_one_without_manifest_goes_once_the_run_is_past_it(tmp_path):

@@ -37,17 +37,14 @@ def test_a_path_that_cannot_be_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is no folder"):
         check_path(str(tmp_path / "file" / "below"))
-    with pytest.raises(ConfigError, match="is relative"):
-        check_path("scratch")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ConfigError, match="cannot be written to"):
         check_path(str(tmp_path))
 
 
-def test_the_strategy_checks_its_path_before_a_start(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="is no folder"):
-        Deepspeed(stage=3, nvme_path=str(tmp_path / "file"), **TO_DISK).check({}, workers=2, dtype="float32")
+def test_a_relative_path_is_refused_before_a_start():
+    with pytest.raises(ConfigError, match="`scratch` is relative"):
+        Deepspeed(stage=3, nvme_path="scratch", **TO_DISK).check({}, workers=2, dtype="float32")
 
 
 def test_without_a_compiler_or_libaio_it_says_what_to_install(tmp_path, monkeypatch):
@@ -79,10 +76,12 @@ def test_each_has_a_folder_of_its_own_that_goes_with_its_owner(tmp_path):
 
 
 def test_what_a_dead_process_left_is_removed_and_nothing_else(tmp_path):
-    (tmp_path / "lmray-dead").mkdir()
-    (tmp_path / "theirs").mkdir()
+    dead = tmp_path / ".lmray-offload" / "rank-dead"
+    for folder in (dead, tmp_path / "lmray-scratch", tmp_path / "rank-theirs"):
+        folder.mkdir(parents=True)
     mine = own_folder(str(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"theirs", mine.name}
+    assert mine.is_dir() and not dead.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {".lmray-offload", "lmray-scratch", "rank-theirs"}
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

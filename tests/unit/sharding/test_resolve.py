@@ -133,3 +133,15 @@ def test_a_run_goes_on_with_the_steps_it_began_with(job, tmp_path):
 def test_blocks_that_an_architecture_does_not_name():
     with pytest.raises(ConfigError, match="_no_split_modules"):
         Fsdp2().place(torch.nn.Linear(2, 2), lambda model: torch.optim.SGD(model.parameters()), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("resources", "found"),
+    [({"workers": {"min": 1, "max": 2}}, "resources.workers"), ({"workers": 2, "on_oom": "halve"}, "resources.on_oom")],
+)
+def test_what_cannot_go_on_is_told_to_jobs_that_would(job, resources, found):
+    disk = {"name": "deepspeed", "stage": 3, "offload_param": "nvme", "nvme_path": "/disk"}
+    (warning,) = [one for one in make_plan(job(sharding=disk, resources={"workers": 2})).warnings if "nvme" in one]
+    assert "a failure ends the run" in warning
+    with pytest.raises(ConfigError, match=f"{found}: .* goes on from checkpoints, which weights on a disk cannot"):
+        make_plan(job(sharding=disk, resources=resources))

@@ -276,8 +276,8 @@ def save_as(ctx, placed, patience: Patience, folder: Path) -> None:
     save_checkpoint(folder, Progress("key", 1, 0, 0.0), placed, adapter, ctx, write=lambda act: write(write=act))
 
 
-@pytest.mark.parametrize(("whole", "ranks", "times"), [(True, 2, 2), (False, 1, 2), (False, 2, 1)])
-def test_what_ranks_save_together_none_saves_again_alone(tmp_path, whole, ranks, times):
+@pytest.mark.parametrize(("alone", "ranks", "times"), [(True, 2, 2), (False, 1, 2), (False, 2, 1)])
+def test_what_ranks_save_together_none_saves_again_alone(tmp_path, alone, ranks, times):
     calls = list[Path]()
 
     def save(folder: Path) -> None:
@@ -285,7 +285,8 @@ def test_what_ranks_save_together_none_saves_again_alone(tmp_path, whole, ranks,
         if len(calls) == 1:
             raise OSError(28, "No space left on device")
 
-    placed, ctx = SimpleNamespace(whole=whole, save=save, model=None), SimpleNamespace(rank=0, world_size=ranks)
+    placed = SimpleNamespace(saves_alone=alone, save=save, model=None)
+    ctx = SimpleNamespace(rank=0, world_size=ranks)
     patience = Patience(say=lambda text: None, sleep=lambda _: None)
     if times == 1:
         with pytest.raises(OSError, match="No space left"):
@@ -305,7 +306,8 @@ def test_a_write_that_failed_is_done_again_without_the_ranks_meeting_again(tmp_p
         write_json(path, value)
 
     monkeypatch.setattr("lmray.train.checkpoint.write_json", full_once)
-    placed, ctx = SimpleNamespace(whole=False, save=met.append, model=None), SimpleNamespace(rank=0, world_size=2)
+    placed = SimpleNamespace(saves_alone=False, save=met.append, model=None)
+    ctx = SimpleNamespace(rank=0, world_size=2)
     save_as(ctx, placed, Patience(say=said.append, sleep=lambda _: None), tmp_path / "part")
     assert met == [tmp_path / "part"] and (tmp_path / "part" / "progress.json").is_file() and len(said) == 2
 
@@ -314,6 +316,6 @@ def test_an_error_is_raised_where_the_next_one_begins_which_is_not_begun(ctx, mo
     full(1, monkeypatch)
     with Commits(ctx, beside=True) as one:
         one.begin(snapshot(one.next_folder(), 1))
-        with pytest.raises(CheckpointError, match=r"checkpoint-00000001 failed .*No space left"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-00000001: failed .*No space left"):
             one.begin(snapshot(one.next_folder(), 2))
         one.wait()
