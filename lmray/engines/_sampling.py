@@ -91,8 +91,9 @@ def process(
     if (sampling.frequency_penalty or sampling.presence_penalty) and counts:
         times = torch.tensor(list(counts.values()), dtype=logits_V.dtype)
         logits_V[list(counts)] -= sampling.frequency_penalty * times + sampling.presence_penalty
-    for token, bias in sampling.logit_bias:
-        logits_V[token] += bias
+    if sampling.logit_bias:
+        tokens, biases = zip(*sampling.logit_bias, strict=True)
+        logits_V.index_add_(0, torch.tensor(tokens), torch.tensor(biases, dtype=logits_V.dtype))
     finite = torch.finfo(logits_V.dtype)
     logits_V.clamp_(finite.min, finite.max)  # a penalty can take a logit beyond its number format
     return logits_V if allowed_V is None else logits_V.masked_fill(~allowed_V, -torch.inf)

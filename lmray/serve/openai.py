@@ -21,6 +21,8 @@ from lmray.serve.messages import ChatMessage, Tool, Wire
 MAX_CHOICES = 128
 """Answers to one request, over all its prompts."""
 MAX_LOGPROBS = 20
+MAX_BIASES = 300
+"""Tokens of one request whose logits are changed, as at OpenAI."""
 _NO_EFFECT = frozenset(
     ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
 )
@@ -63,7 +65,7 @@ class GenerationRequest(Wire):
     presence_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Field(ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])] = 1.0
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
-        default_factory=dict
+        default_factory=dict, max_length=MAX_BIASES
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
     response_format: ResponseFormat = ResponseFormat()

@@ -175,6 +175,7 @@ def test_an_unknown_model_is_told_which_there_are(chat):
         ({"temperature": 1e-310}, "temperature", "0, or 0.0001 or more"),
         ({"min_p": 2}, "min_p", "less than or equal to 1"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "valid integer"),
+        ({"logit_bias": dict.fromkeys(map(str, range(301)), 1)}, "logit_bias", "at most 300 items"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
         ({"seed": "a"}, "seed", "valid integer"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
