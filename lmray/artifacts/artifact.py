@@ -33,6 +33,8 @@ tokenizer in Hugging Face's."""
 ALLOWED_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")
 """Endings an artifact may hold: tensors, JSON, and a tokenizer's text files. Never pickles."""
 
+_ID = re.compile(r"[0-9a-f]{64}")
+
 
 @dataclass(frozen=True)
 class ArtifactRef:
@@ -266,9 +268,13 @@ class Artifacts:
     def _read(self, key: str) -> Artifact:
         try:
             fields = json.loads(self.store.get(key) or b"{}")
-            return Artifact(**{"kind": "adapter", **fields, "parents": tuple(fields["parents"])})  # one kind, once
+            artifact = Artifact(**{"kind": "adapter", **fields, "parents": tuple(fields["parents"])})  # one kind, once
         except (ValueError, TypeError, KeyError):
             raise self._spoilt(key, "no record of a version") from None
+        place = ["artifacts", artifact.name, "versions", f"{artifact.id}.json"]
+        if key.split("/") != place or not _ID.fullmatch(str(artifact.id)):  # both become parts of paths
+            raise self._spoilt(key, "no record of the version it is named after")
+        return artifact
 
 
 def _stages(name: str) -> str:

@@ -9,10 +9,11 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import LoraConfig
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -32,6 +33,31 @@ MERGE = "merge the adapter into the model instead"
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to start a LoRA that change the base model's weights too, so that the adapter alone is not the result."""
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
+_Regex = Annotated[str, AfterValidator(_regex)]
+_Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+
+
+class _Settings(BaseModel):
+    """Settings that PEFT computes with and does not check."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    lora_alpha: float = 8
+    rank_pattern: dict[_Regex, _Rank] | None = None
+    alpha_pattern: dict[_Regex, float] | None = None
+    target_modules: _Regex | list[str] | None = None
+    exclude_modules: _Regex | list[str] | None = None
+    layers_pattern: _Regex | list[_Regex] | None = None
+    layers_to_transform: int | list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +119,11 @@ def _check_settings(path: Path, fields: dict[str, Any]) -> None:
     rank = fields.get("r")
     if not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
         raise ArtifactError(str(path), f"`r` is {rank!r}", allowed=f"1 to {MAX_RANK}")
+    try:
+        _Settings.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ArtifactError(str(path), f"`{first['loc'][0]}`: {first['msg']}") from None
 
 
 def _check_shapes(path: Path, shapes: dict[str, tuple[int, ...]], base: nn.Module) -> None:

@@ -45,19 +45,25 @@ class AdapterBank:
         self._num_named += 1
         name = f"adapter{self._num_named}"  # a handle may hold a dot, a module's name may not
         self._attach(name, found)
+        try:
+            self._fill(name, found)
+        except BaseException:
+            self._detach(name)
+            raise
+        self._names[handle] = name
+        self._activate(None)
+
+    def _fill(self, name: str, found: AdapterFolder) -> None:
         assert self.peft is not None
         state = get_peft_model_state_dict(self.peft, adapter_name=name, save_embedding_layers=False)
         expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
         given = {key: tuple(tensor.shape) for key, tensor in found.tensors.items()}
         if given != expected:
             key, shape = min(set(expected.items()) ^ set(given.items()))
-            self._detach(name)
             where, hint = str(found.path / WEIGHTS), "its two files belong to different adapters"
             raise ArtifactError(where, f"does not fit its config, first at `{key}` {list(shape)}", hint=hint)
         set_peft_model_state_dict(self.peft, found.tensors, adapter_name=name, low_cpu_mem_usage=True)
         self.peft.eval()
-        self._names[handle] = name
-        self._activate(None)
 
     def remove(self, handle: str) -> None:
         self._detach(self._names.pop(handle))

@@ -85,8 +85,8 @@ class Sampler:
     grammars: Grammars | None = None
 
     def draw(self, rows: Sequence[Row], logits_NV: torch.Tensor) -> list[Outcome]:
-        """The next token of each row from its logits, recorded in the row; an error for a row whose logits are NaN, or
-        whose grammar cannot be followed."""
+        """The next token of each row from its logits, recorded in the row; an error for a row whose logits are NaN,
+        whose grammar cannot be followed, or whose draw fails otherwise: one request never ends the others."""
         highest_N, greedy_N = logits_NV.max(dim=-1)
         broken, greedy = highest_N.isnan().tolist(), greedy_N.tolist()
         outcomes: list[Outcome] = []
@@ -97,6 +97,9 @@ class Sampler:
                 outcomes.append(self._draw(row, logits_NV[place], greedy[place]))
             except LmrayError as error:
                 outcomes.append(error)
+            except Exception as error:
+                found = f"its next token could not be drawn: {type(error).__name__}: {error}"
+                outcomes.append(LmrayError(f"request {row.request.id}", found))
         return outcomes
 
     def _draw(self, row: Row, logits_V: torch.Tensor, greedy: int) -> TokenEvent:

@@ -86,8 +86,8 @@ class Linears:
         """Adds adapter `handle` to layer `part`: A [r, inputs] and B [outputs, r] with its scale."""
         if self.stack is None:
             self.stack = LowRankStack(self.sizes, self.num_inputs, self._weights[0])
+        self.adapters.add(handle)  # first, so that `drop` clears what a failure leaves
         self.stack.put(part, ranks, *factors)
-        self.adapters.add(handle)
 
     def drop(self, handle: str, ranks: range) -> None:
         if handle in self.adapters:

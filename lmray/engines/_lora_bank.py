@@ -84,9 +84,13 @@ class LoraBank:
         ranks = self._space.take(handle, max(len(one.a_RI) for one in factors.values()))
         self._num_loaded += 1
         self._roots[handle] = str(self._num_loaded).encode()
-        for name, (a_RI, b_OR, scale) in factors.items():
-            linears, part = self._places[name]
-            linears.put(handle, part, ranks, (a_RI, b_OR.float() * scale))
+        try:
+            for name, (a_RI, b_OR, scale) in factors.items():
+                linears, part = self._places[name]
+                linears.put(handle, part, ranks, (a_RI, b_OR.float() * scale))
+        except BaseException:
+            self.remove(handle)
+            raise
 
     def _attached(self, handle: str) -> Iterator[tuple[str, _Factors]]:
         for name, module in self.base.named_modules():

@@ -91,8 +91,11 @@ def process(
     if (sampling.frequency_penalty or sampling.presence_penalty) and counts:
         times = torch.tensor(list(counts.values()), dtype=logits_V.dtype)
         logits_V[list(counts)] -= sampling.frequency_penalty * times + sampling.presence_penalty
-    for token, bias in sampling.logit_bias:
-        logits_V[token] += bias
+    if sampling.logit_bias:
+        tokens, biases = zip(*sampling.logit_bias, strict=True)
+        logits_V.index_add_(0, torch.tensor(tokens), torch.tensor(biases, dtype=logits_V.dtype))
+    finite = torch.finfo(logits_V.dtype)
+    logits_V.clamp_(finite.min, finite.max)  # a penalty can take a logit beyond its number format
     return logits_V if allowed_V is None else logits_V.masked_fill(~allowed_V, -torch.inf)
 
 
@@ -101,12 +104,13 @@ def draw(logits_V: torch.Tensor, sampling: Sampling, uniform: float) -> int:
 
     Temperature first, then `top_k`, then `top_p`, then `min_p`, as `transformers` does; `temperature` must be above 0.
     """
-    probabilities, ids = _candidates(logits_V.double() / sampling.temperature, sampling)
+    logits_V = logits_V.double().clamp(max=torch.finfo(torch.float32).max)  # infinities have no differences
+    probabilities, ids = _candidates((logits_V - logits_V.max()) / sampling.temperature, sampling)
     cumulative = probabilities.cumsum(0)
     if sampling.top_p < 1.0:  # the smallest set of most likely tokens that holds top_p
         cumulative = cumulative[: int((cumulative < sampling.top_p).sum()) + 1]
     if sampling.min_p > 0.0:
-        cumulative = cumulative[: int((probabilities >= sampling.min_p * probabilities[0]).sum())]
+        cumulative = cumulative[: max(1, int((probabilities >= sampling.min_p * probabilities[0]).sum()))]
     place = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
     place = min(place, len(cumulative) - 1)
     return place if ids is None else int(ids[place])

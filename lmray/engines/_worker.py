@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from lmray.engines._adapter_folder import read_adapter_folder
-from lmray.engines._core import Core, Outcome
+from lmray.engines._adapter_folder import AdapterFolder, read_adapter_folder
+from lmray.engines._core import Adapters, Core, Outcome
 from lmray.engines.base import Request, TokenEvent, check_request
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, did_you_mean
 
@@ -73,7 +73,7 @@ class NativeEngine:
         try:
             bank = self._stepper.adapters
             found = await asyncio.to_thread(read_adapter_folder, folder, bank.base)
-            await self._call(lambda done: _after(partial(bank.add, handle, found), done))
+            await self._call(lambda done: _after(partial(_add, bank, handle, found), done))
         except BaseException:
             self._taken.discard(handle)
             raise
@@ -170,6 +170,16 @@ class NativeEngine:
         for handle in [handle for handle in self._leaving if handle not in used]:
             self._stepper.adapters.remove(handle)
             self._leaving.pop(handle)()
+
+
+def _add(bank: Adapters, handle: str, found: AdapterFolder) -> None:
+    """Whatever is wrong with one adapter, or with the room for it, is that adapter's failure and not the engine's."""
+    try:
+        bank.add(handle, found)
+    except LmrayError:
+        raise
+    except Exception as error:
+        raise ArtifactError(str(found.path), f"cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _after(action: Callable[[], None], done: Callable[[], None]) -> None:

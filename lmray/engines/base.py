@@ -17,6 +17,10 @@ from lmray.config import MemberConfig
 from lmray.errors import ArtifactError, DataError, did_you_mean
 
 FinishReason = Literal["stop", "length"]
+MIN_TEMPERATURE = 1e-4
+"""Below it a draw is greedy in all but name, and logits divided by it leave the range of numbers."""
+REPETITION_PENALTIES = (0.01, 100.0)
+"""Beyond these, penalised logits leave the range of numbers."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Sampling:
     max_tokens: int
     """0: the prompt is read and nothing is drawn."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """0 is greedy; else `MIN_TEMPERATURE` or more."""
     top_p: float = 1.0
     top_k: int = 0
     """0: no limit."""
@@ -50,13 +54,20 @@ class Sampling:
     """What the answer must match: a grammar of `llguidance` as text."""
 
     def __post_init__(self) -> None:
+        least, most = REPETITION_PENALTIES
         ranges = {
             "max_tokens": (self.max_tokens >= 0, "0 or more"),
-            "temperature": (0.0 <= self.temperature < float("inf"), "0 or more"),
+            "temperature": (
+                self.temperature == 0.0 or MIN_TEMPERATURE <= self.temperature < float("inf"),
+                f"0, or {MIN_TEMPERATURE:g} or more",
+            ),
             "top_p": (0.0 < self.top_p <= 1.0, "above 0, at most 1"),
             "top_k": (self.top_k >= 0, "0 (no limit) or more"),
             "min_p": (0.0 <= self.min_p <= 1.0, "0 to 1"),
-            "repetition_penalty": (0.0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
+            "repetition_penalty": (
+                least <= self.repetition_penalty <= most,
+                f"{least:g} to {most:g}; 1 changes nothing",
+            ),
             "frequency_penalty": (abs(self.frequency_penalty) < float("inf"), "a finite number"),
             "presence_penalty": (abs(self.presence_penalty) < float("inf"), "a finite number"),
             "logprobs": ((self.logprobs or 0) >= 0, "0 or more"),

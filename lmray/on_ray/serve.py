@@ -38,7 +38,6 @@ from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.live import LiveEngine
 from lmray.serve.prepare import ServePlan, check_out, prepare
-from lmray.serve.visitors import Visitors
 
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""
@@ -108,7 +107,6 @@ class Gateway:
         )
         fleet = Fleet(_Replicas(self._engines), catalogue, Canaries(store, plan.endpoint))
         app = make_app(fleet, load_tokenizer(check_out(plan)), settings)
-        app.add_middleware(Visitors)
         add_admin(app, fleet, plan)
         return app
 

@@ -113,8 +113,8 @@ class LowRankStack:
         before = self.a_PCI.shape[1]
         if num_ranks > before:
             more = max(num_ranks, 2 * before) - before
-            self.a_PCI = _with_zeros(self.a_PCI, more)
-            self.b = [None if b_CO is None else _with_zeros(b_CO, more) for b_CO in self.b]
+            b = [None if b_CO is None else _with_zeros(b_CO, more) for b_CO in self.b]
+            self.a_PCI, self.b = _with_zeros(self.a_PCI, more), b  # both or, without memory for it, none
 
     def add(self, y_NO: torch.Tensor, x_NI: torch.Tensor, pieces: Sequence[Piece]) -> None:
         """Adds the adapters' products of `x_NI` to `y_NO`, in place."""

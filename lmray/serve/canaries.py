@@ -106,6 +106,7 @@ class Canaries:
         if compared.taken_back is None:
             compared.taken_back = objection(compared.rule, compared.tallies["current"], compared.tallies["canary"])
             if compared.taken_back is not None:
+                self._taken_back[compared.canary] = compared.taken_back
                 _LOG.warning("`%s` is taken back: %s", compared.canary, compared.taken_back)
                 writing = asyncio.ensure_future(asyncio.to_thread(self._write, compared.canary, compared.taken_back))
                 self._writing.add(writing)

@@ -79,16 +79,13 @@ class Catalogue:
         return line if line is not None and line.current is not None else None
 
     def refresh(self) -> None:
-        """Brings the index up to date. Raises OSError where the store cannot be read."""
+        """Brings the index up to date. Raises OSError where the store cannot be listed."""
         names = self._store.folders("artifacts") if self._only is None else sorted(set(self._only()))
         lines: dict[str, Line] = {}
         for name in names:
             served = self._served_as(name)
             if served is not None and name != self._reserved:
-                stamp, known = self._stamp(name, served), self._lines.get(name)
-                if known is None or known.stamp != stamp:
-                    known = self._read(name, served, stamp, known)
-                lines[name] = known
+                lines[name] = self._line(name, served)
         self._lines = lines
         self._names = tuple(name for name, line in lines.items() if line.current is not None)
 
@@ -106,6 +103,17 @@ class Catalogue:
             self.refresh()
         except OSError as error:
             _LOG.warning("the store cannot be read, what was known of it holds: %s", error)
+
+    def _line(self, name: str, served: ServedAdapter) -> Line:
+        """The line of `name`, read again where its stamp changed. One that cannot be read is what it was, and is read
+        again with the next look."""
+        known = self._lines.get(name)
+        try:
+            stamp = self._stamp(name, served)
+            return known if known is not None and known.stamp == stamp else self._read(name, served, stamp, known)
+        except OSError as error:
+            _LOG.warning("artifact `%s` cannot be read, what was known of it holds: %s", name, error)
+            return known or Line(object(), None, f"artifact `{name}`: cannot be read: {error}")  # equals no stamp
 
     def _served_as(self, name: str) -> ServedAdapter | None:
         if not is_name(name):  # a folder that somebody made by hand

@@ -100,8 +100,8 @@ class Fleet:
                         self.canaries.answered(compared, version, request_id=request.id, first_token_s=seconds)
                     answered = True
                     yield event
-        except (CapacityError, DataError):
-            raise  # load, and a client's own mistakes, say nothing about a version
+        except (CapacityError, DataError, RemoteError):
+            raise  # load, a client's own mistakes and a replica's end say nothing about a version
         except LmrayError:
             if compared is not None:
                 self.canaries.failed(compared, version, answered=answered)

@@ -33,6 +33,7 @@ from lmray.serve.keys import ApiKey, find_key
 from lmray.serve.metrics import Metrics
 from lmray.serve.openai import ChatRequest, CompletionRequest, read_request
 from lmray.serve.quotas import Quotas
+from lmray.serve.visitors import VISITOR
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]
 """Pieces of all answers to one request, each with its answer's index."""
@@ -182,6 +183,7 @@ class _Gateway:
         """The request's key; None where none is asked for. Raises AnswerError (401) for none or a wrong one."""
         account = _account(http)
         account.path = http.scope["route"].path
+        VISITOR.set("")
         if not self._settings.keys:
             return None
         scheme, _, given = http.headers.get("authorization", "").partition(" ")
@@ -190,6 +192,7 @@ class _Gateway:
             found = "wrong API key" if given else "no API key; send `Authorization: Bearer KEY`"
             raise AnswerError(401, error_body(found, code="invalid_api_key"), {"WWW-Authenticate": "Bearer"})
         account.key = key.name
+        VISITOR.set(key.name)
         return key
 
     async def _body(self, http: Request) -> Any:

@@ -22,6 +22,8 @@ from lmray.serve.fit import StoredAdapters
 from lmray.serve.pins import Pins
 from lmray.serve.prepare import ServePlan
 
+AHEAD_S = 60.0
+"""How long a replica's start waits for what it can begin without."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -57,15 +59,18 @@ class LiveEngine:
         self.demand = Demand()
 
     async def start(self) -> None:
-        """Loads what is named and pinned, side by side. Raises what a version raises that cannot be loaded though the
-        endpoint was prepared with it; any other, promoted or pinned since, keeps no replica from starting."""
+        """Loads what the endpoint was prepared with, and raises what that raises; then, side by side, what was promoted
+        or pinned since and next versions, of which none keeps a replica from starting."""
         await asyncio.to_thread(self._catalogue.refresh)
         self._pinned = self._wanted()
-        handles = sorted(self._pinned)
-        outcomes = await asyncio.gather(*(self.cache.pin(handle) for handle in handles), return_exceptions=True)
-        for handle, outcome in zip(handles, outcomes, strict=True):
-            if outcome is not None and (handle in self._planned or not isinstance(outcome, LmrayError)):
+        planned, others = sorted(self._pinned & self._planned), sorted(self._pinned - self._planned)
+        outcomes = await asyncio.gather(*(self.cache.pin(handle) for handle in planned), return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
                 raise outcome
+        if others:  # in the room that is left; the cache logs what fails
+            loading = asyncio.gather(*(self.cache.pin(handle) for handle in others), return_exceptions=True)
+            await asyncio.wait({loading}, timeout=AHEAD_S)
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The tokens that continue `request`, its adapter loaded before and kept until the last. Closing it early
@@ -112,7 +117,7 @@ class LiveEngine:
     def _pinned_names(self) -> tuple[str, ...]:
         try:
             return (*self._named, *self._pins.names())
-        except ArtifactError as error:
+        except (ArtifactError, OSError) as error:
             _LOG.warning("%s", error)
             return self._named
 

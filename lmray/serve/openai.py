@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 
-from lmray.engines.base import Sampling
+from lmray.engines.base import MIN_TEMPERATURE, REPETITION_PENALTIES, Sampling
 from lmray.errors import did_you_mean
 from lmray.serve.failures import RequestError
 from lmray.serve.guided import ResponseFormat, grammar_of
@@ -21,12 +21,22 @@ from lmray.serve.messages import ChatMessage, Tool, Wire
 MAX_CHOICES = 128
 """Answers to one request, over all its prompts."""
 MAX_LOGPROBS = 20
+MAX_BIASES = 300
+"""Tokens of one request whose logits are changed, as at OpenAI."""
 _NO_EFFECT = frozenset(
     ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
 )
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
 """Fields that are accepted with the value that changes nothing."""
 
+
+def _warm_or_greedy(temperature: float) -> float:
+    if 0.0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(f"must be 0, or {MIN_TEMPERATURE:g} or more")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0.0, le=2.0), AfterValidator(_warm_or_greedy)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 NumTokens = Annotated[int, Field(ge=1)]
@@ -45,7 +55,7 @@ class GenerationRequest(Wire):
 
     model: str
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    temperature: Temperature = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -53,9 +63,9 @@ class GenerationRequest(Wire):
     """Of the first answer to a prompt; the next ones count on from it."""
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])] = 1.0
     logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
-        default_factory=dict
+        default_factory=dict, max_length=MAX_BIASES
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] = Field(default_factory=list)
     response_format: ResponseFormat = ResponseFormat()

@@ -74,6 +74,12 @@ def test_weights_that_are_no_safetensors_are_refused(folder, model):
         ({"init_lora_weights": "pissa_niter_16"}, "which changed the base model's weights too"),
         ({"r": 10**6}, f"allowed: 1 to {MAX_RANK}"),
         ({"r": "8"}, "`r` is '8'"),
+        ({"lora_alpha": None}, "`lora_alpha`: Input should be a valid number"),
+        ({"lora_alpha": float("nan")}, "`lora_alpha`: Input should be a finite number"),
+        ({"rank_pattern": {"q_proj": 0}}, "`rank_pattern`: Input should be greater than or equal to 1"),
+        ({"rank_pattern": {"(q_proj": 2}}, "'(q_proj' is no regular expression"),
+        ({"alpha_pattern": {"q_proj": None}}, "`alpha_pattern`: Input should be a valid number"),
+        ({"target_modules": "(q_proj"}, "'(q_proj' is no regular expression"),
         ({"layers_pattern": "h", "layers_to_transform": None}, "is no LoRA config"),
     ],
 )
@@ -115,6 +121,21 @@ def test_weights_that_are_not_those_of_the_config_leave_no_trace(folder, adapter
         bank.add("a", read_adapter_folder(folder, bank.base))
     assert bank.handles == (("b",) if attached_before else ())
     assert (bank.peft is not None) == attached_before
+
+
+def test_an_adapter_that_fails_while_it_is_filled_leaves_no_trace(folder, model, monkeypatch):
+    bank, found = AdapterBank(model), read_adapter_folder(folder, model)
+    with monkeypatch.context() as patched:
+        patched.setattr("lmray.engines._adapters.set_peft_model_state_dict", fail)
+        with pytest.raises(MemoryError):
+            bank.add("a", found)
+    assert bank.handles == () and bank.peft is None
+    bank.add("a", found)
+    assert bank.handles == ("a",)
+
+
+def fail(*args, **kwargs):
+    raise MemoryError("no room")
 
 
 def test_a_config_that_targets_nothing_is_refused_when_attached(folder, model):

@@ -6,7 +6,9 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
+import torch
 
+from lmray.engines._decoder import Linears
 from lmray.engines.base import Request, Sampling, TokenEvent
 from lmray.engines.native import Native
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError
@@ -144,6 +146,32 @@ def test_a_bad_adapter_is_refused_and_its_name_stays_free(model, adapter_folders
             return engine.stats()["failure"]
 
     assert asyncio.run(main()) is None
+
+
+def test_an_adapter_that_fails_while_it_is_put_costs_nothing_but_itself(
+    model, adapter_folders, prompts, expected, monkeypatch
+):
+    put, num_put = Linears.put, 0
+
+    def fail_later(self, *args):
+        nonlocal num_put
+        num_put += 1
+        put(self, *args)
+        if num_put == 3:
+            raise torch.OutOfMemoryError("no room")
+
+    async def main():
+        async with Running(model) as engine:
+            await engine.add_adapter("b", adapter_folders["b"])
+            with monkeypatch.context() as patched:
+                patched.setattr(Linears, "put", fail_later)
+                with pytest.raises(ArtifactError, match="cannot be loaded: OutOfMemoryError: no room"):
+                    await engine.add_adapter("a", adapter_folders["a"])
+            assert engine.stats()["failure"] is None and engine.stats()["adapters"] == ["b"]
+            await engine.add_adapter("a", adapter_folders["a"])
+            return [await tokens(engine, Request("r", prompts[0], Sampling(NUM_NEW), one)) for one in (None, "a", "b")]
+
+    assert asyncio.run(main()) == [expected[one][0] for one in (None, "a", "b")]
 
 
 @pytest.mark.parametrize(

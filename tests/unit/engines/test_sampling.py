@@ -76,11 +76,14 @@ def test_the_ends_of_the_range_are_tokens_too(uniform):
         ("max_tokens", -1),
         ("temperature", -0.1),
         ("temperature", float("nan")),
+        ("temperature", 1e-310),
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("top_k", -1),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 101.0),
         ("frequency_penalty", float("inf")),
         ("presence_penalty", float("nan")),
         ("logprobs", -1),
@@ -111,6 +114,20 @@ def test_biases_are_added_and_what_is_not_allowed_cannot_be_drawn():
     allowed_V = torch.tensor([True, False, True])
     found = process(torch.zeros(3), Sampling(1, logit_bias=((0, 1.5), (1, 100.0))), Counter(), allowed_V=allowed_V)
     assert found.tolist() == [1.5, -torch.inf, 0.0]
+
+
+def test_a_penalty_takes_no_logit_out_of_the_range_of_numbers():
+    logits_V = torch.tensor([3e38, -3e38, 0.0])
+    for penalty in (0.01, 100.0):
+        found = process(logits_V, Sampling(1, repetition_penalty=penalty), Counter([0, 1]))
+        assert found.isfinite().all()
+        assert draw(found, Sampling(1, temperature=1e-4, min_p=0.5), 0.5) == 0
+
+
+@pytest.mark.parametrize("cut", [{}, {"min_p": 0.5}, {"top_p": 0.5}, {"top_k": 1, "min_p": 1.0}], ids=str)
+def test_an_infinite_logit_is_drawn_for_certain(cut):
+    logits_V = torch.tensor([0.0, torch.inf, -torch.inf])
+    assert draw(logits_V, Sampling(1, temperature=0.7, **cut), 0.9) == 1
 
 
 def drawn(sampling: Sampling, num: int) -> torch.Tensor:

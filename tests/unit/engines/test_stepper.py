@@ -16,6 +16,7 @@ from lmray.engines import native
 from lmray.engines._adapter_folder import WEIGHTS, read_adapter_folder
 from lmray.engines._core import Core
 from lmray.engines._decoder import unfit
+from lmray.engines._sampling import Chooser
 from lmray.engines.base import Request, Sampling
 from lmray.engines.native import Native, generate
 from lmray.errors import ArtifactError, ConfigError, DataError, LmrayError
@@ -236,6 +237,22 @@ def test_a_broken_adapter_ends_its_own_request_only_and_leaves_no_nan_in_its_row
     answers = run(stepper)
     assert [first["good"].token_id, *answers["good"]] == expected[None][0]
     assert answers["next"] == expected[None][5]
+
+
+def test_a_draw_that_fails_ends_its_own_request_alone(make, model, prompts, expected, monkeypatch):
+    stepper, choose = make(model), Chooser.choose
+
+    def fail(self, logits_V, greedy):
+        if self._sampling.seed == 13:
+            raise IndexError("no candidate")
+        return choose(self, logits_V, greedy)
+
+    monkeypatch.setattr(Chooser, "choose", fail)
+    stepper.add(Request("good", prompts[0], Sampling(NUM_NEW)))
+    stepper.add(Request("bad", prompts[3], Sampling(NUM_NEW, seed=13)))
+    first = dict(stepper.step())
+    assert isinstance(first["bad"], LmrayError) and "IndexError: no candidate" in str(first["bad"])
+    assert [first["good"].token_id, *run(stepper)["good"]] == expected[None][0]
 
 
 def test_the_last_adapter_leaves_the_model_as_it_was(make, model, adapter_folders):

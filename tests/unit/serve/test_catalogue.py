@@ -108,6 +108,27 @@ def test_what_did_not_change_is_not_read_again(small, monkeypatch):
     assert reads and all("/a3/" in key for key in reads)
 
 
+def test_a_record_that_cannot_be_read_holds_up_no_other_and_is_read_again(small, monkeypatch):
+    first = small.keep("helper", "one", stage="production")
+    catalogue = make(small)
+    second, other = small.keep("helper", "two", stage="production"), small.keep("other", stage="production")
+    third = small.keep("third", stage="production")
+
+    def get(key: str, of=small.store.get):
+        if "/helper/versions" in key or "/third/" in key:
+            raise OSError(5, "Input/output error")
+        return of(key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(small.store, "get", get)
+        catalogue.refresh()
+    assert current(catalogue) == {"helper": first.id, "other": other.id}
+    assert "Input/output error" in catalogue.refused["third"]
+    catalogue.refresh()
+    assert current(catalogue) == {"helper": second.id, "other": other.id, "third": third.id}
+    assert catalogue.refused == {}
+
+
 def test_only_the_names_asked_for_are_looked_after(small):
     for name in ("one", "two"):
         small.keep(name, stage="production")

@@ -174,6 +174,26 @@ def test_a_bad_next_version_is_taken_back_costs_nobody_an_answer_and_is_not_trie
     assert replicas.requests[-1].adapter not in versions, "another version gets its own chance"
 
 
+def test_what_was_taken_back_stays_so_when_production_moves(small, versions):
+    replicas = Versioned(versions[1])
+    fleet = make(small, replicas, Canary(share=0.5, min_requests=10))
+    for index in range(100):
+        ask(fleet, "helper", name=f"r{index}")
+    moved = small.keep("helper", "three", stage="production").ref
+    fleet.catalogue.refresh()
+    replicas.requests.clear()
+    for index in range(20):
+        ask(fleet, "helper", name=f"r{index}")
+    assert {request.adapter for request in replicas.requests} == {moved}
+
+
+def test_a_replica_that_died_says_nothing_about_a_version(small, versions):
+    fleet = make(small, FakeReplicas(DEAD, DEAD, num_tokens=(0, 0, 2)), Canary(share=1.0))
+    assert ask(fleet, "helper") == [0, 1]
+    (report,) = fleet.canaries.report()
+    assert report["canary"]["errors"] == 0
+
+
 def test_an_answer_that_broke_off_counts_once_and_is_not_answered_twice(small, versions):
     fleet = make(small, Versioned(versions[1], after=2), Canary(share=1.0))
     with pytest.raises(LmrayError, match="NaN"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 
 import httpx
@@ -16,7 +15,7 @@ from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
-from lmray.serve.visitors import VISITOR, Visitors
+from lmray.serve.visitors import VISITOR
 from tests.unit.serve.stores import FIT, SmallStore, plan_of
 from tests.unit.serve.test_envelope import api_key, metrics
 
@@ -49,14 +48,13 @@ def small(tmp_path) -> SmallStore:
 def session(small, tokenizer):
     """Requests one after another: `(method, path, key, body)` each; what came, and what the replicas were asked."""
 
-    def run(*asked, canary: Canary | None = None) -> tuple[list[httpx.Response], Recording]:
+    def run(*asked, canary: Canary | None = None, keys=KEYS) -> tuple[list[httpx.Response], Recording]:
         served = [ServedAdapter(artifact="*", stage="production", canary=canary)]
         catalogue = Catalogue(small.store, served, FIT, reserved="tiny")
         catalogue.refresh()
         replicas = Recording()
         fleet = Fleet(replicas, catalogue, Canaries(small.store, "endpoint"))
-        app = make_app(fleet, tokenizer, GatewaySettings("tiny", 256, keys=KEYS, sends_request_id=False))
-        app.add_middleware(Visitors)
+        app = make_app(fleet, tokenizer, GatewaySettings("tiny", 256, keys=keys, sends_request_id=False))
         add_admin(app, fleet, plan_of(small, "*", admin_keys=("operator",)))
 
         async def main():
@@ -118,9 +116,16 @@ def test_the_visitor_is_known_wherever_an_answer_is_made(session, small, fields)
     small.keep("helper", stage="production")
     (one, two), replicas = session(chat("few", "helper", **fields), chat("all", "helper", **fields))
     assert (one.status_code, two.status_code) == (200, 200)
-    digests = [hashlib.sha256(f"Bearer {key}".encode()).hexdigest() for key in ("few", "all")]
     num = fields.get("n", 1)
-    assert replicas.visitors == [digests[0]] * num + [digests[1]] * num
+    assert replicas.visitors == ["few"] * num + ["all"] * num
+
+
+def test_how_a_key_is_written_makes_no_other_visitor_and_without_keys_there_are_none(session, small):
+    small.keep("helper", stage="production")
+    _, replicas = session(chat("few", "helper"), chat(" few", "helper"))
+    assert replicas.visitors == ["few", "few"]
+    (one, _), replicas = session(chat("dummy", "helper"), chat("other", "helper"), keys=())
+    assert one.status_code == 200 and replicas.visitors == ["", ""]
 
 
 def test_keys_share_no_beginnings_of_prompts(session, small):

@@ -173,6 +173,32 @@ def test_a_bad_version_keeps_no_replica_from_starting_but_the_one_that_was_prepa
     asyncio.run(main())
 
 
+def test_pins_take_no_room_from_what_was_prepared_and_their_failures_stop_no_start(place, monkeypatch):
+    pinned = place.keep("a-pinned", seed=1)
+    named = place.keep("named", seed=2)
+    Pins(place.store, "endpoint").change("a-pinned", pinned=True)
+
+    async def main():
+        live = place.start("named", "*", max_adapters=1, adapters={"named": named.id})
+        await live.start()
+        assert live.stats()["adapters"] == [named.ref]
+        await live.engine.close()
+        roomy = place.start("named", "*", adapters={"named": named.id})
+        load = roomy.cache._loader.load
+
+        async def fail(handle, found):
+            if handle == pinned.ref:
+                raise OSError(5, "Input/output error")
+            await load(handle, found)
+
+        monkeypatch.setattr(roomy.cache._loader, "load", fail)
+        await roomy.start()
+        assert roomy.stats()["adapters"] == [named.ref]
+        await roomy.engine.close()
+
+    asyncio.run(main())
+
+
 def test_more_adapters_than_the_engine_holds_take_turns(place):
     handles = [place.keep(f"a{seed}", seed=seed).ref for seed in (1, 2, 3)]
 
