@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import socket
@@ -88,8 +89,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(folder) -> Iterator[str]:
     settings = GatewaySettings("tiny", MAX_LENGTH, (key("mine"), key("once", requests_per_minute=1)))
-    with listening(make_app(Engine(folder), load_tokenizer(folder), settings)) as url:
-        yield url
+    backend = Engine(folder)
+    try:
+        with listening(make_app(backend, load_tokenizer(folder), settings)) as url:
+            yield url
+    finally:
+        asyncio.run(backend.engine.close())
 
 
 @pytest.fixture(scope="module")
