@@ -33,7 +33,6 @@ def example(length: int, supervised: int = 4) -> Tokenised:
 def saved_bytes(folder, adapter: Adapter, rows, dtype: str, *, fused: bool = False) -> int:
     """Bytes of every tensor autograd keeps of a forward pass, weights and their copies left out."""
     model = adapter.attach(load_model(folder, dtype).requires_grad_(False), seed=0).train()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     shapes = {tuple(parameter.shape) for parameter in model.parameters()}
     kept = {}
 
@@ -46,7 +45,8 @@ def saved_bytes(folder, adapter: Adapter, rows, dtype: str, *, fused: bool = Fal
 
     batch = collate([tuple(chain.from_iterable(rows))] if fused else list(rows), pad_token_id=0)
     run = Fused(model).running(batch.position_ids_BT) if fused else computing(model)
-    weights |= {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    # Now that they lie where they stay: where a fused one lay before, something else may.
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), run:
         sft_loss(model, batch)
     return sum(size for size, _ in kept.values())
