@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import socket
+from contextlib import suppress
 
 import httpx
 import openai
@@ -33,16 +35,13 @@ def job(ray_cluster, tmp_path_factory) -> ServeJob:
         folder = tiny_adapter_folder(model, root / name, seed=seed + 1)
         artifacts.promote(artifacts.keep(name, folder, base=base).ref, "production")
     (root / "admin-keys").write_text(f"{ADMIN_KEY}\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return ServeJob.model_validate(
         {
             "name": "replicas",
             "model": {"source": str(model), "dtype": "float32"},
             "adapters": [{"artifact": "adapter-*", "stage": "production"}],
             "engine": {"name": "native", "max_batch_size": 4, "max_length": 256},
-            "http": {"port": port, "admin_keys_file": str(root / "admin-keys")},
+            "http": {"port": free_port(), "admin_keys_file": str(root / "admin-keys")},
             "autoscaling": {"min_replicas": 2, "max_replicas": 2, "preset": "fast"},
             "resources": {"cpus_per_worker": 1},
             "storage": str(root / "store"),
@@ -55,6 +54,16 @@ def ask(url: str) -> dict[str, str | None]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         told = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 8}
         return {name: client.chat.completions.create(model=name, **told).choices[0].message.content for name in NAMES}
+
+
+def free_port() -> int:
+    """One that the system gives to nobody else meanwhile: it picks from higher ones."""
+    with socket.socket() as probe:
+        for port in random.sample(range(18000, 28000), 100):
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise AssertionError("none of a hundred ports is free")
 
 
 def replica_actors(job: ServeJob) -> list[str]:
@@ -81,7 +90,8 @@ def test_adapters_have_a_home_and_a_dead_replica_costs_no_answer(job):
 def test_an_endpoint_goes_down_to_no_replica_and_comes_back_when_asked(job, monkeypatch):
     quick = dataclasses.replace(PRESETS["fast"], downscale_delay_s=1.0, look_back_period_s=1.0)
     monkeypatch.setitem(PRESETS, "fast", quick)
-    alone = job.changed({"autoscaling.min_replicas": 0, "autoscaling.max_replicas": 1})
+    alone = {"autoscaling.min_replicas": 0, "autoscaling.max_replicas": 1, "http.port": free_port()}
+    alone = job.changed(alone)  # at another port: the first endpoint's may still be on its way out
     with serve(alone) as service:
         answers = ask(service.url)
         while replica_actors(alone):
