@@ -1,7 +1,6 @@
-"""Serving on Ray Serve: a gateway deployment in front of engine replicas. Converts types; decides nothing.
+"""Serving on Ray Serve: starts, updates and stops the deployments of an endpoint. Converts types; decides nothing.
 
-The gateway's replica tokenises, keeps the keys and streams text; each engine replica owns a model and holds adapters.
-Tokens pass between them as a streaming handle call. Runs in the driver but for the two deployment classes.
+Runs in the driver; what it starts is in `lmray.on_ray.replicas`.
 """
 
 from __future__ import annotations
@@ -9,151 +8,72 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
+import ray
 from ray import serve as ray_serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.exceptions import RayServeException
 
-from lmray.artifacts.store import open_store
-from lmray.engines.base import EngineConfig, Request, Sampling, TokenEvent
-from lmray.errors import CapacityError, LmrayError, RemoteError
+from lmray.errors import CapacityError, ConfigError, RemoteError
 from lmray.job import ServeJob
-from lmray.models.load import load_model, load_tokenizer, stop_token_ids
-from lmray.models.precision import resolve_dtype
 from lmray.on_ray.cluster import cluster_resources
-from lmray.on_ray.failures import error_inside
+from lmray.on_ray.replicas import EngineReplica, Gateway
 from lmray.on_ray.routing import AdapterRouter
 from lmray.policies.autoscaling import TokenPolicy, autoscaling_arguments, shutdown_s
-from lmray.serve.admin import add_admin
-from lmray.serve.canaries import Canaries
-from lmray.serve.catalogue import Catalogue
-from lmray.serve.fleet import Fleet
-from lmray.serve.gateway import GatewaySettings, make_app
-from lmray.serve.live import LiveEngine
-from lmray.serve.prepare import ServePlan, check_out, prepare
+from lmray.serve.prepare import ServePlan, prepare
 
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""
 READY_TIMEOUT_S = 60.0
-EVERYWHERE_TIMEOUT_S = 60.0
-"""How long a call to every replica may take."""
+STOP_TIMEOUT_S = 30.0
+"""For Ray Serve to end, besides the answers that were begun."""
+HEALTH_S = 2.0
+"""So soon Ray Serve learns of a dead replica and starts another; its own default is 10 s. Requests learn of it at
+once."""
+SURGE_PERCENT = 20
+"""Of the replicas, and one at least, run besides while an update replaces them, where there is room."""
+CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
+"""Where Ray Serve's own actor is found."""
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
 """An exception as a traceback ends with it, with the lines `allowed:` and `hint:` below."""
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
-class EngineReplica:
-    """One engine in its own process. Ray Serve restarts it when `check_health` raises."""
-
-    async def __init__(self, plan: ServePlan, config: EngineConfig, dtype: str, num_cpus: int, num_gpus: int):
-        folder, device = check_out(plan), "cuda" if num_gpus else "cpu"
-        dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
-        model: Any = load_model(folder, dtype, rope_scaling=plan.rope_scaling)
-        model.to(device)
-        tokenizer = load_tokenizer(folder)
-        stops = stop_token_ids(model, tokenizer)
-        self._live = LiveEngine(config.start(model, stop_token_ids=stops, threads=num_cpus, tokenizer=tokenizer), plan)
-        await self._live.start()
-        async for _ in self._live.stream(Request("warm-up", (0,), Sampling(max_tokens=1))):
-            pass  # reserves memory and fails here rather than at a user's request
-
-    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        async with aclosing(self._live.stream(request)) as events:
-            async for event in events:
-                yield event
-
-    async def stats(self) -> dict[str, Any]:
-        return self._live.stats()
-
-    async def manage(self, action: str, handle: str) -> dict[str, Any]:
-        found = await self._live.manage(action, handle)
-        return {"replica": ray_serve.get_replica_context().replica_id.unique_id, **found}
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        return self._live.demand.report()
-
-    async def check_health(self) -> None:
-        await self._live.follow(again=True)
-        failure = self._live.stats()["failure"]
-        if failure is not None:
-            raise RuntimeError(failure)
-
-
-class Gateway:
-    """The ingress. Its app is built in the replica, where the tokenizer's folder is."""
-
-    def __init__(self, plan: ServePlan, max_length: int, engines: DeploymentHandle):
-        self._plan, self._max_length, self._engines = plan, max_length, engines
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        plan = self._plan
-        store = open_store(plan.store)
-        catalogue = Catalogue(store, plan.served, plan.fit, reserved=plan.model_name)
-        catalogue.refresh()
-        settings = GatewaySettings(
-            plan.model_name,
-            self._max_length,
-            keys=plan.keys,
-            limits=plan.limits,
-            filters=plan.filters,
-            sends_request_id=False,  # Ray Serve sends it
-        )
-        fleet = Fleet(_Replicas(self._engines), catalogue, Canaries(store, plan.endpoint))
-        app = make_app(fleet, load_tokenizer(check_out(plan)), settings)
-        add_admin(app, fleet, plan)
-        return app
-
-
-class _Replicas:
-    """Streaming calls to whichever replica Ray Serve picks."""
-
-    def __init__(self, engines: DeploymentHandle):
-        self._streaming = engines.options(stream=True)
-        self._engines = engines
-
-    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        response: Any = self._streaming.stream.remote(request)
-        try:
-            async for event in response:
-                yield event
-        except (RayError, RayServeException) as error:
-            raise _plain(error) from None
-        finally:
-            response.cancel()
-
-    async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
-        try:
-            return await self._engines.broadcast(method, *arguments).results_async(timeout_s=EVERYWHERE_TIMEOUT_S)
-        except DeploymentUnavailableError:
-            return []  # none runs while nothing is asked
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise _plain(error) from None
-
-
-def _plain(error: Exception) -> LmrayError:
-    """What a replica raised, or why none answered, as one of lmray's errors."""
-    if isinstance(error, BackPressureError):
-        return CapacityError("endpoint", "too many requests are waiting", hint="come back in a moment")
-    return error_inside(error) or RemoteError("endpoint", f"no replica answered: {type(error).__name__}")
-
-
 class Service:
     """A running endpoint."""
 
-    def __init__(self, name: str, url: str):
-        self.name, self.url = name, url
+    def __init__(self, job: ServeJob):
+        self._job = job
+        self.name, self.url = job.name, f"http://{_reachable(job.http.host)}:{job.http.port}"
+
+    def update(self, job: ServeJob) -> None:
+        """Serves `job` instead, at the same address: another model, other keys, limits or bounds of its replicas.
+
+        Replicas are replaced one after another and end with their last answer, so no request is refused; where the
+        cluster has no room for one more meanwhile, requests wait for the first new one. Raises ConfigError for another
+        name or address, what `prepare` raises, and RemoteError where the new replicas do not start: then the old ones
+        go on.
+        """
+        for field in ("name", "http.host", "http.port"):
+            old, new = (_field(one, field) for one in (self._job, job))
+            if old != new:
+                hint = "stop the endpoint and start it again"
+                raise ConfigError(field, f"is {new}, and a running endpoint keeps {old}", hint=hint)
+        plan = prepare(job, listens=True)
+        _deploy(job, plan, _cpus_per_replica(job))
+        self._job = job
 
     def stop(self) -> None:
         """Takes the endpoint down, once the answers it has begun are done."""
-        ray_serve.delete(self.name)
-        ray_serve.shutdown()
+        ray_serve.delete(self.name, _blocking=False)  # which would wait for a minute at most
+        deadline = time.monotonic() + shutdown_s(self._job.engine.max_length) + STOP_TIMEOUT_S
+        while self.name in ray_serve.status().applications and time.monotonic() < deadline:
+            time.sleep(0.1)
+        _end_ray_serve()
 
     def __enter__(self) -> Service:
         return self
@@ -173,17 +93,31 @@ def serve(job: ServeJob) -> Service:
     _check_free(job)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray_serve.start(http_options={"host": job.http.host, "port": job.http.port}, logging_config=_QUIET)
-    service = Service(job.name, f"http://{_reachable(job.http.host)}:{job.http.port}")
+    service = Service(job)
     try:
-        ray_serve.run(_application(job, plan, num_cpus), name=job.name, route_prefix="/", logging_config=_QUIET)
+        _deploy(job, plan, num_cpus)
         _await_ready(service.url)
-    except BaseException as error:
-        why = _why(job.name, error) if isinstance(error, RuntimeError | RayServeException) else None
+    except BaseException:
         service.stop()
-        if why is not None:
-            raise RemoteError(f"endpoint `{job.name}`", f"did not start: {why}") from None
         raise
     return service
+
+
+def _deploy(job: ServeJob, plan: ServePlan, num_cpus: int) -> None:
+    """Returns once all replicas are those of `job`. Raises RemoteError where they do not start."""
+    try:
+        ray_serve.run(_application(job, plan, num_cpus), name=job.name, route_prefix="/", logging_config=_QUIET)
+    except (RuntimeError, RayServeException) as error:
+        raise RemoteError(f"endpoint `{job.name}`", f"did not start: {_why(job.name, error)}") from None
+
+
+def _end_ray_serve() -> None:
+    """`serve.shutdown()` whose call to the controller, which the controller's end answers, is not tried again: Ray
+    prints of each such call that it failed."""
+    with suppress(ValueError, RayActorError):
+        controller: Any = ray.get_actor(CONTROLLER, NAMESPACE)
+        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
+    ray_serve.shutdown()
 
 
 def _application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
@@ -191,6 +125,11 @@ def _application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.App
     most = rows * job.autoscaling.max_replicas * (1 + QUEUED_PER_ROW)
     router: dict[str, Any] = {"request_router_class": AdapterRouter}
     router["request_router_kwargs"] = {"light": max(rows // 2, 1)}
+    lasting: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": shutdown_s(job.engine.max_length),
+        "max_constructor_retry_count": 2,
+        "health_check_period_s": HEALTH_S,
+    }
     engines = ray_serve.deployment(
         EngineReplica,
         name="engine",
@@ -199,19 +138,25 @@ def _application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.App
         autoscaling_config=_autoscaling(job),
         request_router_config=RequestRouterConfig(**router),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        graceful_shutdown_timeout_s=shutdown_s(job.engine.max_length),
-        max_constructor_retry_count=2,
+        max_surge_percent=_surge_percent(job, num_cpus),
+        **lasting,
     )
     gateway = ray_serve.deployment(
         ray_serve.ingress()(Gateway),
         name="gateway",
         max_ongoing_requests=most,  # replicas push back, with an answer that clients understand; the gateway does not
         ray_actor_options={"num_cpus": 0},  # thin: a core of its own would cost a small machine a replica
-        graceful_shutdown_timeout_s=shutdown_s(job.engine.max_length),
-        max_constructor_retry_count=2,
+        max_surge_percent=SURGE_PERCENT,
+        **lasting,
     )
     bound = engines.bind(plan, job.engine, job.model.dtype, num_cpus, num_gpus)
     return gateway.bind(plan, job.engine.max_length, bound)
+
+
+def _surge_percent(job: ServeJob, num_cpus: int) -> int:
+    """None where one more than the most replicas does not fit: an update would wait for it for ever."""
+    room = cluster_resources().room_for(cpus=num_cpus, gpus=job.resources.gpus_per_worker)
+    return SURGE_PERCENT if room > job.autoscaling.max_replicas else 0
 
 
 def _autoscaling(job: ServeJob) -> AutoscalingConfig:
@@ -267,6 +212,13 @@ def _await_ready(url: str) -> None:
             said = f"HTTP {response.status_code}: {response.text[:200]}"
         time.sleep(0.1)
     raise RemoteError(url, f"is not ready after {READY_TIMEOUT_S:.0f} s; it said {said}")
+
+
+def _field(job: ServeJob, name: str) -> Any:
+    value: Any = job
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _reachable(host: str) -> str:

@@ -1,6 +1,6 @@
 """The gateway's backend: from a name in a request to a version of the store, and on to a replica.
 
-A request names the version from here on, so every replica serves the same one and a second try is the same request.
+A request names the version from here on, so every replica serves the same one, also at a second try.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Replicas(Protocol):
         ...
 
     async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
-        """What `method` gave on every replica. Raises LmrayError."""
+        """What `method` gave on every replica that runs; nothing of one that dies meanwhile. Raises LmrayError."""
         ...
 
 
@@ -43,10 +43,18 @@ class Fleet:
         catalogue: Catalogue,
         canaries: Canaries,
         *,
+        min_replicas: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.replicas, self.catalogue, self.canaries = replicas, catalogue, canaries
-        self._clock = clock
+        self._min_replicas, self._clock = min_replicas, clock
+
+    async def ready(self) -> None:
+        """Raises RemoteError while no replica can answer. An endpoint that may go down to none is ready without one:
+        the next request starts it, and is answered."""
+        running = await self.replicas.everywhere("stats")
+        if not running and self._min_replicas > 0:
+            raise RemoteError("endpoint", "no replica runs", hint="wait for one to start")
 
     async def adapters(self) -> tuple[str, ...]:
         """Names that requests may give; from memory, no replica is asked."""
@@ -110,8 +118,10 @@ class Fleet:
     async def _sent(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             started = False
+            # a replica that was thought dead may still run the first one
+            sent = request if attempt == 1 else replace(request, id=f"{request.id}-{attempt}")
             try:
-                async with aclosing(self.replicas.stream(request)) as events:
+                async with aclosing(self.replicas.stream(sent)) as events:
                     async for event in events:
                         started = True
                         yield event

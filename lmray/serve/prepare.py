@@ -51,6 +51,8 @@ class ServePlan:
     """Empty: the endpoint has no admin calls."""
     rope_scaling: RopeScaling | None = None
     """Of the base model's positions."""
+    min_replicas: int = 1
+    """0: none may run while nothing is asked."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     filters: tuple[TextFilter, ...] = ()
 
@@ -60,12 +62,14 @@ class ServePlan:
         return Fit(self.source, self.digest, self.rope_scaling, self.cache.max_adapter_bytes)
 
 
-def prepare(job: ServeJob) -> ServePlan:
-    """Resolves and checks all that `job` names. Raises ArtifactError, ConfigError, CapacityError."""
+def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
+    """Resolves and checks all that `job` names. `listens`: the endpoint runs, and has its port. Raises ArtifactError,
+    ConfigError, CapacityError."""
     keys = read_keys(job.http.api_keys_file)
     admin_keys = _admin_keys(job, keys)
     check_exposure(job.http.host, keys)
-    check_port(job.http.host, job.http.port)
+    if not listens:
+        check_port(job.http.host, job.http.port)
     if job.resources.workers.max != 1:
         hint = "set `autoscaling.min_replicas` and `max_replicas`"
         raise ConfigError("resources.workers", f"{job.resources.workers} says nothing to an endpoint", hint=hint)
@@ -90,6 +94,7 @@ def prepare(job: ServeJob) -> ServePlan:
         keys=keys,
         admin_keys=admin_keys,
         rope_scaling=job.model.rope_scaling,
+        min_replicas=job.autoscaling.min_replicas,
         limits=job.http.limits,
         filters=job.filters,
     )
