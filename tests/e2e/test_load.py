@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 NAMES = tuple(f"adapter-{number}" for number in range(20))
 MAX_TOKENS, AT_ONCE, ROWS = 32, 8, 4
 GROWTH_BYTES = 150 * 2**20
-"""What a replica may hold more after hundreds of answers than after one from each adapter; a tenth of this is seen."""
+"""What a replica may hold more after hundreds of answers than after one from each adapter; a few MiB are seen."""
 
 
 @pytest.fixture(scope="module")

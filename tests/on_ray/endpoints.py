@@ -115,9 +115,10 @@ class Outcome:
 class Load:
     """`at_once` clients that ask the adapters in turn, each answer streamed, until `stop`."""
 
-    def __init__(self, url: str, names: Sequence[str], *, at_once: int, max_tokens: int = 32):
+    def __init__(self, url: str, names: Sequence[str], *, at_once: int, max_tokens: int = 32, messages: Any = MESSAGES):
         self.outcomes: list[Outcome] = []
-        self._url, self._max_tokens = url, max_tokens
+        self._url = url
+        self._told = {"messages": messages, "temperature": 0, "max_tokens": max_tokens, "stream": True}
         self._coming = itertools.cycle(names)
         self._ends = threading.Event()
         self._pool = ThreadPoolExecutor(at_once)
@@ -149,9 +150,8 @@ class Load:
 
     def _ask(self, client: openai.OpenAI, model: str) -> Outcome:
         started_s, first_s, text, error = time.monotonic(), 0.0, "", ""
-        told = {"messages": MESSAGES, "temperature": 0, "max_tokens": self._max_tokens}
         try:
-            for chunk in client.chat.completions.create(model=model, stream=True, **told):
+            for chunk in client.chat.completions.create(model=model, **self._told):
                 first_s = first_s or time.monotonic()
                 text += chunk.choices[0].delta.content or ""
         except openai.OpenAIError as failure:
