@@ -29,9 +29,12 @@ from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.serve.gathered import gathered
 from lmray.serve.live import LiveEngine
 from lmray.serve.prepare import ServePlan, check_out
 
+ENGINE = "engine"
+"""Name of the deployment of engine replicas, in each application."""
 EVERYWHERE_TIMEOUT_S = 60.0
 """How long a call to every replica may take."""
 _LOG = logging.getLogger("ray.serve")
@@ -41,6 +44,7 @@ class EngineReplica:
     """One engine in its own process. Where the engine ends the process does, and Ray Serve starts another."""
 
     async def __init__(self, plan: ServePlan, config: EngineConfig, dtype: str, num_cpus: int, num_gpus: int):
+        self._interval_s = plan.stream_interval_s
         folder, device = check_out(plan), "cuda" if num_gpus else "cpu"
         dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
         model: Any = load_model(folder, dtype, rope_scaling=plan.rope_scaling)
@@ -52,11 +56,11 @@ class EngineReplica:
         async for _ in self._live.stream(Request("warm-up", (0,), Sampling(max_tokens=1))):
             pass  # reserves memory and fails here rather than at a user's request
 
-    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def stream(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
         try:
-            async with aclosing(self._live.stream(request)) as events:
-                async for event in events:
-                    yield event
+            async with aclosing(gathered(self._live.stream(request), self._interval_s)) as lists:
+                async for events in lists:
+                    yield events
         except LmrayError:
             self._leave_with_engine()
             raise
@@ -86,8 +90,9 @@ class EngineReplica:
 class Gateway:
     """The ingress. Its app is built in the replica, where the tokenizer's folder is."""
 
-    def __init__(self, plan: ServePlan, max_length: int, engines: DeploymentHandle):
-        self._plan, self._max_length, self._engines = plan, max_length, engines
+    def __init__(self, plan: ServePlan, max_length: int, engines: DeploymentHandle, merged: dict[str, str]):
+        """`merged`: name in requests -> the application whose replicas serve that model."""
+        self._plan, self._max_length, self._engines, self._merged = plan, max_length, engines, merged
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         plan = self._plan
@@ -103,7 +108,12 @@ class Gateway:
             sends_request_id=False,  # Ray Serve sends it
         )
         canaries = Canaries(store, plan.endpoint)
-        fleet = Fleet(RoutedReplicas(self._engines), catalogue, canaries, min_replicas=plan.min_replicas)
+        merged = {
+            name: RoutedReplicas(ray_serve.get_deployment_handle(ENGINE, application))
+            for name, application in self._merged.items()
+        }
+        replicas = RoutedReplicas(self._engines)
+        fleet = Fleet(replicas, catalogue, canaries, merged=merged, min_replicas=plan.min_replicas)
         app = make_app(fleet, load_tokenizer(check_out(plan)), settings)
         add_admin(app, fleet, plan)
         return app
@@ -119,8 +129,9 @@ class RoutedReplicas:
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         response: Any = self._streaming.stream.remote(request)
         try:
-            async for event in response:
-                yield event
+            async for events in response:
+                for event in events:
+                    yield event
         except (RayError, RayServeException) as error:
             raise as_lmray_error(error) from None
         finally:

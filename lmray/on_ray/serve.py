@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -15,31 +16,26 @@ import httpx
 import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
-from lmray.errors import CapacityError, ConfigError, RemoteError
+from lmray.artifacts.served import ServedAdapter
+from lmray.errors import CapacityError, ConfigError, LmrayError, RemoteError
 from lmray.job import ServeJob
 from lmray.on_ray.cluster import cluster_resources
-from lmray.on_ray.replicas import EngineReplica, Gateway
-from lmray.on_ray.routing import AdapterRouter
-from lmray.policies.autoscaling import TokenPolicy, autoscaling_arguments, shutdown_s
-from lmray.serve.prepare import ServePlan, prepare
+from lmray.on_ray.deployments import endpoint_application, engine_application, merged_application, num_models
+from lmray.policies.autoscaling import shutdown_s
+from lmray.serve.catalogue import EVERY_S
+from lmray.serve.prepare import ServePlan, merged_plan, merged_source, prepare
 
-QUEUED_PER_ROW = 4
-"""Requests that may wait for each row of a replica's batch before more are told to come back later."""
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 """For Ray Serve to end, besides the answers that were begun."""
-HEALTH_S = 2.0
-"""So soon Ray Serve learns of a dead replica and starts another; its own default is 10 s. Requests learn of it at
-once."""
-SURGE_PERCENT = 20
-"""Of the replicas, and one at least, run besides while an update replaces them, where there is room."""
 CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 """Where Ray Serve's own actor is found."""
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
 """An exception as a traceback ends with it, with the lines `allowed:` and `hint:` below."""
+_LOG = logging.getLogger(__name__)
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -49,6 +45,22 @@ class Service:
     def __init__(self, job: ServeJob):
         self._job = job
         self.name, self.url = job.name, f"http://{_reachable(job.http.host)}:{job.http.port}"
+        self._merged: dict[str, str] = {}
+        """Name in requests -> source of what is served, or was tried last; of merged models."""
+        self._turn, self._ends = threading.Lock(), threading.Event()
+        self._follower = threading.Thread(target=self._follow, name="lmray-merged", daemon=True)
+
+    def _start(self, job: ServeJob, plan: ServePlan, num_cpus: int) -> None:
+        """Returns once all replicas serve `plan`. Raises RemoteError where they do not start."""
+        for name in plan.merged:
+            self._deploy_merged(job, name, plan.merged[name], num_cpus)
+        _deploy(self.name, endpoint_application(job, plan, num_cpus), route_prefix="/")
+        for name in sorted(self._merged.keys() - plan.merged.keys()):
+            ray_serve.delete(merged_application(self.name, name), _blocking=False)
+            del self._merged[name]
+        self._job, self._plan = job, plan
+        if plan.merged and not self._follower.is_alive():
+            self._follower.start()
 
     def update(self, job: ServeJob) -> None:
         """Serves `job` instead, at the same address: another model, other keys, limits or bounds of its replicas.
@@ -64,22 +76,50 @@ class Service:
                 hint = "stop the endpoint and start it again"
                 raise ConfigError(field, f"is {new}, and a running endpoint keeps {old}", hint=hint)
         plan = prepare(job, listens=True)
-        _deploy(job, plan, _cpus_per_replica(job))
-        self._job = job
+        num_cpus = _cpus_per_replica(job)
+        with self._turn:
+            self._start(job, plan, num_cpus)
 
     def stop(self) -> None:
         """Takes the endpoint down, once the answers it has begun are done."""
-        ray_serve.delete(self.name, _blocking=False)  # which would wait for a minute at most
-        deadline = time.monotonic() + shutdown_s(self._job.engine.max_length) + STOP_TIMEOUT_S
-        while self.name in ray_serve.status().applications and time.monotonic() < deadline:
-            time.sleep(0.1)
-        _end_ray_serve()
+        self._ends.set()
+        with self._turn:
+            for name in ray_serve.status().applications:
+                ray_serve.delete(name, _blocking=False)  # which would wait for a minute at most
+            deadline = time.monotonic() + shutdown_s(self._job.engine.max_length) + STOP_TIMEOUT_S
+            while ray_serve.status().applications and time.monotonic() < deadline:
+                time.sleep(0.1)
+            _end_ray_serve()
 
     def __enter__(self) -> Service:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+    def _deploy_merged(self, job: ServeJob, name: str, plan: ServePlan, num_cpus: int) -> None:
+        self._merged[name] = plan.source
+        application = engine_application(job, plan, num_cpus)
+        _deploy(merged_application(self.name, name), application, route_prefix=None)
+
+    def _follow(self) -> None:
+        """Replaces the replicas of merged models whose stage has moved, until the endpoint stops."""
+        while not self._ends.wait(EVERY_S):
+            with self._turn:
+                for served in [one for one in self._job.adapters if one.merged and not self._ends.is_set()]:
+                    self._look(served)
+
+    def _look(self, served: ServedAdapter) -> None:
+        """A version that cannot be served is named in the log, and tried once; what was served goes on."""
+        name = served.artifact
+        try:
+            source = merged_source(served, self._plan)
+            if source != self._merged[name]:
+                self._merged[name] = source
+                plan = merged_plan(served, self._plan)
+                self._deploy_merged(self._job, name, plan, _cpus_per_replica(self._job))
+        except (LmrayError, OSError) as error:
+            _LOG.warning("merged model `%s` stays as it is: %s", name, error)
 
 
 def serve(job: ServeJob) -> Service:
@@ -95,7 +135,7 @@ def serve(job: ServeJob) -> Service:
     ray_serve.start(http_options={"host": job.http.host, "port": job.http.port}, logging_config=_QUIET)
     service = Service(job)
     try:
-        _deploy(job, plan, num_cpus)
+        service._start(job, plan, num_cpus)
         _await_ready(service.url)
     except BaseException:
         service.stop()
@@ -103,12 +143,12 @@ def serve(job: ServeJob) -> Service:
     return service
 
 
-def _deploy(job: ServeJob, plan: ServePlan, num_cpus: int) -> None:
-    """Returns once all replicas are those of `job`. Raises RemoteError where they do not start."""
+def _deploy(name: str, application: ray_serve.Application, *, route_prefix: str | None) -> None:
+    """Returns once all replicas of `application` are new. Raises RemoteError where they do not start."""
     try:
-        ray_serve.run(_application(job, plan, num_cpus), name=job.name, route_prefix="/", logging_config=_QUIET)
+        ray_serve.run(application, name=name, route_prefix=route_prefix, logging_config=_QUIET)
     except (RuntimeError, RayServeException) as error:
-        raise RemoteError(f"endpoint `{job.name}`", f"did not start: {_why(job.name, error)}") from None
+        raise RemoteError(f"endpoint `{name}`", f"did not start: {_why(name, error)}") from None
 
 
 def _end_ray_serve() -> None:
@@ -116,64 +156,20 @@ def _end_ray_serve() -> None:
     prints of each such call that it failed."""
     with suppress(ValueError, RayActorError):
         controller: Any = ray.get_actor(CONTROLLER, NAMESPACE)
+        client: Any = _get_global_client()
+        client.shutdown_cached_handles()  # or they would start another Ray once this one is gone
         ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
     ray_serve.shutdown()
-
-
-def _application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
-    rows, num_gpus = job.engine.max_batch_size, job.resources.gpus_per_worker
-    most = rows * job.autoscaling.max_replicas * (1 + QUEUED_PER_ROW)
-    router: dict[str, Any] = {"request_router_class": AdapterRouter}
-    router["request_router_kwargs"] = {"light": max(rows // 2, 1)}
-    lasting: dict[str, Any] = {
-        "graceful_shutdown_timeout_s": shutdown_s(job.engine.max_length),
-        "max_constructor_retry_count": 2,
-        "health_check_period_s": HEALTH_S,
-    }
-    engines = ray_serve.deployment(
-        EngineReplica,
-        name="engine",
-        max_ongoing_requests=rows,
-        max_queued_requests=rows * QUEUED_PER_ROW,
-        autoscaling_config=_autoscaling(job),
-        request_router_config=RequestRouterConfig(**router),
-        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        max_surge_percent=_surge_percent(job, num_cpus),
-        **lasting,
-    )
-    gateway = ray_serve.deployment(
-        ray_serve.ingress()(Gateway),
-        name="gateway",
-        max_ongoing_requests=most,  # replicas push back, with an answer that clients understand; the gateway does not
-        ray_actor_options={"num_cpus": 0},  # thin: a core of its own would cost a small machine a replica
-        max_surge_percent=SURGE_PERCENT,
-        **lasting,
-    )
-    bound = engines.bind(plan, job.engine, job.model.dtype, num_cpus, num_gpus)
-    return gateway.bind(plan, job.engine.max_length, bound)
-
-
-def _surge_percent(job: ServeJob, num_cpus: int) -> int:
-    """None where one more than the most replicas does not fit: an update would wait for it for ever."""
-    room = cluster_resources().room_for(cpus=num_cpus, gpus=job.resources.gpus_per_worker)
-    return SURGE_PERCENT if room > job.autoscaling.max_replicas else 0
-
-
-def _autoscaling(job: ServeJob) -> AutoscalingConfig:
-    scaling = job.autoscaling
-    settings = {"preset": scaling.preset, "max_batch_size": job.engine.max_batch_size}
-    return AutoscalingConfig(
-        policy=AutoscalingPolicy(policy_function=TokenPolicy, policy_kwargs=settings),
-        **autoscaling_arguments(scaling.preset, min_replicas=scaling.min_replicas, max_replicas=scaling.max_replicas),
-    )
 
 
 def _cpus_per_replica(job: ServeJob) -> int:
     """Cores a replica reserves and computes with. Raises CapacityError where the fewest replicas do not fit."""
     offered = cluster_resources()
     smallest = min((node.cpus for node in offered.nodes), default=0.0)
-    num_cpus = job.resources.cpus_per_worker or max(1, int(smallest) // job.autoscaling.max_replicas)
-    num_gpus, fewest = job.resources.gpus_per_worker, max(job.autoscaling.min_replicas, 1)
+    num_cpus = job.resources.cpus_per_worker or max(
+        1, int(smallest) // (job.autoscaling.max_replicas * num_models(job))
+    )
+    num_gpus, fewest = job.resources.gpus_per_worker, max(job.autoscaling.min_replicas, 1) * num_models(job)
     room = offered.room_for(cpus=num_cpus, gpus=num_gpus)
     if room < fewest:
         size = f"{num_cpus} CPU(s) and {num_gpus} GPU(s)"

@@ -1,6 +1,6 @@
 """An endpoint on Ray Serve: how fast replicas come, what stands before the engine costs, and what many adapters cost.
 
-    lmray bench endpoint [--parts lag,zero,cost,names] [--model smollm2-135m] [--rounds 3]
+    lmray bench endpoint [--parts lag,zero,cost,names] [--model smollm2-135m] [--intervals 0,0.1] [--rounds 3]
 
 lag: from the start of a load of 8 clients until a second replica of the tiny model answers, less that replica's own
 start; preset `fast`. zero: the same from no replica, until the first token, with the replica's start in it. cost: CPU
@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,10 @@ def zero(root: Path) -> dict[str, float]:
         PRESETS["fast"] = before
 
 
-def cost(root: Path, model: str) -> dict[str, float]:
+def cost(root: Path, *, model: str, interval_s: float) -> dict[str, float]:
     """CPU ms a token of the engine's thread and of everything else, and the share."""
-    job = make_job(root, (), **{"autoscaling.max_replicas": 1, "engine.max_batch_size": AT_ONCE})
+    changes = {"autoscaling.max_replicas": 1, "engine.max_batch_size": AT_ONCE, "http.stream_interval_s": interval_s}
+    job = make_job(root, (), **changes)
     if model != "tiny":
         job = job.changed({"model": {"source": model, "dtype": "bfloat16"}})
     with serve(job) as service:
@@ -210,21 +212,23 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parts", default="lag,zero,cost,names")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--intervals", default="0,0.1", help="of `http.stream_interval_s`, for the part `cost`")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
+    intervals = asked.intervals.split(",")
     parts: dict[str, Callable[[Path], dict[str, float]]] = {
         "lag": lag,
         "zero": zero,
-        "cost": lambda root: cost(root, asked.model),
+        **{f"cost at {one} s": partial(cost, model=asked.model, interval_s=float(one)) for one in intervals},
         "names": names,
     }
     os.environ["OMP_NUM_THREADS"] = "1"
     print(f"`{shlex.join(['lmray', 'bench', 'endpoint', *sys.argv[1:]])}`\n{describe(1)}\n")
     with connected(num_cpus=4):
-        for part in asked.parts.split(","):
+        for part in [part for part in parts if part.split()[0] in asked.parts.split(",")]:
             for _ in range(asked.rounds if part != "names" else 1):
                 with tempfile.TemporaryDirectory(prefix="endpoint-") as folder:
-                    root = Path(folder) / part
+                    root = Path(folder) / part.split()[0]
                     root.mkdir()
                     found = parts[part](root)
                 print(f"{part}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()), flush=True)

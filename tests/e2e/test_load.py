@@ -7,7 +7,10 @@ import dataclasses
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from lmray.errors import RemoteError
 from lmray.on_ray.serve import serve
 from lmray.policies.autoscaling import PRESETS
 from lmray.testing.waiting import wait_until
@@ -62,3 +65,16 @@ def test_no_request_is_lost_nor_answered_by_another_adapter(ray_cluster, tmp_pat
     assert lost == [] and wrong == []
     assert len(broken) <= ROWS, "an answer that had begun breaks off only where its replica died"
     assert after - before < GROWTH_BYTES, told
+
+
+def test_an_update_that_fails_leaves_the_endpoint_as_it_was(ray_cluster, tmp_path):
+    root = tmp_path / "update"
+    root.mkdir()
+    job = make_job(root, NAMES[:1], **{"autoscaling.max_replicas": 1})
+    with serve(job) as service:
+        answers = ask(service.url, ("tiny", *NAMES[:1]))
+        weights = root / "tiny" / "model.safetensors"
+        save_file({**load_file(weights), "model.norm.weight": torch.zeros(7)}, weights, metadata={"format": "pt"})
+        with pytest.raises(RemoteError, match=r"did not start: model folder .* cannot be loaded"):
+            service.update(job.changed({"adapters": []}))
+        assert ask(service.url, ("tiny",))["tiny"] == answers["tiny"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import suppress
+from typing import Any
 
 import httpx
 import pytest
@@ -110,3 +111,26 @@ def test_an_endpoint_goes_down_to_no_replica_and_comes_back_when_asked(job, monk
         assert {one["id"] for one in listed["data"]} >= set(NAMES), "names are known without a replica"
         assert ask(service.url, NAMES) == answers
         assert ray_serve.status().applications[alone.name].deployments["engine"].replica_states
+
+
+def test_a_merged_model_answers_under_its_name_and_a_promotion_replaces_it_without_a_lost_request(job, root):
+    """In fp32 the merged weights say what the same adapter says beside the base model."""
+    name, beside = NAMES[1], "twin"
+    keep_version(root, beside, seed=2)
+    told: dict[str, Any] = {"autoscaling.min_replicas": 1, "autoscaling.max_replicas": 1, "http.port": free_port()}
+    told["adapters"] = [
+        {"artifact": name, "stage": "production", "merged": True},
+        {"artifact": beside, "stage": "production"},
+    ]
+    with serve(job.changed(told)) as service:
+        old = ask(service.url, (beside,), max_tokens=MAX_TOKENS)[beside]
+        with Load(service.url, (name,), at_once=3, max_tokens=MAX_TOKENS) as load:
+            load.wait_for(10)
+            keep_version(root, name, seed=102)
+            wait_until(lambda: load.outcomes[-1].text != old, "the new version's answers")
+            load.wait_for(10)
+    assert [one for one in load.outcomes if one.error] == []
+    new = load.outcomes[-1].text
+    assert {one.text for one in load.outcomes} == {old, new}
+    order = sorted(load.outcomes, key=lambda one: one.started_s)
+    assert order[0].text == old and order[-1].text == new

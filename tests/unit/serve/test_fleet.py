@@ -129,6 +129,18 @@ def test_an_endpoint_is_ready_while_a_replica_runs_or_none_has_to(small, min_rep
             asyncio.run(fleet.ready())
 
 
+def test_a_merged_model_has_replicas_of_its_own_that_know_no_adapter(small):
+    small.keep("helper", stage="production")
+    base, own = FakeReplicas(), FakeReplicas(DEAD, num_tokens=(0, 1))
+    fleet = make(small, base, merged={"fast": own})
+    assert asyncio.run(fleet.adapters()) == ("fast", "helper")
+    assert ask(fleet, "fast") == [0] and ask(fleet, "helper") == [0, 1]
+    assert [(request.id, request.adapter) for request in own.requests] == [("r", None), ("r-2", None)]
+    base.running = [{"failure": None}]
+    with pytest.raises(RemoteError, match="fast: no replica runs"):
+        asyncio.run(fleet.ready())
+
+
 @pytest.fixture
 def versions(small) -> tuple[str, str]:
     """What production and staging hold."""
