@@ -310,6 +310,9 @@ class Http(Config):
     admin_keys_file: str | None = None
     """The same for `/admin`, with other keys. Empty: there is no `/admin`."""
     limits: HttpLimits = HttpLimits()
+    stream_interval_s: Annotated[float, Field(ge=0.0, le=10.0)] = 0.1
+    """An answer's first token is sent at once; those that follow are sent together so often, since each message costs
+    about a third of what a small model's token costs. 0: one by one."""
 
 
 class Autoscaling(Config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lmray.config import Config, checked_name
 
@@ -36,6 +36,17 @@ class ServedAdapter(Config):
     stage: str | None = None
     """The stage whose version is served; once another version is promoted to it, that one. Empty: the newest."""
     canary: Canary | None = None
+    merged: bool = False
+    """Merged into a copy of the base model, with replicas of its own, which answer as fast as the base model's; another
+    version that is promoted to `stage` replaces them one after another. Else it is one of many beside the base."""
+
+    @model_validator(mode="after")
+    def _merged_by_name(self):
+        if self.merged and self.is_pattern:
+            raise ValueError(f"`{self.artifact}` names many, and `merged` makes replicas for each; name one")
+        if self.merged and self.canary is not None:
+            raise ValueError("`canary` is for adapters beside the base model; leave out `merged`, or the canary")
+        return self
 
     @property
     def is_pattern(self) -> bool:

@@ -153,7 +153,8 @@ def check_serve(job: ServeJob, *, cluster: bool, examples: int) -> Found:
     memory, lines = _generation(job, folder, cluster=cluster, **rows)
     named = [f"{name} ({version[:12]})" for name, version in plan.adapters.items()]
     asked_for = [f"{one.artifact} at {one.stage or 'newest'}, when asked for" for one in plan.served if one.is_pattern]
-    adapters = ", ".join(named + asked_for) or "none"
+    merged = [f"{name} (merged, {own.digest[:12]})" for name, own in plan.merged.items()]
+    adapters = ", ".join(named + merged + asked_for) or "none"
     head = [
         f"serve      {plan.model_name}, digest {plan.digest[:12]}",
         f"adapters   {adapters}",

@@ -1,165 +1,125 @@
-"""Serving on Ray Serve: a gateway deployment in front of engine replicas. Converts types; decides nothing.
+"""Serving on Ray Serve: starts, updates and stops the deployments of an endpoint. Converts types; decides nothing.
 
-The gateway's replica tokenises, keeps the keys and streams text; each engine replica owns a model and holds adapters.
-Tokens pass between them as a streaming handle call. Runs in the driver but for the two deployment classes.
+Runs in the driver; what it starts is in `lmray.on_ray.replicas`.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any
 
 import httpx
-from fastapi import FastAPI
+import ray
 from ray import serve as ray_serve
-from ray.exceptions import RayError
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.exceptions import RayActorError
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 
-from lmray.artifacts.store import open_store
-from lmray.engines.base import EngineConfig, Request, Sampling, TokenEvent
-from lmray.errors import CapacityError, LmrayError, RemoteError
+from lmray.artifacts.served import ServedAdapter
+from lmray.errors import CapacityError, ConfigError, LmrayError, RemoteError
 from lmray.job import ServeJob
-from lmray.models.load import load_model, load_tokenizer, stop_token_ids
-from lmray.models.precision import resolve_dtype
 from lmray.on_ray.cluster import cluster_resources
-from lmray.on_ray.failures import error_inside
-from lmray.on_ray.routing import AdapterRouter
-from lmray.policies.autoscaling import TokenPolicy, autoscaling_arguments, shutdown_s
-from lmray.serve.admin import add_admin
-from lmray.serve.canaries import Canaries
-from lmray.serve.catalogue import Catalogue
-from lmray.serve.fleet import Fleet
-from lmray.serve.gateway import GatewaySettings, make_app
-from lmray.serve.live import LiveEngine
-from lmray.serve.prepare import ServePlan, check_out, prepare
+from lmray.on_ray.deployments import endpoint_application, engine_application, merged_application, num_models
+from lmray.policies.autoscaling import shutdown_s
+from lmray.serve.catalogue import EVERY_S
+from lmray.serve.prepare import ServePlan, merged_plan, merged_source, prepare
 
-QUEUED_PER_ROW = 4
-"""Requests that may wait for each row of a replica's batch before more are told to come back later."""
 READY_TIMEOUT_S = 60.0
-EVERYWHERE_TIMEOUT_S = 60.0
-"""How long a call to every replica may take."""
+STOP_TIMEOUT_S = 30.0
+"""For Ray Serve to end, besides the answers that were begun."""
+CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
+"""Where Ray Serve's own actor is found."""
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
 """An exception as a traceback ends with it, with the lines `allowed:` and `hint:` below."""
+_LOG = logging.getLogger(__name__)
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
-
-
-class EngineReplica:
-    """One engine in its own process. Ray Serve restarts it when `check_health` raises."""
-
-    async def __init__(self, plan: ServePlan, config: EngineConfig, dtype: str, num_cpus: int, num_gpus: int):
-        folder, device = check_out(plan), "cuda" if num_gpus else "cpu"
-        dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
-        model: Any = load_model(folder, dtype, rope_scaling=plan.rope_scaling)
-        model.to(device)
-        tokenizer = load_tokenizer(folder)
-        stops = stop_token_ids(model, tokenizer)
-        self._live = LiveEngine(config.start(model, stop_token_ids=stops, threads=num_cpus, tokenizer=tokenizer), plan)
-        await self._live.start()
-        async for _ in self._live.stream(Request("warm-up", (0,), Sampling(max_tokens=1))):
-            pass  # reserves memory and fails here rather than at a user's request
-
-    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        async with aclosing(self._live.stream(request)) as events:
-            async for event in events:
-                yield event
-
-    async def stats(self) -> dict[str, Any]:
-        return self._live.stats()
-
-    async def manage(self, action: str, handle: str) -> dict[str, Any]:
-        found = await self._live.manage(action, handle)
-        return {"replica": ray_serve.get_replica_context().replica_id.unique_id, **found}
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        return self._live.demand.report()
-
-    async def check_health(self) -> None:
-        await self._live.follow(again=True)
-        failure = self._live.stats()["failure"]
-        if failure is not None:
-            raise RuntimeError(failure)
-
-
-class Gateway:
-    """The ingress. Its app is built in the replica, where the tokenizer's folder is."""
-
-    def __init__(self, plan: ServePlan, max_length: int, engines: DeploymentHandle):
-        self._plan, self._max_length, self._engines = plan, max_length, engines
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        plan = self._plan
-        store = open_store(plan.store)
-        catalogue = Catalogue(store, plan.served, plan.fit, reserved=plan.model_name)
-        catalogue.refresh()
-        settings = GatewaySettings(
-            plan.model_name,
-            self._max_length,
-            keys=plan.keys,
-            limits=plan.limits,
-            filters=plan.filters,
-            sends_request_id=False,  # Ray Serve sends it
-        )
-        fleet = Fleet(_Replicas(self._engines), catalogue, Canaries(store, plan.endpoint))
-        app = make_app(fleet, load_tokenizer(check_out(plan)), settings)
-        add_admin(app, fleet, plan)
-        return app
-
-
-class _Replicas:
-    """Streaming calls to whichever replica Ray Serve picks."""
-
-    def __init__(self, engines: DeploymentHandle):
-        self._streaming = engines.options(stream=True)
-        self._engines = engines
-
-    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        response: Any = self._streaming.stream.remote(request)
-        try:
-            async for event in response:
-                yield event
-        except (RayError, RayServeException) as error:
-            raise _plain(error) from None
-        finally:
-            response.cancel()
-
-    async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
-        try:
-            return await self._engines.broadcast(method, *arguments).results_async(timeout_s=EVERYWHERE_TIMEOUT_S)
-        except DeploymentUnavailableError:
-            return []  # none runs while nothing is asked
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise _plain(error) from None
-
-
-def _plain(error: Exception) -> LmrayError:
-    """What a replica raised, or why none answered, as one of lmray's errors."""
-    if isinstance(error, BackPressureError):
-        return CapacityError("endpoint", "too many requests are waiting", hint="come back in a moment")
-    return error_inside(error) or RemoteError("endpoint", f"no replica answered: {type(error).__name__}")
 
 
 class Service:
     """A running endpoint."""
 
-    def __init__(self, name: str, url: str):
-        self.name, self.url = name, url
+    def __init__(self, job: ServeJob):
+        self._job = job
+        self.name, self.url = job.name, f"http://{_reachable(job.http.host)}:{job.http.port}"
+        self._merged: dict[str, str] = {}
+        """Name in requests -> source of what is served, or was tried last; of merged models."""
+        self._turn, self._ends = threading.Lock(), threading.Event()
+        self._follower = threading.Thread(target=self._follow, name="lmray-merged", daemon=True)
+
+    def _start(self, job: ServeJob, plan: ServePlan, num_cpus: int) -> None:
+        """Returns once all replicas serve `plan`. Raises RemoteError where they do not start."""
+        for name in plan.merged:
+            self._deploy_merged(job, name, plan.merged[name], num_cpus)
+        _deploy(self.name, endpoint_application(job, plan, num_cpus), route_prefix="/")
+        for name in sorted(self._merged.keys() - plan.merged.keys()):
+            ray_serve.delete(merged_application(self.name, name), _blocking=False)
+            del self._merged[name]
+        self._job, self._plan = job, plan
+        if plan.merged and not self._follower.is_alive():
+            self._follower.start()
+
+    def update(self, job: ServeJob) -> None:
+        """Serves `job` instead, at the same address: another model, other keys, limits or bounds of its replicas.
+
+        Replicas are replaced one after another and end with their last answer, so no request is refused; where the
+        cluster has no room for one more meanwhile, requests wait for the first new one. Raises ConfigError for another
+        name or address, what `prepare` raises, and RemoteError where the new replicas do not start: then the old ones
+        go on.
+        """
+        for field in ("name", "http.host", "http.port"):
+            old, new = (_field(one, field) for one in (self._job, job))
+            if old != new:
+                hint = "stop the endpoint and start it again"
+                raise ConfigError(field, f"is {new}, and a running endpoint keeps {old}", hint=hint)
+        plan = prepare(job, listens=True)
+        num_cpus = _cpus_per_replica(job)
+        with self._turn:
+            self._start(job, plan, num_cpus)
 
     def stop(self) -> None:
         """Takes the endpoint down, once the answers it has begun are done."""
-        ray_serve.delete(self.name)
-        ray_serve.shutdown()
+        self._ends.set()
+        with self._turn:
+            for name in ray_serve.status().applications:
+                ray_serve.delete(name, _blocking=False)  # which would wait for a minute at most
+            deadline = time.monotonic() + shutdown_s(self._job.engine.max_length) + STOP_TIMEOUT_S
+            while ray_serve.status().applications and time.monotonic() < deadline:
+                time.sleep(0.1)
+            _end_ray_serve()
 
     def __enter__(self) -> Service:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+    def _deploy_merged(self, job: ServeJob, name: str, plan: ServePlan, num_cpus: int) -> None:
+        self._merged[name] = plan.source
+        application = engine_application(job, plan, num_cpus)
+        _deploy(merged_application(self.name, name), application, route_prefix=None)
+
+    def _follow(self) -> None:
+        """Replaces the replicas of merged models whose stage has moved, until the endpoint stops."""
+        while not self._ends.wait(EVERY_S):
+            with self._turn:
+                for served in [one for one in self._job.adapters if one.merged and not self._ends.is_set()]:
+                    self._look(served)
+
+    def _look(self, served: ServedAdapter) -> None:
+        """A version that cannot be served is named in the log, and tried once; what was served goes on."""
+        name = served.artifact
+        try:
+            source = merged_source(served, self._plan)
+            if source != self._merged[name]:
+                self._merged[name] = source
+                plan = merged_plan(served, self._plan)
+                self._deploy_merged(self._job, name, plan, _cpus_per_replica(self._job))
+        except (LmrayError, OSError) as error:
+            _LOG.warning("merged model `%s` stays as it is: %s", name, error)
 
 
 def serve(job: ServeJob) -> Service:
@@ -173,62 +133,43 @@ def serve(job: ServeJob) -> Service:
     _check_free(job)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray_serve.start(http_options={"host": job.http.host, "port": job.http.port}, logging_config=_QUIET)
-    service = Service(job.name, f"http://{_reachable(job.http.host)}:{job.http.port}")
+    service = Service(job)
     try:
-        ray_serve.run(_application(job, plan, num_cpus), name=job.name, route_prefix="/", logging_config=_QUIET)
+        service._start(job, plan, num_cpus)
         _await_ready(service.url)
-    except BaseException as error:
-        why = _why(job.name, error) if isinstance(error, RuntimeError | RayServeException) else None
+    except BaseException:
         service.stop()
-        if why is not None:
-            raise RemoteError(f"endpoint `{job.name}`", f"did not start: {why}") from None
         raise
     return service
 
 
-def _application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
-    rows, num_gpus = job.engine.max_batch_size, job.resources.gpus_per_worker
-    most = rows * job.autoscaling.max_replicas * (1 + QUEUED_PER_ROW)
-    router: dict[str, Any] = {"request_router_class": AdapterRouter}
-    router["request_router_kwargs"] = {"light": max(rows // 2, 1)}
-    engines = ray_serve.deployment(
-        EngineReplica,
-        name="engine",
-        max_ongoing_requests=rows,
-        max_queued_requests=rows * QUEUED_PER_ROW,
-        autoscaling_config=_autoscaling(job),
-        request_router_config=RequestRouterConfig(**router),
-        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        graceful_shutdown_timeout_s=shutdown_s(job.engine.max_length),
-        max_constructor_retry_count=2,
-    )
-    gateway = ray_serve.deployment(
-        ray_serve.ingress()(Gateway),
-        name="gateway",
-        max_ongoing_requests=most,  # replicas push back, with an answer that clients understand; the gateway does not
-        ray_actor_options={"num_cpus": 0},  # thin: a core of its own would cost a small machine a replica
-        graceful_shutdown_timeout_s=shutdown_s(job.engine.max_length),
-        max_constructor_retry_count=2,
-    )
-    bound = engines.bind(plan, job.engine, job.model.dtype, num_cpus, num_gpus)
-    return gateway.bind(plan, job.engine.max_length, bound)
+def _deploy(name: str, application: ray_serve.Application, *, route_prefix: str | None) -> None:
+    """Returns once all replicas of `application` are new. Raises RemoteError where they do not start."""
+    try:
+        ray_serve.run(application, name=name, route_prefix=route_prefix, logging_config=_QUIET)
+    except (RuntimeError, RayServeException) as error:
+        raise RemoteError(f"endpoint `{name}`", f"did not start: {_why(name, error)}") from None
 
 
-def _autoscaling(job: ServeJob) -> AutoscalingConfig:
-    scaling = job.autoscaling
-    settings = {"preset": scaling.preset, "max_batch_size": job.engine.max_batch_size}
-    return AutoscalingConfig(
-        policy=AutoscalingPolicy(policy_function=TokenPolicy, policy_kwargs=settings),
-        **autoscaling_arguments(scaling.preset, min_replicas=scaling.min_replicas, max_replicas=scaling.max_replicas),
-    )
+def _end_ray_serve() -> None:
+    """`serve.shutdown()` whose call to the controller, which the controller's end answers, is not tried again: Ray
+    prints of each such call that it failed."""
+    with suppress(ValueError, RayActorError):
+        controller: Any = ray.get_actor(CONTROLLER, NAMESPACE)
+        client: Any = _get_global_client()
+        client.shutdown_cached_handles()  # or they would start another Ray once this one is gone
+        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
+    ray_serve.shutdown()
 
 
 def _cpus_per_replica(job: ServeJob) -> int:
     """Cores a replica reserves and computes with. Raises CapacityError where the fewest replicas do not fit."""
     offered = cluster_resources()
     smallest = min((node.cpus for node in offered.nodes), default=0.0)
-    num_cpus = job.resources.cpus_per_worker or max(1, int(smallest) // job.autoscaling.max_replicas)
-    num_gpus, fewest = job.resources.gpus_per_worker, max(job.autoscaling.min_replicas, 1)
+    num_cpus = job.resources.cpus_per_worker or max(
+        1, int(smallest) // (job.autoscaling.max_replicas * num_models(job))
+    )
+    num_gpus, fewest = job.resources.gpus_per_worker, max(job.autoscaling.min_replicas, 1) * num_models(job)
     room = offered.room_for(cpus=num_cpus, gpus=num_gpus)
     if room < fewest:
         size = f"{num_cpus} CPU(s) and {num_gpus} GPU(s)"
@@ -267,6 +208,13 @@ def _await_ready(url: str) -> None:
             said = f"HTTP {response.status_code}: {response.text[:200]}"
         time.sleep(0.1)
     raise RemoteError(url, f"is not ready after {READY_TIMEOUT_S:.0f} s; it said {said}")
+
+
+def _field(job: ServeJob, name: str) -> Any:
+    value: Any = job
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _reachable(host: str) -> str:

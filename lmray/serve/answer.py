@@ -27,6 +27,10 @@ class Backend(Protocol):
         """Handles of the adapters that requests may name. Raises LmrayError while nothing can be served."""
         ...
 
+    async def ready(self) -> None:
+        """Raises LmrayError while no request would be answered."""
+        ...
+
 
 @dataclass(frozen=True)
 class Question:

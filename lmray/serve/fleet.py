@@ -1,12 +1,12 @@
 """The gateway's backend: from a name in a request to a version of the store, and on to a replica.
 
-A request names the version from here on, so every replica serves the same one and a second try is the same request.
+A request names the version from here on, so every replica serves the same one, also at a second try.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ class Replicas(Protocol):
         ...
 
     async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
-        """What `method` gave on every replica. Raises LmrayError."""
+        """What `method` gave on every replica that runs; nothing of one that dies meanwhile. Raises LmrayError."""
         ...
 
 
@@ -43,15 +43,26 @@ class Fleet:
         catalogue: Catalogue,
         canaries: Canaries,
         *,
+        merged: Mapping[str, Replicas] | None = None,
+        min_replicas: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ):
+        """`merged`: adapters with replicas of their own, which know no adapter."""
         self.replicas, self.catalogue, self.canaries = replicas, catalogue, canaries
-        self._clock = clock
+        self._merged = dict(merged or {})
+        self._min_replicas, self._clock = min_replicas, clock
+
+    async def ready(self) -> None:
+        """Raises RemoteError while no replica can answer. An endpoint that may go down to none is ready without one:
+        the next request starts it, and is answered."""
+        for name, replicas in {"endpoint": self.replicas, **self._merged}.items():
+            if not await replicas.everywhere("stats") and self._min_replicas > 0:
+                raise RemoteError(name, "no replica runs", hint="wait for one to start")
 
     async def adapters(self) -> tuple[str, ...]:
         """Names that requests may give; from memory, no replica is asked."""
         await self.catalogue.look()
-        return self.catalogue.names
+        return tuple(sorted({*self.catalogue.names, *self._merged}))
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The tokens that continue `request`. Closing it early cancels the request.
@@ -60,6 +71,11 @@ class Fleet:
         failed before that, so that a canary costs nobody an answer. Raises ArtifactError for an unknown adapter, and
         what the replica raises.
         """
+        if (own := self._merged.get(request.adapter or "")) is not None:
+            async with aclosing(self._sent(replace(request, adapter=None), own)) as events:
+                async for event in events:
+                    yield event
+            return
         versions, compared = self._versions(request)
         for version in versions:
             started = False
@@ -93,7 +109,7 @@ class Fleet:
         began, answered = self._clock(), False
         version = request.adapter or ""
         try:
-            async with aclosing(self._sent(request)) as events:
+            async with aclosing(self._sent(request, self.replicas)) as events:
                 async for event in events:
                     if compared is not None and not answered:
                         seconds = self._clock() - began
@@ -107,11 +123,13 @@ class Fleet:
                 self.canaries.failed(compared, version, answered=answered)
             raise
 
-    async def _sent(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+    async def _sent(self, request: Request, replicas: Replicas) -> AsyncGenerator[TokenEvent, None]:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             started = False
+            # a replica that was thought dead may still run the first one
+            sent = request if attempt == 1 else replace(request, id=f"{request.id}-{attempt}")
             try:
-                async with aclosing(self.replicas.stream(request)) as events:
+                async with aclosing(replicas.stream(sent)) as events:
                     async for event in events:
                         started = True
                         yield event

@@ -85,8 +85,10 @@ class _Gateway:
         self.metrics = Metrics()
 
     async def ready(self) -> Response:
-        """200 once a request would be answered, 503 with the reason until then."""
+        """200 while a request would be answered, 503 with the reason else. An endpoint that goes down to no replica
+        while nothing is asked is ready: it starts one for the next request."""
         try:
+            await self._backend.ready()
             names = await self._names()
         except LmrayError as error:
             return JSONResponse(failure_of(error).body, 503)

@@ -110,6 +110,11 @@ class LiveEngine:
             return {"error": str(error), "held": self.cache.stats()}
         return {"error": None, "held": self.cache.stats()}
 
+    @property
+    def failure(self) -> str | None:
+        """Why the engine ended; None while it runs."""
+        return self.engine.stats()["failure"]
+
     def stats(self) -> dict[str, Any]:
         """The engine's, and `cache`: what is held, and how often that helped; JSON types."""
         return {**self.engine.stats(), "cache": {"held": self.cache.stats(), **self.cache.counts}}

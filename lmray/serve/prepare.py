@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -51,8 +52,14 @@ class ServePlan:
     """Empty: the endpoint has no admin calls."""
     rope_scaling: RopeScaling | None = None
     """Of the base model's positions."""
+    stream_interval_s: float = 0.0
+    """How often tokens of an answer leave a replica."""
+    min_replicas: int = 1
+    """0: none may run while nothing is asked."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     filters: tuple[TextFilter, ...] = ()
+    merged: dict[str, ServePlan] = field(default_factory=dict)
+    """Of adapters with a copy of the base model to themselves: name in requests -> what their replicas serve."""
 
     @property
     def fit(self) -> Fit:
@@ -60,12 +67,14 @@ class ServePlan:
         return Fit(self.source, self.digest, self.rope_scaling, self.cache.max_adapter_bytes)
 
 
-def prepare(job: ServeJob) -> ServePlan:
-    """Resolves and checks all that `job` names. Raises ArtifactError, ConfigError, CapacityError."""
+def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
+    """Resolves and checks all that `job` names. `listens`: the endpoint runs, and has its port. Raises ArtifactError,
+    ConfigError, CapacityError."""
     keys = read_keys(job.http.api_keys_file)
     admin_keys = _admin_keys(job, keys)
     check_exposure(job.http.host, keys)
-    check_port(job.http.host, job.http.port)
+    if not listens:
+        check_port(job.http.host, job.http.port)
     if job.resources.workers.max != 1:
         hint = "set `autoscaling.min_replicas` and `max_replicas`"
         raise ConfigError("resources.workers", f"{job.resources.workers} says nothing to an endpoint", hint=hint)
@@ -84,20 +93,40 @@ def prepare(job: ServeJob) -> ServePlan:
         digest=found.digest,
         store=str(store.root),
         endpoint=job.name,
-        served=job.adapters,
+        served=tuple(one for one in job.adapters if not one.merged),
         cache=job.adapter_cache,
         adapters={},
         keys=keys,
         admin_keys=admin_keys,
         rope_scaling=job.model.rope_scaling,
+        stream_interval_s=job.http.stream_interval_s,
+        min_replicas=job.autoscaling.min_replicas,
         limits=job.http.limits,
         filters=job.filters,
     )
-    named = _named_adapters(job, store, plan)
+    every = _named_adapters(job, store, plan)
+    named = {one.artifact: every[one.artifact] for one in plan.served if not one.is_pattern}
     adapters = StoredAdapters(store, plan.fit)
     folders = {name: adapters.find(artifact.ref).folder for name, artifact in named.items()}
     job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), folders)
-    return replace(plan, adapters={name: artifact.id for name, artifact in named.items()})
+    merged = {one.artifact: merged_plan(one, plan) for one in job.adapters if one.merged}
+    return replace(plan, adapters={name: artifact.id for name, artifact in named.items()}, merged=merged)
+
+
+def merged_source(served: ServedAdapter, plan: ServePlan) -> str:
+    """The version that the stage of `served` holds now, as the source of a model. Raises ArtifactError for one that
+    does not fit."""
+    artifact = Artifacts(open_store(plan.store)).find(ArtifactRef(served.artifact, served.stage))
+    plan.fit.check(artifact)
+    return f"{ARTIFACT}{artifact.ref}"
+
+
+def merged_plan(served: ServedAdapter, plan: ServePlan) -> ServePlan:
+    """What replicas of `served` alone have to serve: that version, merged into the model of `plan` here if it has not
+    been. Raises ArtifactError."""
+    found = find_model(merged_source(served, plan), storage=plan.store)
+    alone: dict[str, Any] = {"served": (), "adapters": {}, "merged": {}, "rope_scaling": None}  # in the weights' config
+    return replace(plan, source=found.source, revision=None, digest=found.digest, **alone)
 
 
 def check_out(plan: ServePlan) -> Path:
@@ -151,11 +180,12 @@ def _admin_keys(job: ServeJob, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
 def _named_adapters(job: ServeJob, store: Store, plan: ServePlan) -> dict[str, Artifact]:
     """The versions that now stand behind the names in the job; patterns are looked at when somebody asks."""
     found: dict[str, Artifact] = {}
-    wanted = [one for one in job.adapters if not one.is_pattern]
-    if len(wanted) > job.engine.max_adapters or (job.adapters and not job.engine.max_adapters):
-        hint = f"set `engine.max_adapters` to {max(len(wanted), 1)}"
-        raise ConfigError("adapters", f"{len(job.adapters)} are more than the engine holds", hint=hint)
-    for one in wanted:
+    beside = [one for one in job.adapters if not one.merged]
+    num_named = sum(not one.is_pattern for one in beside)
+    if num_named > job.engine.max_adapters or (beside and not job.engine.max_adapters):
+        hint = f"set `engine.max_adapters` to {max(num_named, 1)}"
+        raise ConfigError("adapters", f"{len(beside)} are more than the engine holds", hint=hint)
+    for one in [one for one in job.adapters if not one.is_pattern]:
         artifact = Artifacts(store).find(ArtifactRef(one.artifact, one.stage))
         plan.fit.check(artifact)
         if artifact.name in found or artifact.name == plan.model_name:

@@ -3,38 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import ray
 
-OBJECT_STORE_BYTES = 100 * 2**20
+from tests.on_ray.local import local_ray
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory):
     """A cluster of four logical CPUs in the tests' own home, cache and store."""
-    root = tmp_path_factory.mktemp("ray")
-    settings = {
-        "HOME": str(root),
-        "LMRAY_CACHE": str(root / "cache"),
-        "LMRAY_STORE": str(root / "store"),
-        "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    with local_ray(tmp_path_factory.mktemp("ray")):
+        yield

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from typing import Any
 
 import pytest
 import torch
 from ray import serve as ray_serve
-from ray.exceptions import RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from safetensors.torch import load_file, save_file
 
 from lmray.errors import CapacityError, DataError, RemoteError
 from lmray.job import ServeJob
 from lmray.on_ray import serve as module
+from lmray.on_ray.replicas import RoutedReplicas, as_lmray_error
 from lmray.on_ray.serve import serve
 from lmray.testing.tiny import tiny_model_folder
 
@@ -58,11 +62,55 @@ def test_an_address_that_never_answers_is_given_up(monkeypatch):
 
 def test_what_a_replica_raises_becomes_lmrays_error():
     error = DataError("request r", "the prompt is empty")
-    assert module._plain(RayTaskError("stream", "a traceback", error).as_instanceof_cause()) is error
-    assert isinstance(module._plain(BackPressureError(9, 8)), CapacityError)
-    assert "no replica answered: RuntimeError" in str(module._plain(RuntimeError("x")))
+    assert as_lmray_error(RayTaskError("stream", "a traceback", error).as_instanceof_cause()) is error
+    assert isinstance(as_lmray_error(BackPressureError(9, 8)), CapacityError)
+    dead = as_lmray_error(ActorDiedError())
+    assert isinstance(dead, RemoteError) and "no replica answered: ActorDiedError" in str(dead)
+    assert isinstance(as_lmray_error(ActorUnavailableError("not now", None)), RemoteError)
+
+
+def test_a_bug_in_a_replica_is_no_reason_to_ask_another():
+    bug = RayTaskError("stream", "a traceback\nZeroDivisionError: by zero", ZeroDivisionError("by zero"))
+    error = as_lmray_error(bug.as_instanceof_cause())
+    assert not isinstance(error, RemoteError) and "a replica failed: ZeroDivisionError: by zero" in str(error)
 
 
 @pytest.mark.parametrize(("host", "asked"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
 def test_an_endpoint_on_all_addresses_is_asked_at_loopback(host, asked):
     assert module._reachable(host) == asked
+
+
+class Answers:
+    """A handle whose replicas answer a broadcast with `found`."""
+
+    def __init__(self, *found: object):
+        self.found = found
+
+    def options(self, **told) -> Answers:
+        return self
+
+    def broadcast(self, method: str, *arguments: object) -> Answers:
+        return self
+
+    async def results_async(self, **told) -> list[object]:
+        if isinstance(self.found[0], TimeoutError | DeploymentUnavailableError):
+            raise self.found[0]
+        return list(self.found)
+
+
+def everywhere(*found: object) -> list[object]:
+    handle: Any = Answers(*found)
+    return asyncio.run(RoutedReplicas(handle).everywhere("stats"))
+
+
+def test_a_replica_that_dies_while_all_are_asked_is_left_out():
+    assert everywhere({"held": 1}, ActorDiedError()) == [{"held": 1}]
+    assert everywhere(ActorDiedError()) == everywhere(DeploymentUnavailableError(DeploymentID("engine"))) == []
+
+
+def test_what_one_of_all_replicas_raises_is_raised():
+    error = DataError("adapter `x`", "is none")
+    with pytest.raises(DataError, match="adapter `x`: is none"):
+        everywhere(1, RayTaskError("manage", "a traceback", error).as_instanceof_cause())
+    with pytest.raises(RemoteError, match="no replica answered: TimeoutError"):
+        everywhere(TimeoutError())

@@ -1,90 +1,101 @@
-"""Several replicas on Ray Serve: where adapters are held, what a dead replica costs, and an endpoint without any."""
+"""Several replicas on Ray Serve: where adapters are held, what faults under load cost, and an endpoint without any."""
 
 from __future__ import annotations
 
 import dataclasses
-import random
-import socket
 from contextlib import suppress
+from typing import Any
 
 import httpx
-import openai
 import pytest
 import ray
 from ray import serve as ray_serve
+from ray.exceptions import RayActorError
 
-from lmray.artifacts.artifact import Artifacts
-from lmray.artifacts.store import open_store
+from lmray.errors import ConfigError
 from lmray.job import ServeJob
-from lmray.models.source import find_model
 from lmray.on_ray.serve import serve
 from lmray.policies.autoscaling import PRESETS
-from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
+from lmray.testing.waiting import wait_until
+from tests.on_ray.endpoints import (
+    ADMIN_KEY,
+    Load,
+    ask,
+    free_port,
+    keep_version,
+    kill_replica,
+    make_job,
+    replica_actors,
+)
 
-NAMES, ADMIN_KEY = tuple(f"adapter-{seed}" for seed in range(4)), "an operator's key"
+NAMES = tuple(f"adapter-{number}" for number in range(4))
+MAX_TOKENS = 32
 
 
 @pytest.fixture(scope="module")
-def job(ray_cluster, tmp_path_factory) -> ServeJob:
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("replicas")
+
+
+@pytest.fixture(scope="module")
+def job(ray_cluster, root) -> ServeJob:
     """An endpoint with two replicas over a store of adapters in production."""
-    root = tmp_path_factory.mktemp("replicas")
-    model = tiny_model_folder(root / "tiny")
-    artifacts = Artifacts(open_store(str(root / "store")))
-    base = {"source": str(model), "revision": None, "digest": find_model(str(model)).digest}
-    for seed, name in enumerate(NAMES):
-        folder = tiny_adapter_folder(model, root / name, seed=seed + 1)
-        artifacts.promote(artifacts.keep(name, folder, base=base).ref, "production")
-    (root / "admin-keys").write_text(f"{ADMIN_KEY}\n")
-    return ServeJob.model_validate(
-        {
-            "name": "replicas",
-            "model": {"source": str(model), "dtype": "float32"},
-            "adapters": [{"artifact": "adapter-*", "stage": "production"}],
-            "engine": {"name": "native", "max_batch_size": 4, "max_length": 256},
-            "http": {"port": free_port(), "admin_keys_file": str(root / "admin-keys")},
-            "autoscaling": {"min_replicas": 2, "max_replicas": 2, "preset": "fast"},
-            "resources": {"cpus_per_worker": 1},
-            "storage": str(root / "store"),
-        }
-    )
+    return make_job(root, NAMES, **{"autoscaling.min_replicas": 2})
 
 
-def ask(url: str) -> dict[str, str | None]:
-    """What each adapter answers."""
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        told = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 8}
-        return {name: client.chat.completions.create(model=name, **told).choices[0].message.content for name in NAMES}
-
-
-def free_port() -> int:
-    """One that the system gives to nobody else meanwhile: it picks from higher ones."""
-    with socket.socket() as probe:
-        for port in random.sample(range(18000, 28000), 100):
-            with suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
-    raise AssertionError("none of a hundred ports is free")
-
-
-def replica_actors(job: ServeJob) -> list[str]:
-    names = ray.util.list_named_actors(all_namespaces=True)
-    return [one["name"] for one in names if f"{job.name}#engine" in one["name"]]
-
-
-def test_adapters_have_a_home_and_a_dead_replica_costs_no_answer(job):
+def test_faults_under_load_cost_no_answer_that_had_not_begun(job, root, capfd):
     with serve(job) as service:
-        answers = ask(service.url)
+        answers = ask(service.url, NAMES, max_tokens=MAX_TOKENS)
         assert len(set(answers.values())) == len(NAMES)
-        assert ask(service.url) == answers
-        listed = httpx.get(
-            f"{service.url}/admin/adapters", headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60
-        ).json()
-        assert [one["name"] for one in listed["adapters"]] == list(NAMES)
-        held = [{one["handle"].partition("@")[0] for one in replica["held"]} for replica in listed["replicas"]]
-        assert len(held) == 2 and held[0] | held[1] == set(NAMES) and not held[0] & held[1]
-        victim = replica_actors(job)[0]
-        ray.kill(ray.get_actor(victim, namespace="serve"))
-        assert ask(service.url) == answers
+        check_homes(service.url)
+        allowed = {name: {text} for name, text in answers.items()}
+        with Load(service.url, NAMES, at_once=6, max_tokens=MAX_TOKENS) as load:
+            load.wait_for(10)
+            kill_replica(replica_actors(job)[0])
+            load.wait_for(10)
+            break_engine(job)
+            load.wait_for(10)
+            keep_version(root, NAMES[0], seed=101)
+            service.update(job.changed({"http.limits.max_body_bytes": 2000}))
+            load.wait_for(10)
+            with pytest.raises(ConfigError, match=r"http.port: is 1, and a running endpoint keeps"):
+                service.update(job.changed({"http.port": 1}))
+        allowed[NAMES[0]] |= set(ask(service.url, NAMES[:1], max_tokens=MAX_TOKENS).values())
+        assert len(allowed[NAMES[0]]) == 2, "the promoted version is what answers now"
+        assert httpx.post(f"{service.url}/v1/completions", content=b" " * 3000, timeout=60).status_code == 413
+    assert [one for one in load.outcomes if one.error and not one.begun] == []
+    broken = [one for one in load.outcomes if one.error]
+    assert len(broken) <= 2 * 4, "an answer that had begun breaks off only where its replica died"
+    assert [one for one in load.outcomes if not one.error and one.text not in allowed[one.model]] == []
+    assert "graceful_shutdown failed" not in capfd.readouterr().out
+
+
+def check_homes(url: str) -> None:
+    """Each adapter is held by one replica."""
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    listed = httpx.get(f"{url}/admin/adapters", headers=headers, timeout=60).json()
+    assert [one["name"] for one in listed["adapters"]] == list(NAMES)
+    held = [{one["handle"].partition("@")[0] for one in replica["held"]} for replica in listed["replicas"]]
+    assert len(held) == 2 and held[0] | held[1] == set(NAMES) and not held[0] & held[1]
+
+
+def break_engine(job: ServeJob) -> None:
+    """Makes the next step of a running replica's engine fail, and waits for the replica's end."""
+
+    def spoil(replica) -> bool:
+        def fail():
+            raise ArithmeticError("a step that cannot be done")
+
+        live = getattr(replica._replica_impl._user_callable_wrapper._callable, "_live", None)
+        if live is not None:
+            live.engine._stepper.step = fail
+        return live is not None
+
+    for actor in replica_actors(job):  # the others start, or end
+        with suppress(ValueError, RayActorError):
+            if ray.get(ray.get_actor(actor, namespace="serve").__ray_call__.remote(spoil)):
+                return wait_until(lambda actor=actor: actor not in replica_actors(job), "the replica's end")
+    raise AssertionError("none is running")
 
 
 def test_an_endpoint_goes_down_to_no_replica_and_comes_back_when_asked(job, monkeypatch):
@@ -93,10 +104,33 @@ def test_an_endpoint_goes_down_to_no_replica_and_comes_back_when_asked(job, monk
     alone = {"autoscaling.min_replicas": 0, "autoscaling.max_replicas": 1, "http.port": free_port()}
     alone = job.changed(alone)  # at another port: the first endpoint's may still be on its way out
     with serve(alone) as service:
-        answers = ask(service.url)
-        while replica_actors(alone):
-            pass
+        answers = ask(service.url, NAMES)
+        wait_until(lambda: not replica_actors(alone), "no replica")
+        assert httpx.get(f"{service.url}/ready", timeout=60).status_code == 200, "it would be answered"
         listed = httpx.get(f"{service.url}/v1/models", timeout=60).json()
         assert {one["id"] for one in listed["data"]} >= set(NAMES), "names are known without a replica"
-        assert ask(service.url) == answers
+        assert ask(service.url, NAMES) == answers
         assert ray_serve.status().applications[alone.name].deployments["engine"].replica_states
+
+
+def test_a_merged_model_answers_under_its_name_and_a_promotion_replaces_it_without_a_lost_request(job, root):
+    """In fp32 the merged weights say what the same adapter says beside the base model."""
+    name, beside = NAMES[1], "twin"
+    keep_version(root, beside, seed=2)
+    told: dict[str, Any] = {"autoscaling.min_replicas": 1, "autoscaling.max_replicas": 1, "http.port": free_port()}
+    told["adapters"] = [
+        {"artifact": name, "stage": "production", "merged": True},
+        {"artifact": beside, "stage": "production"},
+    ]
+    with serve(job.changed(told)) as service:
+        old = ask(service.url, (beside,), max_tokens=MAX_TOKENS)[beside]
+        with Load(service.url, (name,), at_once=3, max_tokens=MAX_TOKENS) as load:
+            load.wait_for(10)
+            keep_version(root, name, seed=102)
+            wait_until(lambda: load.outcomes[-1].text != old, "the new version's answers")
+            load.wait_for(10)
+    assert [one for one in load.outcomes if one.error] == []
+    new = load.outcomes[-1].text
+    assert {one.text for one in load.outcomes} == {old, new}
+    order = sorted(load.outcomes, key=lambda one: one.started_s)
+    assert order[0].text == old and order[-1].text == new

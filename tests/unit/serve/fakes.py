@@ -36,6 +36,10 @@ class FakeBackend:
             raise self.down
         return self.names
 
+    async def ready(self) -> None:
+        if self.down is not None:
+            raise self.down
+
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)
         try:

@@ -80,6 +80,9 @@ class Engine:
     async def adapters(self) -> tuple[str, ...]:
         return ()
 
+    async def ready(self) -> None:
+        pass
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 
 import pytest
@@ -23,6 +24,7 @@ class FakeReplicas:
     def __init__(self, *endings: Exception | None, num_tokens: tuple[int, ...] = ()):
         self.endings, self.num_tokens = list(endings), list(num_tokens)
         self.requests: list[Request] = []
+        self.running: list[dict] = []
 
     async def stream(self, request: Request):
         self.requests.append(request)
@@ -32,7 +34,7 @@ class FakeReplicas:
             raise ending
 
     async def everywhere(self, method, *arguments):
-        return []
+        return self.running
 
 
 @pytest.fixture
@@ -40,12 +42,12 @@ def small(tmp_path) -> SmallStore:
     return SmallStore(tmp_path)
 
 
-def make(small: SmallStore, replicas: FakeReplicas, canary: Canary | None = None) -> Fleet:
+def make(small: SmallStore, replicas: FakeReplicas, canary: Canary | None = None, **told) -> Fleet:
     served = ServedAdapter(artifact="*", stage="production", canary=canary)
     catalogue = Catalogue(small.store, [served], FIT)
     catalogue.refresh()
     now = itertools.count()
-    return Fleet(replicas, catalogue, Canaries(small.store, "endpoint"), clock=lambda: float(next(now)))
+    return Fleet(replicas, catalogue, Canaries(small.store, "endpoint"), clock=lambda: float(next(now)), **told)
 
 
 def ask(fleet: Fleet, adapter: str | None = None, *, name: str = "r") -> list[int | None]:
@@ -77,7 +79,7 @@ def test_a_request_whose_replica_died_before_its_first_token_is_sent_again(small
     replicas = FakeReplicas(DEAD, num_tokens=(0, 3))
     assert ask(make(small, replicas), "helper") == [0, 1, 2]
     first, second = replicas.requests
-    assert first == second
+    assert second == dataclasses.replace(first, id="r-2"), "the first may still run where its replica did not die"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,51 @@ def test_nothing_is_sent_again_after_a_token_nor_for_ever(small, replicas, num_r
     with pytest.raises((RemoteError, CapacityError)):
         ask(make(small, replicas))
     assert len(replicas.requests) == num_requests
+
+
+def test_a_second_try_gets_the_version_of_the_first_whatever_was_promoted_meanwhile(small):
+    first = small.keep("helper", "one", stage="production").ref
+
+    class Promoting(FakeReplicas):
+        async def stream(self, request: Request):
+            if not self.requests:
+                small.keep("helper", "two", stage="production")
+                fleet.catalogue.refresh()
+            async for event in super().stream(request):
+                yield event
+
+    replicas = Promoting(DEAD, num_tokens=(0, 1))
+    fleet = make(small, replicas)
+    assert ask(fleet, "helper") == [0]
+    assert [request.adapter for request in replicas.requests] == [first, first]
+    ask(fleet, "helper")
+    assert replicas.requests[-1].adapter != first
+
+
+@pytest.mark.parametrize("min_replicas", [0, 1])
+def test_an_endpoint_is_ready_while_a_replica_runs_or_none_has_to(small, min_replicas):
+    replicas = FakeReplicas()
+    fleet = make(small, replicas, min_replicas=min_replicas)
+    replicas.running = [{"failure": None}]
+    asyncio.run(fleet.ready())
+    replicas.running = []
+    if min_replicas == 0:
+        asyncio.run(fleet.ready())
+    else:
+        with pytest.raises(RemoteError, match="no replica runs\n  hint: wait for one to start"):
+            asyncio.run(fleet.ready())
+
+
+def test_a_merged_model_has_replicas_of_its_own_that_know_no_adapter(small):
+    small.keep("helper", stage="production")
+    base, own = FakeReplicas(), FakeReplicas(DEAD, num_tokens=(0, 1))
+    fleet = make(small, base, merged={"fast": own})
+    assert asyncio.run(fleet.adapters()) == ("fast", "helper")
+    assert ask(fleet, "fast") == [0] and ask(fleet, "helper") == [0, 1]
+    assert [(request.id, request.adapter) for request in own.requests] == [("r", None), ("r-2", None)]
+    base.running = [{"failure": None}]
+    with pytest.raises(RemoteError, match="fast: no replica runs"):
+        asyncio.run(fleet.ready())
 
 
 @pytest.fixture

@@ -195,3 +195,34 @@ def test_a_port_in_use_is_refused(job):
 def test_an_endpoint_runs_no_code_of_a_model(job):
     with pytest.raises(ConfigError, match="runs no code"):
         prepare(job.changed({"model.trust_remote_code": True}))
+
+
+def test_a_merged_adapter_is_a_model_of_its_own_at_the_version_its_stage_holds(job, root, model, artifacts):
+    merged = {"artifact": "helper", "stage": "production", "merged": True}
+    plan = prepare(job.changed({"adapters": [merged], "engine.max_adapters": 0}))
+    own = plan.merged["helper"]
+    assert plan.adapters == {} and plan.served == ()
+    assert own.source == f"artifact:{artifacts.find('helper@production').ref}" and own.digest != plan.digest
+    assert check_out(own).name == own.digest
+    assert own.model_name == plan.model_name and own.served == ()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "found"),
+    [
+        ({"artifact": "*", "merged": True}, "`*` names many, and `merged` makes replicas for each"),
+        ({"artifact": "helper", "merged": True, "canary": {}}, "`canary` is for adapters beside the base model"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_with_the_job(job, adapter, found):
+    with pytest.raises(ConfigError) as caught:
+        job.changed({"adapters": [adapter]})
+    assert found in str(caught.value)
+
+
+def test_a_merged_adapter_must_fit_the_base_and_have_a_name_of_its_own(job):
+    merged = {"artifact": "helper", "stage": "production", "merged": True}
+    with pytest.raises(ConfigError, match="the name `helper` is taken"):
+        prepare(job.changed({"adapters": [merged, {"artifact": "helper"}]}))
+    with pytest.raises(ArtifactError, match="was trained on `another-model`"):
+        prepare(job.changed({"adapters": [{"artifact": "other", "merged": True}]}))

@@ -1,0 +1,92 @@
+"""An endpoint's applications for Ray Serve: one of the gateway and the base model's replicas, and one for each merged
+model, so that new weights replace that model's replicas alone. Runs in the driver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve as ray_serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+
+from lmray.job import ServeJob
+from lmray.on_ray.cluster import cluster_resources
+from lmray.on_ray.replicas import ENGINE, EngineReplica, Gateway
+from lmray.on_ray.routing import AdapterRouter
+from lmray.policies.autoscaling import TokenPolicy, autoscaling_arguments, shutdown_s
+from lmray.serve.prepare import ServePlan
+
+QUEUED_PER_ROW = 4
+"""Requests that may wait for each row of a replica's batch before more are told to come back later."""
+HEALTH_S = 2.0
+"""So soon Ray Serve learns of a dead replica and starts another; its own default is 10 s. Requests learn of it at
+once."""
+SURGE_PERCENT = 20
+"""Of the replicas, and one at least, run besides while an update replaces them, where there is room."""
+
+
+def merged_application(endpoint: str, name: str) -> str:
+    """What the application of a merged model is called."""
+    return f"{endpoint}.{name}"
+
+
+def endpoint_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
+    """The gateway, before the base model's replicas."""
+    most = job.engine.max_batch_size * job.autoscaling.max_replicas * (1 + QUEUED_PER_ROW) * (1 + len(plan.merged))
+    gateway = ray_serve.deployment(
+        ray_serve.ingress()(Gateway),
+        name="gateway",
+        max_ongoing_requests=most,  # replicas push back, with an answer that clients understand; the gateway does not
+        ray_actor_options={"num_cpus": 0},  # thin: a core of its own would cost a small machine a replica
+        max_surge_percent=SURGE_PERCENT,
+        **_lasting(job),
+    )
+    merged = {name: merged_application(job.name, name) for name in plan.merged}
+    return gateway.bind(plan, job.engine.max_length, engine_application(job, plan, num_cpus), merged)
+
+
+def engine_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
+    """Replicas of one model, with the adapters of `plan` beside it."""
+    rows, num_gpus = job.engine.max_batch_size, job.resources.gpus_per_worker
+    router: dict[str, Any] = {"request_router_class": AdapterRouter}
+    router["request_router_kwargs"] = {"light": max(rows // 2, 1)}
+    engines = ray_serve.deployment(
+        EngineReplica,
+        name=ENGINE,
+        max_ongoing_requests=rows,
+        max_queued_requests=rows * QUEUED_PER_ROW,
+        autoscaling_config=_autoscaling(job),
+        request_router_config=RequestRouterConfig(**router),
+        ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
+        max_surge_percent=_surge_percent(job, num_cpus),
+        **_lasting(job),
+    )
+    return engines.bind(plan, job.engine, job.model.dtype, num_cpus, num_gpus)
+
+
+def _lasting(job: ServeJob) -> dict[str, Any]:
+    """How long replicas may take to end, and how they are watched."""
+    return {
+        "graceful_shutdown_timeout_s": shutdown_s(job.engine.max_length),
+        "max_constructor_retry_count": 2,
+        "health_check_period_s": HEALTH_S,
+    }
+
+
+def _surge_percent(job: ServeJob, num_cpus: int) -> int:
+    """None where one more than the most replicas does not fit: an update would wait for it for ever."""
+    room = cluster_resources().room_for(cpus=num_cpus, gpus=job.resources.gpus_per_worker)
+    return SURGE_PERCENT if room > job.autoscaling.max_replicas * num_models(job) else 0
+
+
+def num_models(job: ServeJob) -> int:
+    """Models with replicas of their own: the base, and those that are merged."""
+    return 1 + sum(one.merged for one in job.adapters)
+
+
+def _autoscaling(job: ServeJob) -> AutoscalingConfig:
+    scaling = job.autoscaling
+    settings = {"preset": scaling.preset, "max_batch_size": job.engine.max_batch_size}
+    return AutoscalingConfig(
+        policy=AutoscalingPolicy(policy_function=TokenPolicy, policy_kwargs=settings),
+        **autoscaling_arguments(scaling.preset, min_replicas=scaling.min_replicas, max_replicas=scaling.max_replicas),
+    )
