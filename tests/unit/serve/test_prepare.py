@@ -211,7 +211,9 @@ def test_a_quantised_model_is_planned_where_it_can_be_quantised(job, monkeypatch
         prepare(job.changed({"model.quantization": "int8"}))
 
 
-@pytest.mark.parametrize("changes", [{"quantization": "int8"}, {"rope_scaling": {"type": "linear", "factor": 2.0}}])
+@pytest.mark.parametrize(
+    "changes", [{"quantization": "int8"}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}]
+)
 @pytest.mark.parametrize("engine", [{"name": "openai", "url": "http://x", "model": "m"}, {"name": "vllm"}])
 def test_weights_that_are_elsewhere_cannot_be_changed_here(job, changes, engine):
     changed = {f"model.{name}": value for name, value in changes.items()}
