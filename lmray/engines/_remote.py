@@ -110,7 +110,7 @@ class RemoteEngine:
             self._running += 1
             try:
                 body = dialect.body(self._remote.base if adapter is None else adapter.name)
-                async with aclosing(self._server.choices(body)) as choices:  # type: ignore[type-var]
+                async with aclosing(self._server.choices(body)) as choices:
                     async for choice in choices:
                         for event in dialect.read(choice):
                             stream.put_nowait(event)

@@ -6,7 +6,7 @@ Nothing here knows of engines. All but `models_at` runs on one event loop.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,10 @@ from typing import Any
 import httpx
 
 from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError, LmrayError, RemoteError
+
+
+SERVER = "the model's server"
+"""Where it is said to be in what clients are told: its address is none of their business."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Server:
         self.address = address
         self._client = httpx.AsyncClient(**address.client_options)
 
-    async def choices(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def choices(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Parts of the answer to a completion, whose first prompt and first answer it has alone. Closing the iterator
         hangs up. Raises what `failure` tells."""
         try:
@@ -120,17 +124,17 @@ def refusal(status: int, content: bytes, url: str) -> LmrayError:
     said = _message(content)
     match status:
         case 400 | 413 | 422:
-            return DataError(url, f"refused the request: {said}")
+            return DataError(SERVER, f"refused the request: {said}")
         case 401 | 403:
             return RemoteError(url, f"HTTP {status}: {said}", hint="set `engine.api_key_file`")
         case 404:
-            return ArtifactError(url, f"does not know what it was asked for: {said}")
+            return ArtifactError(SERVER, f"does not know what it was asked for: {said}")
         case 429 | 503:
-            return CapacityError(url, f"is busy: {said}", hint="come back in a moment")
+            return CapacityError(SERVER, f"is busy: {said}", hint="come back in a moment")
     return RemoteError(url, f"HTTP {status}: {said}")
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def _events(response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
     """Server-sent events until `[DONE]`. Lines end with a newline alone: texts hold other ends of lines as they are."""
     rest = b""
     async for part in response.aiter_bytes():
