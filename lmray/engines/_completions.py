@@ -6,6 +6,7 @@ server sends: text, whose tokens are then those that the model's tokenizer write
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -50,6 +51,8 @@ class ExactTokens:
             body |= {"logprobs": sampling.logprobs, "return_tokens_as_token_ids": True}
         if sampling.prompt_logprobs is not None:  # which are not streamed
             body |= {"prompt_logprobs": sampling.prompt_logprobs, "stream": False}
+        if sampling.grammar is not None:
+            body["structured_outputs"] = {"json": _schema(request.id, sampling.grammar)}
         return body | ({"cache_salt": request.cache_salt} if request.cache_salt else {})
 
     def read(self, choice: dict[str, Any]) -> Iterator[TokenEvent]:
@@ -135,6 +138,16 @@ def _body(request: Request, model: str) -> dict[str, Any]:
     if sampling.logit_bias:
         body["logit_bias"] = {str(token_id): bias for token_id, bias in sampling.logit_bias}
     return body | ({"seed": sampling.seed} if sampling.seed is not None else {})
+
+
+def _schema(request_id: str, grammar: str) -> Any:
+    """The JSON schema in a grammar of llguidance's. Raises DataError for one of another kind."""
+    try:
+        (one,) = json.loads(grammar)["grammars"]
+        return {key: value for key, value in one["json_schema"].items() if key != "x-guidance"}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found = "a server holds answers to JSON schemas, and this grammar is none"
+        raise DataError(f"request {request_id}", found, hint="engine `native` takes every grammar") from None
 
 
 def _reason(choice: dict[str, Any]) -> FinishReason | None:

@@ -15,7 +15,6 @@ import httpx
 
 from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError, LmrayError, RemoteError
 
-
 SERVER = "the model's server"
 """Where it is said to be in what clients are told: its address is none of their business."""
 

@@ -32,9 +32,9 @@ class Openai(EngineConfig):
     api_key_file: str | None = None
     """File with the server's key, where the engine runs. Empty: it asks for none."""
     tokens: Literal["ids", "text"] = "ids"
-    """How the server tells tokens. `ids`: by vLLM's `return_token_ids`, with which all is as with `native` but for
-    grammars. `text`: as OpenAI's protocol has it; the text is exact, counts of tokens may differ from the server's, and
-    there are no log probabilities and no prefix caches apart for each key."""
+    """How the server tells tokens. `ids`: by vLLM's `return_token_ids`, with which all is as with `native`. `text`: as
+    OpenAI's protocol has it; the text is exact, counts of tokens may differ from the server's, and there are no log
+    probabilities, no JSON schemas and no prefix caches apart for each key."""
     adapters: str | None = None
     """The name that an adapter has at the server, in whatever version, like `{name}` or `{model}:{name}`; `{version}`
     is the artifact's. Empty: adapters are loaded there by path, with vLLM's calls. The server must see the store, and
@@ -87,7 +87,8 @@ class Openai(EngineConfig):
     def capabilities(self, model: Any) -> Capabilities:
         vocab_size = int(model.get_input_embeddings().weight.shape[0])
         sizes = self.max_batch_size, self.max_adapters, self.max_length, vocab_size
-        return Capabilities(*sizes, exact_tokens=self.tokens == "ids")
+        exact = self.tokens == "ids"
+        return Capabilities(*sizes, has_grammars=exact, exact_tokens=exact)
 
     def _dialect(self, stop_token_ids: tuple[int, ...], tokenizer: Any) -> Any:
         def exact(request: Request) -> Dialect:

@@ -77,7 +77,7 @@ class Vllm(EngineConfig):
         process = ServerProcess(self._command(model, port), _environment(key, threads), name="engine `vllm`")
         process.wait_until_healthy(f"{url}/health", self.start_timeout_s)
         sizes = self.max_batch_size, self.max_adapters, self.max_length
-        capabilities = Capabilities(*sizes, int(model.get_input_embeddings().weight.shape[0]))
+        capabilities = Capabilities(*sizes, int(model.get_input_embeddings().weight.shape[0]), has_grammars=True)
         remote = Remote(
             self.name,
             model,

@@ -20,6 +20,7 @@ from lmray.engines.openai import Openai
 from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError, LmrayError, RemoteError
 from lmray.models.load import load_empty_model, load_model, load_tokenizer
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.serve.guided import JsonSchema, ResponseFormat, grammar_of
 from tests.unit.engines.conftest import NUM_NEW, STOP
 from tests.unit.engines.vllm_server import NAME, VllmServer, listening
 
@@ -109,6 +110,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "drawn": {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 7},
     "penalised": {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
     "biased": {"logit_bias": ((70, 30.0), (71, -5.0))},
+    "stopped": {"logit_bias": ((STOP[0], 100.0),), "logprobs": 1},
     "told": {"logprobs": 3},
     "told alone": {"logprobs": 0},
     "read": {"prompt_logprobs": 2, "logprobs": 1, "max_tokens": 3},
@@ -131,9 +133,21 @@ def test_every_way_to_draw_gives_the_events_of_the_embedded_engine(vllm, empty, 
         return [await events(engine, request(prompt, **sampling)) for prompt in prompts]
 
     wanted = asyncio.run(ask_native())
-    assert run(vllm[1], empty, ask) == wanted
-    if not sampling:
-        assert {one[-1].finish_reason for one in wanted} == {"stop", "length"}, "both ends are to be seen"
+    for got, own in zip(run(vllm[1], empty, ask), wanted, strict=True):
+        assert [plain(event) for event in got] == [plain(event) for event in own]
+        assert [numbers(event) for event in got] == [pytest.approx(numbers(event), abs=1e-4) for event in own]
+
+
+def plain(event: TokenEvent) -> tuple[Any, ...]:
+    """An event without its numbers."""
+    told = [event.logprob, *(event.prompt_logprobs or ())]
+    tokens = [one and (one.token_id, [token for token, _ in one.top]) for one in told]
+    return event.token_id, event.finish_reason, event.prompt_logprobs is None, tokens
+
+
+def numbers(event: TokenEvent) -> list[float]:
+    told = [one for one in (event.logprob, *(event.prompt_logprobs or ())) if one is not None]
+    return [value for one in told for value in (one.logprob, *(logprob for _, logprob in one.top))]
 
 
 def test_all_that_a_server_could_have_a_default_for_is_told(vllm, empty):
@@ -144,6 +158,22 @@ def test_all_that_a_server_could_have_a_default_for_is_told(vllm, empty):
         "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "stream": True,
         "stop_token_ids": list(STOP), "return_token_ids": True, "cache_salt": "salt",
     }  # fmt: skip
+
+
+def test_json_schemas_are_told_by_vllms_name_and_other_grammars_refused(empty):
+    server = Scripted(chunk(token_ids=[70], finish_reason="length"))
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    wanted = ResponseFormat(type="json_schema", json_schema=JsonSchema(name="place", schema=schema))
+
+    async def ask(engine):
+        await events(engine, request(grammar=grammar_of(wanted)))
+        for grammar in ('start: "a"', "[]", '{"grammars": [{"lark_grammar": "start: \'a\'"}]}'):
+            with pytest.raises(DataError, match="this grammar is none"):
+                await events(engine, request(grammar=grammar))
+
+    with listening(server.app()) as url:
+        run(url, empty, ask)
+    assert server.bodies[-1]["structured_outputs"] == {"json": schema} and len(server.bodies) == 1
 
 
 def test_closing_the_generator_hangs_up_and_frees_the_place(empty):
@@ -452,7 +482,7 @@ def test_a_server_that_tells_text_alone_gives_the_same_text(model_folder, empty,
 
 
 def test_a_job_is_checked_without_the_server(empty, adapter_folders, model_folder):
-    config = Openai(url="http://nowhere", model="m")
+    config = Openai(url="http://nowhere", model="m", max_length=512)
     config.check(empty, adapter_folders)
     with pytest.raises(ArtifactError, match="cannot be read"):
         config.check(empty, {"model": model_folder})

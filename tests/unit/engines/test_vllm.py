@@ -159,9 +159,9 @@ def test_arguments_that_the_engine_gives_itself_are_refused(argument):
 
 def test_adapters_of_a_higher_rank_are_refused_before_the_start(empty, model_folder, tmp_path):
     folder = tiny_adapter_folder(model_folder, tmp_path / "adapter", seed=1, r=16)
-    Vllm(max_lora_rank=16).check(empty, {"a": folder})
+    Vllm(max_lora_rank=16, max_length=512).check(empty, {"a": folder})
     with pytest.raises(ArtifactError, match=r"has rank 16\n  allowed: up to 8"):
-        Vllm(max_lora_rank=8).check(empty, {"a": folder})
+        Vllm(max_lora_rank=8, max_length=512).check(empty, {"a": folder})
     with pytest.raises(ConfigError, match="more than LlamaForCausalLM has positions for"):
         Vllm(max_length=4096).check(empty, {})
 

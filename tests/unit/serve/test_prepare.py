@@ -222,7 +222,8 @@ def test_weights_that_are_elsewhere_cannot_be_changed_here(job, changes, engine)
 
 
 def test_an_engine_without_weights_is_planned_without_its_server(job, artifacts):
-    plan = prepare(job.changed({"engine": {"name": "openai", "url": "http://nowhere", "model": "m"}}))
+    engine = {"name": "openai", "url": "http://nowhere", "model": "m", "max_length": 512}
+    plan = prepare(job.changed({"engine": engine}))
     assert plan.adapters == {"helper": artifacts.find("helper@production").id}
 
 
