@@ -52,6 +52,8 @@ class _Adapter:
     """An adapter at the server."""
 
     name: str
+    folder: Path | None
+    """Where it is loaded from; None for one that the server has by itself."""
     num_requests: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -109,16 +111,27 @@ class RemoteEngine:
         async with self._rows:
             self._running += 1
             try:
-                body = dialect.body(self._remote.base if adapter is None else adapter.name)
-                async with aclosing(self._server.choices(body)) as choices:
-                    async for choice in choices:
-                        for event in dialect.read(choice):
-                            stream.put_nowait(event)
+                try:
+                    await self._answer(dialect, adapter, stream)
+                except ArtifactError:  # before the first token
+                    if adapter is None or adapter.folder is None:
+                        raise
+                    await self._load(adapter.name, adapter.folder)  # the server is new, or somebody else let it go
+                    await self._answer(dialect, adapter, stream)
                 stream.put_nowait(RemoteError(self._server.address.url, "the answer broke off"))
             except Exception as error:
                 stream.put_nowait(failure(error, self._server.address.url))
             finally:
                 self._running -= 1
+
+    async def _answer(
+        self, dialect: Dialect, adapter: _Adapter | None, stream: asyncio.Queue[TokenEvent | LmrayError]
+    ) -> None:
+        body = dialect.body(self._remote.base if adapter is None else adapter.name)
+        async with aclosing(self._server.choices(body)) as choices:
+            async for choice in choices:
+                for event in dialect.read(choice):
+                    stream.put_nowait(event)
 
     async def add_adapter(self, handle: str, folder: Path) -> None:
         if self._end is not None:
@@ -129,9 +142,11 @@ class RemoteEngine:
             found = await asyncio.to_thread(read_adapter_folder, folder, self._remote.model)
             check_rank(found, self._remote.max_rank)
             template = self._remote.adapter_name
-            self._adapters[handle] = _Adapter(
-                await (self._load(handle, folder) if template is None else self._find(handle, template))
-            )
+            if template is None:
+                await self._load(handle, folder)
+                self._adapters[handle] = _Adapter(handle, folder)
+            else:
+                self._adapters[handle] = _Adapter(await self._find(handle, template), None)
         except BaseException:
             self._taken.discard(handle)
             raise
@@ -143,7 +158,7 @@ class RemoteEngine:
             if adapter.num_requests:
                 adapter.idle.clear()
                 await adapter.idle.wait()
-            if self._remote.adapter_name is None and self._end is None:
+            if adapter.folder is not None and self._end is None:
                 response = await self._server.post("/v1/unload_lora_adapter", {"lora_name": adapter.name})
                 if response.status_code not in (200, 404):
                     raise refusal(response.status_code, response.content, self._server.address.url)
@@ -171,14 +186,12 @@ class RemoteEngine:
             await asyncio.gather(self._asking, return_exceptions=True)
         await self._server.close()
 
-    async def _load(self, handle: str, folder: Path) -> str:
+    async def _load(self, handle: str, folder: Path) -> None:
         """Has the server read the adapter itself; another process may have done so before."""
         where, path = f"adapter `{handle}`", str(folder.resolve())
         response = await self._server.post("/v1/load_lora_adapter", {"lora_name": handle, "lora_path": path})
-        if response.status_code == 200:
-            return handle
-        if (await self._server.models()).get(handle, {}).get("root") == path:
-            return handle
+        if response.status_code == 200 or (await self._server.models()).get(handle, {}).get("root") == path:
+            return
         said = refusal(response.status_code, response.content, self._server.address.url).found
         hint = "vLLM does, started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, where it sees the path"
         raise ArtifactError(where, f"the server does not load it: {said}", hint=hint)

@@ -37,8 +37,7 @@ class Openai(EngineConfig):
     probabilities, no JSON schemas and no prefix caches apart for each key."""
     adapters: str | None = None
     """The name that an adapter has at the server, in whatever version, like `{name}` or `{model}:{name}`; `{version}`
-    is the artifact's. Empty: adapters are loaded there by path, with vLLM's calls. The server must see the store, and
-    one replica alone may do so."""
+    is the artifact's. Empty: adapters are loaded there by path, with vLLM's calls; the server must see the store."""
     connect_timeout_s: Annotated[float, Field(gt=0.0)] = 10.0
     read_timeout_s: Annotated[float, Field(gt=0.0)] = 300.0
     """Longest silence of the server, before an answer and within it."""

@@ -8,6 +8,7 @@ import threading
 from contextlib import aclosing, contextmanager
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
@@ -361,6 +362,21 @@ def test_adapters_come_by_path_and_go_when_their_last_request_is_done(vllm, empt
 
     assert run(url, empty, ask) == expected["a"][0]
     assert server.adapters == {}
+
+
+def test_an_adapter_that_the_server_forgot_is_loaded_again(vllm, empty, adapter_folders, prompts, expected):
+    server, url = vllm
+
+    async def ask(engine):
+        await engine.add_adapter("a", adapter_folders["a"])
+        async with httpx.AsyncClient() as client:
+            await client.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "a"})
+        assert "a" not in server.adapters
+        answer = await events(engine, request(prompts[0], adapter="a"))
+        await engine.remove_adapter("a")
+        return [event.token_id for event in answer if event.token_id is not None]
+
+    assert run(url, empty, ask) == expected["a"][0]
 
 
 def test_adapters_that_cannot_be_served_are_refused(vllm, empty, adapter_folders, model_folder):
