@@ -17,6 +17,8 @@ from lmray.engines._server import Server, failure, refusal
 from lmray.engines.base import Capabilities, Request, TokenEvent, check_loaded, check_new, check_request
 from lmray.errors import ArtifactError, DataError, LmrayError, RemoteError
 
+LAST_BYTES_S = 1.0
+"""For what a server sends behind the end of an answer."""
 METRICS_AGE_S = 2.0
 """How old the server's own figures may be before they are asked for again."""
 METRICS = {
@@ -86,16 +88,18 @@ class RemoteEngine:
         if adapter is not None:
             adapter.num_requests += 1
         asking = asyncio.create_task(self._ask(dialect, adapter, stream))
+        finished = False
         try:
-            while True:
+            while not finished:
                 outcome = await stream.get()
                 if isinstance(outcome, LmrayError):
                     raise outcome
+                finished = outcome.finish_reason is not None
                 self._num_generated += outcome.token_id is not None
                 yield outcome
-                if outcome.finish_reason is not None:
-                    return
         finally:
+            if finished:  # to its last byte, so that the next request may use the same connection
+                await asyncio.wait({asking}, timeout=LAST_BYTES_S)
             del self._streams[request.id]
             asking.cancel()  # hangs up, which is how a server learns of it
             await asyncio.gather(asking, return_exceptions=True)
