@@ -21,18 +21,11 @@ from lmray.engines._process import ServerProcess
 from lmray.engines.base import Request, Sampling
 from lmray.engines.vllm import Vllm
 from lmray.errors import ArtifactError, CapacityError, ConfigError, RemoteError
-from lmray.models.load import load_empty_model
 from lmray.testing.tiny import tiny_adapter_folder
 from tests.unit.engines import vllm_command
 from tests.unit.engines.conftest import STOP
-from tests.unit.engines.vllm_server import VllmServer, listening
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def empty(model_folder):
-    return load_empty_model(model_folder, dtype="float32")
 
 
 @pytest.fixture
@@ -52,9 +45,8 @@ def command(tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model_folder):
-    with listening(VllmServer(model_folder, STOP).app()) as url:
-        yield url
+def server(vllm) -> str:
+    return vllm[1]
 
 
 def start(empty, **changes):
