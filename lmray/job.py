@@ -342,9 +342,13 @@ class ServeJob(Job):
     resources: Resources = Resources()
 
     @model_validator(mode="after")
-    def _not_quantised(self):
-        if self.model.quantization:
-            raise ValueError("serves a quantised model; hint: `quantization` is for training and evaluation")
+    def _read_elsewhere(self):
+        for name in ("quantization", "rope_scaling"):
+            if getattr(self.model, name) and not self.engine.needs_weights:
+                raise ValueError(
+                    f"`model.{name}` is applied where the weights are, and engine `{self.engine.name}` has none; "
+                    "hint: set it up at the server, or serve with `engine: {name: native}`"
+                )
         return self
 
 

@@ -20,9 +20,8 @@ from lmray.engines._adapters import AdapterBank
 from lmray.engines._cache import SlotCache
 from lmray.engines._core import Outcome, Sampler, is_last, is_token
 from lmray.engines._slots import Row, Slots
-from lmray.engines.base import Capabilities, Request
+from lmray.engines.base import Capabilities, Request, check_length
 from lmray.errors import ConfigError, LmrayError
-from lmray.models.rope import num_positions
 
 ATTENTIONS = ("sdpa", "eager")
 """Attention functions that take a mask of any shape."""
@@ -199,7 +198,4 @@ def check_model(model: PreTrainedModel, max_length: int) -> None:
                 raise ConfigError("engine.max_length", found, allowed=f"up to {layer.sliding_window}", hint=hint)
         elif type(layer) is not DynamicLayer:
             raise ConfigError("engine.name", f"`native` cannot run {name}: a layer keeps {type(layer).__name__} states")
-    limit = num_positions(model.config)
-    if limit is not None and limit < max_length:
-        found = f"{max_length} tokens are more than {name} has positions for"
-        raise ConfigError("engine.max_length", found, allowed=f"up to {limit}", hint=f"set it to {limit} or less")
+    check_length(model, max_length)

@@ -18,8 +18,8 @@ import torch
 
 from lmray.engines._adapter_folder import AdapterFolder, read_adapter_folder
 from lmray.engines._core import Adapters, Core, Outcome
-from lmray.engines.base import Request, TokenEvent, check_request
-from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, did_you_mean
+from lmray.engines.base import Request, TokenEvent, check_loaded, check_new, check_request
+from lmray.errors import ArtifactError, DataError, LmrayError
 
 WHERE = "engine `native`"
 
@@ -64,12 +64,8 @@ class NativeEngine:
                 self._inbox.put(partial(self._stepper.cancel, request.id))
 
     async def add_adapter(self, handle: str, folder: Path) -> None:
-        where, limit = f"adapter `{handle}`", self.capabilities.max_adapters
-        if handle in self._taken:  # also while it arrives or leaves
-            raise ArtifactError(where, "is loaded already", hint="remove it first, or use another handle")
-        if len(self._taken) >= limit:
-            raise CapacityError(where, f"{limit} adapters are loaded already", hint="raise `engine.max_adapters`")
-        self._taken.add(handle)
+        check_new(handle, self._taken, self.capabilities.max_adapters)
+        self._taken.add(handle)  # also while it arrives or leaves
         try:
             bank = self._stepper.adapters
             found = await asyncio.to_thread(read_adapter_folder, folder, bank.base)
@@ -80,10 +76,7 @@ class NativeEngine:
         self._adapters.add(handle)
 
     async def remove_adapter(self, handle: str) -> None:
-        if handle not in self._adapters:
-            allowed = ", ".join(sorted(self._adapters)) or "none is loaded"
-            hint = did_you_mean(handle, self._adapters)
-            raise ArtifactError(f"adapter `{handle}`", "is not loaded", allowed=allowed, hint=hint)
+        check_loaded(handle, self._adapters)
         self._adapters.discard(handle)
         await self._call(partial(self._leaving.__setitem__, handle))
         self._taken.discard(handle)

@@ -6,15 +6,16 @@ An engine is made by its config (`EngineConfig.start`) and owns one base model a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
 from lmray.config import MemberConfig
-from lmray.errors import ArtifactError, DataError, did_you_mean
+from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError, did_you_mean
+from lmray.models.rope import num_positions
 
 FinishReason = Literal["stop", "length"]
 MIN_TEMPERATURE = 1e-4
@@ -128,6 +129,9 @@ class Capabilities:
     vocab_size: int
     has_grammars: bool = False
     """Whether answers can be held to a grammar."""
+    exact_tokens: bool = True
+    """Whether tokens are those that the model drew. Otherwise its text is exact, but not in how many tokens it is told,
+    and there are no log probabilities."""
 
 
 class Engine(Protocol):
@@ -168,6 +172,9 @@ class EngineConfig(MemberConfig):
     max_adapters: Annotated[int, Field(ge=0)] = 16
     max_length: Annotated[int, Field(ge=16)] = 2048
     """Longest sequence, prompt and answer together, in tokens."""
+    needs_weights: ClassVar[bool] = True
+    """Whether `start` takes a loaded model. Others run it elsewhere, from its folder (`model.name_or_path`), and are
+    given one without weights."""
 
     @abstractmethod
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
@@ -180,6 +187,31 @@ class EngineConfig(MemberConfig):
         """A running engine over a loaded `transformers` causal model, plain or with PEFT adapters attached.
         `tokenizer` tells grammars what tokens say; without it answers are held to none."""
         raise NotImplementedError
+
+
+def check_length(model: Any, max_length: int) -> None:
+    """Raises ConfigError where sequences of `max_length` tokens are more than `model` has positions for."""
+    limit = num_positions(model.config)
+    if limit is not None and limit < max_length:
+        found = f"{max_length} tokens are more than {type(model).__name__} has positions for"
+        raise ConfigError("engine.max_length", found, allowed=f"up to {limit}", hint=f"set it to {limit} or less")
+
+
+def check_new(handle: str, taken: Collection[str], max_adapters: int) -> None:
+    """Raises ArtifactError for a handle that is taken, CapacityError where there is no room for one more."""
+    where = f"adapter `{handle}`"
+    if handle in taken:
+        raise ArtifactError(where, "is loaded already", hint="remove it first, or use another handle")
+    if len(taken) >= max_adapters:
+        found = f"{max_adapters} adapters are loaded already"
+        raise CapacityError(where, found, hint="raise `engine.max_adapters`")
+
+
+def check_loaded(handle: str, loaded: Collection[str]) -> None:
+    """Raises ArtifactError for a handle of none that is `loaded`."""
+    if handle not in loaded:
+        allowed = ", ".join(sorted(loaded)) or "none is loaded"
+        raise ArtifactError(f"adapter `{handle}`", "is not loaded", allowed=allowed, hint=did_you_mean(handle, loaded))
 
 
 def check_request(request: Request, capabilities: Capabilities, adapters: tuple[str, ...]) -> None:
@@ -200,5 +232,5 @@ def check_request(request: Request, capabilities: Capabilities, adapters: tuple[
     if odd is not None:
         raise DataError(where, f"token {odd} is none of the model's", allowed=f"0 to {capabilities.vocab_size - 1}")
     if request.sampling.grammar is not None and not capabilities.has_grammars:
-        hint = "install `lmray[guided]` where the engine runs, and serve a model with a fast tokenizer"
+        hint = "engine `native` does, with `lmray[guided]` where it runs and a model with a fast tokenizer"
         raise DataError(where, "this engine holds answers to no grammar", hint=hint)

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from importlib.util import find_spec
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lmray.errors import ConfigError
 
@@ -50,6 +50,13 @@ def check_library() -> None:
     if find_spec("bitsandbytes") is None:
         hint = "pip install 'lmray[quant]'"
         raise ConfigError("model.quantization", "needs the library `bitsandbytes`, which is not here", hint=hint)
+
+
+def check_quantised(model: PreTrainedModel, quantization: str) -> None:
+    """Raises ConfigError where `model`, whose weights need not be loaded, cannot be quantised here."""
+    check_library()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    saved_bytes(model, quantization, {id(end.weight) for end in ends if end is not None})
 
 
 def saved_bytes(model: torch.nn.Module, quantization: str, ends: Collection[int]) -> int:

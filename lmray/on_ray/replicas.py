@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from lmray.artifacts.store import open_store
 from lmray.engines.base import EngineConfig, Request, Sampling, TokenEvent
 from lmray.errors import CapacityError, LmrayError, RemoteError
-from lmray.models.load import load_model, load_tokenizer, stop_token_ids
+from lmray.models.load import load_empty_model, load_model, load_tokenizer, stop_token_ids
 from lmray.models.precision import resolve_dtype
 from lmray.on_ray.failures import error_inside, reason
 from lmray.serve.admin import add_admin
@@ -47,8 +47,13 @@ class EngineReplica:
         self._interval_s = plan.stream_interval_s
         folder, device = check_out(plan), "cuda" if num_gpus else "cpu"
         dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
-        model: Any = load_model(folder, dtype, rope_scaling=plan.rope_scaling)
-        model.to(device)
+        if config.needs_weights:
+            how: Any = {"quantization": plan.quantization, "device": device, "rope_scaling": plan.rope_scaling}
+            model: Any = load_model(folder, dtype, **how)
+            if plan.quantization is None:  # else it is there already
+                model.to(device)
+        else:
+            model = load_empty_model(folder, dtype=dtype)
         tokenizer = load_tokenizer(folder)
         stops = stop_token_ids(model, tokenizer)
         self._live = LiveEngine(config.start(model, stop_token_ids=stops, threads=num_cpus, tokenizer=tokenizer), plan)

@@ -11,17 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
 from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import Store, open_store
 from lmray.config.endpoint import HttpLimits, TextFilter
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
-from lmray.models.load import load_config, load_tokenizer
-from lmray.models.quiet import quiet
+from lmray.models.load import load_empty_model, load_tokenizer
+from lmray.models.quantised import check_quantised
 from lmray.models.rope import RopeScaling
 from lmray.models.source import ARTIFACT, find_model, model_of
 from lmray.serve.fit import Fit, StoredAdapters
@@ -56,6 +53,8 @@ class ServePlan:
     """How often tokens of an answer leave a replica."""
     min_replicas: int = 1
     """0: none may run while nothing is asked."""
+    quantization: str | None = None
+    """Of the base model's weights."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     filters: tuple[TextFilter, ...] = ()
     merged: dict[str, ServePlan] = field(default_factory=dict)
@@ -101,6 +100,7 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         rope_scaling=job.model.rope_scaling,
         stream_interval_s=job.http.stream_interval_s,
         min_replicas=job.autoscaling.min_replicas,
+        quantization=job.model.quantization,
         limits=job.http.limits,
         filters=job.filters,
     )
@@ -108,7 +108,10 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
     named = {one.artifact: every[one.artifact] for one in plan.served if not one.is_pattern}
     adapters = StoredAdapters(store, plan.fit)
     folders = {name: adapters.find(artifact.ref).folder for name, artifact in named.items()}
-    job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), folders)
+    model = load_empty_model(found.folder, rope_scaling=job.model.rope_scaling)
+    if job.model.quantization:
+        check_quantised(model, job.model.quantization)
+    job.engine.check(model, folders)
     merged = {one.artifact: merged_plan(one, plan) for one in job.adapters if one.merged}
     return replace(plan, adapters={name: artifact.id for name, artifact in named.items()}, merged=merged)
 
@@ -137,18 +140,6 @@ def check_out(plan: ServePlan) -> Path:
         hint = "put the model where every node reads the same"
         raise ArtifactError(f"model `{plan.source}`", what, allowed=plan.digest[:12], hint=hint)
     return found.folder
-
-
-def load_empty_model(folder: Path, rope_scaling: RopeScaling | None = None) -> PreTrainedModel:
-    """The model in `folder` without its weights, its positions scaled where asked for. Raises ArtifactError for a
-    config that is none, ConfigError for positions that cannot be scaled."""
-    try:
-        with quiet(), torch.device("meta"):
-            config = load_config(folder, rope_scaling=rope_scaling)
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"model folder {folder}", f"is no causal language model: {first[:200]}") from None
 
 
 def check_port(host: str, port: int) -> None:

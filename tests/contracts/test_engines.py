@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +17,13 @@ from transformers import LlamaForCausalLM
 
 from lmray.engines.base import EngineConfig, Request, Sampling
 from lmray.errors import ArtifactError, ConfigError, DataError
-from lmray.models.load import load_model, load_tokenizer, stop_token_ids
+from lmray.models.load import load_empty_model, load_model, load_tokenizer, stop_token_ids
 from lmray.registry import ENGINES
 from lmray.testing.tiny import tiny_adapter_folder, tiny_config, tiny_model_folder
+from tests.unit.engines import vllm_command
+from tests.unit.engines.vllm_server import NAME, VllmServer, listening
 
+VLLM_COMMAND = Path(vllm_command.__file__)
 NUM_NEW = 16
 LENGTHS = (7, 1, 33, 12)
 
@@ -57,24 +64,57 @@ def expected(folders, prompts, stops) -> dict[str | None, list[list[int]]]:
     return answers
 
 
+@pytest.fixture(scope="module")
+def server(folders, stops):
+    """Address of a server for engines that ask one, and for a command that would be one."""
+    with listening(VllmServer(folders[None], stops, max_length=64).app()) as url:
+        yield url
+
+
+@pytest.fixture
+def told(request, tmp_path, monkeypatch) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What an engine must be told besides its sizes."""
+
+    def ask_server() -> dict[str, Any]:
+        return {"url": request.getfixturevalue("server"), "model": NAME}
+
+    def be_server() -> dict[str, Any]:
+        command = tmp_path / "vllm"
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{VLLM_COMMAND}" "$@"\n')
+        command.chmod(0o755)
+        monkeypatch.setenv("FAKE_VLLM_UPSTREAM", request.getfixturevalue("server"))
+        monkeypatch.setenv("FAKE_VLLM_NOTES", str(tmp_path / "notes.json"))
+        return {"python": str(command)}
+
+    return {"openai": ask_server, "vllm": be_server}
+
+
 @pytest.fixture(params=ENGINES.names())
-def config(request) -> EngineConfig:
-    return ENGINES.load(request.param)(max_batch_size=4, max_adapters=2, max_length=64)
+def config(request, told) -> EngineConfig:
+    own = told[request.param]() if request.param in told else {}
+    return ENGINES.load(request.param)(max_batch_size=4, max_adapters=2, max_length=64, **own)
 
 
 def with_engine(config, folders, stops, ask):
-    """Runs `ask(engine)` on a fresh engine that holds both adapters."""
+    """Runs `ask(engine)` on a fresh engine that holds both adapters, and gives them back at the end."""
 
     async def main():
-        engine = config.start(load_model(folders[None], "float32"), stop_token_ids=stops, threads=1)
+        engine = config.start(load_for(config, folders[None]), stop_token_ids=stops, threads=1)
         try:
             for name in ("a", "b"):
                 await engine.add_adapter(name, folders[name])
-            return await ask(engine)
+            answer = await ask(engine)
+            for name in ("a", "b"):
+                await engine.remove_adapter(name)
+            return answer
         finally:
             await engine.close()
 
     return asyncio.run(main())
+
+
+def load_for(config, folder):
+    return load_model(folder, "float32") if config.needs_weights else load_empty_model(folder, dtype="float32")
 
 
 async def answer(engine, prompt: tuple[int, ...], adapter: str | None, name: str = "request") -> list[int]:
@@ -127,7 +167,7 @@ def test_a_model_without_weights_is_enough_to_check_a_job(config, folders):
     with pytest.raises(ArtifactError):
         config.check(model, {"model": folders[None]})
     with pytest.raises(ConfigError):
-        type(config)(max_length=10**6).check(model, {})
+        config.model_copy(update={"max_length": 10**6}).check(model, {})
 
 
 def test_the_engine_tells_what_it_can_and_what_it_does(config, folders, stops):

@@ -12,13 +12,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 from peft import PeftModel
-from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store, run_folder
 from lmray.errors import ConfigError
-from lmray.job import ServeJob
 from lmray.models import quantised
 from lmray.models.export import export
 from lmray.models.load import load_model
@@ -155,10 +153,3 @@ def test_without_the_library_it_is_refused(job, monkeypatch):
     with pytest.raises(ConfigError, match=r"needs the library `bitsandbytes`") as caught:
         make_plan(job())
     assert "lmray[quant]" in str(caught.value)
-
-
-def test_a_quantised_model_is_not_served(wide_model):
-    with pytest.raises(ValidationError, match="serves a quantised model"):
-        ServeJob.model_validate(
-            {"name": "s", "model": {"source": str(wide_model), "quantization": "nf4"}, "engine": {"name": "native"}}
-        )

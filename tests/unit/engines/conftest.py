@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel
 
 from lmray.engines import native
-from lmray.models.load import load_model
+from lmray.models.load import load_empty_model, load_model
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
+from tests.unit.engines.vllm_server import VllmServer, listening
 
 STOP = (2,)
 NUM_NEW = 24
@@ -31,6 +32,20 @@ def adapter_folders(model_folder, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def model(model_folder):
     return load_model(model_folder, "float32")
+
+
+@pytest.fixture
+def empty(model_folder):
+    """The model without weights."""
+    return load_empty_model(model_folder, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def vllm(model_folder):
+    """A server in vLLM's manner, and its address."""
+    server = VllmServer(model_folder, STOP)
+    with listening(server.app()) as url:
+        yield server, url
 
 
 @pytest.fixture(params=["paged", "transformers"])

@@ -9,11 +9,14 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
+from lmray.models import quantised
+from lmray.models.load import load_empty_model, load_model, load_tokenizer, stop_token_ids
 from lmray.models.source import find_model
 from lmray.serve.prepare import check_out, check_port, prepare
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
@@ -226,3 +229,39 @@ def test_a_merged_adapter_must_fit_the_base_and_have_a_name_of_its_own(job):
         prepare(job.changed({"adapters": [merged, {"artifact": "helper"}]}))
     with pytest.raises(ArtifactError, match="was trained on `another-model`"):
         prepare(job.changed({"adapters": [{"artifact": "other", "merged": True}]}))
+
+
+def test_a_quantised_model_is_planned_where_it_can_be_quantised(job, monkeypatch):
+    monkeypatch.setattr(quantised, "find_spec", lambda name: name)
+    assert prepare(job).quantization is None
+    assert prepare(job.changed({"model.quantization": "int8"})).quantization == "int8"
+    with pytest.raises(ConfigError, match="`nf4` has blocks of 64 weights"):
+        prepare(job.changed({"model.quantization": "nf4"}))
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs the library `bitsandbytes`"):
+        prepare(job.changed({"model.quantization": "int8"}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"quantization": "int8"}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}]
+)
+@pytest.mark.parametrize("engine", [{"name": "openai", "url": "http://x", "model": "m"}, {"name": "vllm"}])
+def test_weights_that_are_elsewhere_cannot_be_changed_here(job, changes, engine):
+    changed = {f"model.{name}": value for name, value in changes.items()}
+    with pytest.raises(ConfigError, match="is applied where the weights are"):
+        job.changed({"engine": engine, **changed})
+
+
+def test_an_engine_without_weights_is_planned_without_its_server(job, artifacts):
+    engine = {"name": "openai", "url": "http://nowhere", "model": "m", "max_length": 512}
+    plan = prepare(job.changed({"engine": engine}))
+    assert plan.adapters == {"helper": artifacts.find("helper@production").id}
+
+
+def test_a_model_without_weights_knows_its_type_and_where_answers_end(model):
+    empty = load_empty_model(model, dtype="bfloat16")
+    assert empty.dtype == torch.bfloat16 and empty.device.type == "meta"
+    assert empty.name_or_path == str(model)
+    assert stop_token_ids(empty, load_tokenizer(model)) == stop_token_ids(
+        load_model(model, "float32"), load_tokenizer(model)
+    )
