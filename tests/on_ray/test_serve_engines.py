@@ -9,7 +9,7 @@ import pytest
 from lmray.engines.base import Request, Sampling
 from lmray.job import ServeJob
 from lmray.models.load import load_model, load_tokenizer, stop_token_ids
-from lmray.on_ray.serve import EngineReplica
+from lmray.on_ray.replicas import EngineReplica
 from lmray.serve.prepare import prepare
 from tests.unit.engines.vllm_server import NAME, VllmServer, listening
 
@@ -26,7 +26,8 @@ def answer(root, source, engine, **model) -> tuple[list[int], str]:
         await replica.__init__(prepare(job), job.engine, job.model.dtype, 1, 0)
         try:
             asked = Request("request", PROMPT, Sampling(NUM_NEW))
-            ids = [event.token_id async for event in replica.stream(asked) if event.token_id is not None]
+            events = [event async for several in replica.stream(asked) for event in several]
+            ids = [event.token_id for event in events if event.token_id is not None]
             return ids, (await replica.stats())["forward"]
         finally:
             await replica._live.engine.close()
