@@ -17,16 +17,19 @@ import torch
 from peft import PeftModel
 from pydantic import Field, model_validator
 
+from lmray.config import Member
 from lmray.engines._adapter_folder import read_adapter_folder
 from lmray.engines._core import Core, Sampler
 from lmray.engines._decoder import unfit
 from lmray.engines._grammar import Grammars
 from lmray.engines._paged import BLOCK_SIZE, PagedStepper
 from lmray.engines._schedule import Limits
+from lmray.engines._speculation.base import Speculation
 from lmray.engines._stepper import Stepper, check_model
 from lmray.engines._worker import NativeEngine
 from lmray.engines.base import Capabilities, EngineConfig, Request, Sampling, check_request
-from lmray.errors import LmrayError
+from lmray.errors import ConfigError, LmrayError
+from lmray.registry import SPECULATIONS
 
 
 class Native(EngineConfig):
@@ -39,6 +42,8 @@ class Native(EngineConfig):
     """Tokens whose keys and values are kept, also of requests that ended; at least `max_length`. Empty: `max_length`
     for each of `max_batch_size` requests. Where they run out, requests wait, or are read again later. Models that run
     through their own forward always keep that many."""
+    speculation: Annotated[Speculation, Member(SPECULATIONS)] | None = None
+    """Who proposes tokens ahead of the model. Empty: nobody."""
 
     @model_validator(mode="after")
     def _holds_one_request(self):
@@ -47,7 +52,13 @@ class Native(EngineConfig):
             raise ValueError(f"{found}: no request of that length could ever run")
         return self
 
-    def make_stepper(self, model: Any, *, stop_token_ids: tuple[int, ...], tokenizer: Any = None) -> Core:
+    @property
+    def draft(self) -> str | None:
+        return None if self.speculation is None else self.speculation.source
+
+    def make_stepper(
+        self, model: Any, *, stop_token_ids: tuple[int, ...], tokenizer: Any = None, draft: Path | None = None
+    ) -> Core:
         """The engine's synchronous core. Raises ConfigError for a model it cannot run."""
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         check_model(base, self.max_length)
@@ -58,9 +69,17 @@ class Native(EngineConfig):
         sampler = Sampler(frozenset(stop_token_ids), grammars)
         reason = unfit(model)
         if reason is not None:
+            if self.speculation is not None:
+                hint = "leave it out"
+                raise ConfigError("engine.speculation", f"`native` cannot speculate here: {reason}", hint=hint)
             budget = self.max_prefill_tokens
             return Stepper(model, sampler=sampler, capabilities=capabilities, max_prefill_tokens=budget, reason=reason)
-        return PagedStepper(model, sampler=sampler, capabilities=capabilities, limits=self._limits())
+        limits = self._limits()
+        stepper = PagedStepper(model, sampler=sampler, capabilities=capabilities, limits=limits)
+        if self.speculation is not None:
+            proposer = self.speculation.start(base, limits, tokenizer=tokenizer, draft=draft)
+            stepper.speculate(proposer, self.speculation.num_tokens)
+        return stepper
 
     def _limits(self) -> Limits:
         per_request = -(-self.max_length // BLOCK_SIZE)
@@ -69,16 +88,26 @@ class Native(EngineConfig):
             num_blocks = max(self.cache_tokens // BLOCK_SIZE, per_request)
         return Limits(self.max_batch_size, self.max_length, num_blocks, BLOCK_SIZE, self.max_prefill_tokens)
 
-    def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
+    def check(
+        self, model: Any, adapters: Mapping[str, Path], *, tokenizer: Any = None, draft: Path | None = None
+    ) -> None:
         check_model(model, self.max_length)
+        if self.speculation is not None:
+            self.speculation.check(model, tokenizer=tokenizer, draft=draft)
         for folder in adapters.values():
             read_adapter_folder(folder, model)
 
     def start(
-        self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None
+        self,
+        model: Any,
+        *,
+        stop_token_ids: tuple[int, ...],
+        threads: int,
+        tokenizer: Any = None,
+        draft: Path | None = None,
     ) -> NativeEngine:
         model.requires_grad_(False)  # frozen weights of layers that share an input are multiplied as one
-        stepper = self.make_stepper(model, stop_token_ids=stop_token_ids, tokenizer=tokenizer)
+        stepper = self.make_stepper(model, stop_token_ids=stop_token_ids, tokenizer=tokenizer, draft=draft)
         return NativeEngine(stepper, threads=threads)
 
 

@@ -22,9 +22,17 @@ from lmray.job import ServeJob
 from lmray.models.load import load_config, load_tokenizer
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
-from lmray.models.source import ARTIFACT, find_model, model_of
+from lmray.models.source import ARTIFACT, FoundModel, find_model, model_of
 from lmray.serve.fit import Fit, StoredAdapters
 from lmray.serve.keys import ApiKey, check_exposure, read_keys
+
+
+@dataclass(frozen=True)
+class PlannedDraft:
+    """The model that an engine drafts with, named as the base model is."""
+
+    source: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class ServePlan:
     """Of the base model's positions."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     filters: tuple[TextFilter, ...] = ()
+    draft: PlannedDraft | None = None
 
     @property
     def fit(self) -> Fit:
@@ -73,13 +82,14 @@ def prepare(job: ServeJob) -> ServePlan:
         hint = "serve a model whose architecture `transformers` knows"
         raise ConfigError("model.trust_remote_code", "an endpoint runs no code of a model's own", hint=hint)
     found = model_of(job)
-    load_tokenizer(found.folder)
+    tokenizer = load_tokenizer(found.folder)
+    draft = None if job.engine.draft is None else find_model(job.engine.draft, storage=job.storage)
     store = open_store(job.storage)
     is_folder = Path(job.model.source).expanduser().exists()
     model_name = found.folder.name if is_folder else job.model.source.removeprefix(ARTIFACT).partition("@")[0]
     plan = ServePlan(
         model_name=model_name,
-        source=str(found.folder) if is_folder else found.source,
+        source=_pinned(job.model.source, found),
         revision=job.model.revision,
         digest=found.digest,
         store=str(store.root),
@@ -92,22 +102,39 @@ def prepare(job: ServeJob) -> ServePlan:
         rope_scaling=job.model.rope_scaling,
         limits=job.http.limits,
         filters=job.filters,
+        draft=None if draft is None else PlannedDraft(_pinned(job.engine.draft, draft), draft.digest),
     )
     named = _named_adapters(job, store, plan)
     adapters = StoredAdapters(store, plan.fit)
     folders = {name: adapters.find(artifact.ref).folder for name, artifact in named.items()}
-    job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), folders)
+    told = {"tokenizer": tokenizer, "draft": None if draft is None else draft.folder}
+    job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), folders, **told)
     return replace(plan, adapters={name: artifact.id for name, artifact in named.items()})
 
 
 def check_out(plan: ServePlan) -> Path:
     """The model of `plan` as a folder of this node. Raises ArtifactError where it is another model here."""
-    found = find_model(plan.source, plan.revision, storage=plan.store)
-    if found.digest != plan.digest:
+    return _same(find_model(plan.source, plan.revision, storage=plan.store), plan.digest)
+
+
+def check_out_draft(plan: ServePlan) -> Path | None:
+    """The same of the model it drafts with, where it does."""
+    if plan.draft is None:
+        return None
+    return _same(find_model(plan.draft.source, storage=plan.store), plan.draft.digest)
+
+
+def _same(found: FoundModel, digest: str) -> Path:
+    if found.digest != digest:
         what = f"has other weights on this node ({found.digest[:12]})"
         hint = "put the model where every node reads the same"
-        raise ArtifactError(f"model `{plan.source}`", what, allowed=plan.digest[:12], hint=hint)
+        raise ArtifactError(f"model `{found.source}`", what, allowed=digest[:12], hint=hint)
     return found.folder
+
+
+def _pinned(source: str, found: FoundModel) -> str:
+    """What names the model `source` on every node, whatever a stage holds later."""
+    return str(found.folder) if Path(source).expanduser().exists() else found.source
 
 
 def load_empty_model(folder: Path, rope_scaling: RopeScaling | None = None) -> PreTrainedModel:

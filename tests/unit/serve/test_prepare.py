@@ -15,7 +15,7 @@ from lmray.artifacts.store import open_store
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
 from lmray.models.source import find_model
-from lmray.serve.prepare import check_out, check_port, prepare
+from lmray.serve.prepare import PlannedDraft, check_out, check_out_draft, check_port, prepare
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
 
 
@@ -81,6 +81,22 @@ def test_a_replica_refuses_a_model_that_is_not_the_planned_one(job):
     plan = dataclasses.replace(prepare(job), digest="f" * 64)
     with pytest.raises(ArtifactError, match="has other weights on this node"):
         check_out(plan)
+
+
+def test_a_draft_is_planned_by_version_and_digest_and_checked_like_the_model(job, model, root, artifacts):
+    assert prepare(job).draft is None and check_out_draft(prepare(job)) is None
+    drafted = job.changed({"engine.speculation": {"name": "draft", "model": "artifact:whole@production"}})
+    plan = prepare(drafted)
+    folder = check_out_draft(plan)
+    assert folder is not None
+    assert plan.draft == PlannedDraft(f"artifact:{artifacts.find('whole').ref}", find_model(str(folder)).digest)
+    with pytest.raises(ArtifactError, match="has other weights on this node"):
+        check_out_draft(dataclasses.replace(plan, draft=PlannedDraft(plan.draft.source, "f" * 64)))
+    other = tiny_model_folder(root / "other-vocabulary", vocab_size=280)
+    with pytest.raises(ConfigError, match="has a vocabulary of 280"):
+        prepare(job.changed({"engine.speculation": {"name": "draft", "model": str(other)}}))
+    with pytest.raises(ArtifactError, match="smollm2"):
+        prepare(job.changed({"engine.speculation": {"name": "draft", "model": "smollm-2"}}))
 
 
 @pytest.mark.parametrize(
