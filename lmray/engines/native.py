@@ -69,9 +69,7 @@ class Native(EngineConfig):
         sampler = Sampler(frozenset(stop_token_ids), grammars)
         reason = unfit(model)
         if reason is not None:
-            if self.speculation is not None:
-                hint = "leave it out"
-                raise ConfigError("engine.speculation", f"`native` cannot speculate here: {reason}", hint=hint)
+            self._check_speculation(reason)
             budget = self.max_prefill_tokens
             return Stepper(model, sampler=sampler, capabilities=capabilities, max_prefill_tokens=budget, reason=reason)
         limits = self._limits()
@@ -93,9 +91,16 @@ class Native(EngineConfig):
     ) -> None:
         check_model(model, self.max_length)
         if self.speculation is not None:
+            self._check_speculation(unfit(model))
             self.speculation.check(model, tokenizer=tokenizer, draft=draft)
         for folder in adapters.values():
             read_adapter_folder(folder, model)
+
+    def _check_speculation(self, reason: str | None) -> None:
+        """`reason`: why the model does not run through blocks, where alone several tokens of a row can be read."""
+        if self.speculation is not None and reason is not None:
+            found = f"`native` cannot speculate with this model: {reason}"
+            raise ConfigError("engine.speculation", found, hint="leave it out")
 
     def start(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Sequence_
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from lmray.engines._batch import Pass, Read
@@ -15,7 +16,7 @@ from lmray.engines._decoder import Decoder, unfit
 from lmray.engines._schedule import Limits, Sequence
 from lmray.engines._speculation.base import Proposer, Speculation
 from lmray.errors import ConfigError
-from lmray.models.load import load_config, load_model, load_tokenizer
+from lmray.models.load import load_config, load_model, load_tokenizer, make_model
 
 _WHERE = "engine.speculation.model"
 _AT_ONCE = 32
@@ -37,7 +38,10 @@ class Draft(Speculation):
         if draft is None:
             hint = "leave `speculation` out, or set it to `prompt_lookup`"
             raise ConfigError("engine.speculation", "a draft model cannot be used here", hint=hint)
-        size, own = int(model.get_input_embeddings().weight.shape[0]), int(load_config(draft).vocab_size)
+        small = self._without_weights(draft)
+        if (reason := unfit(small)) is not None:
+            raise ConfigError(_WHERE, f"`{self.model}` cannot draft: {reason}")
+        size, own = (int(one.get_input_embeddings().weight.shape[0]) for one in (model, small))
         if own != size:
             hint = "take a smaller model of the same family"
             raise ConfigError(_WHERE, f"`{self.model}` has a vocabulary of {own}", allowed=str(size), hint=hint)
@@ -45,14 +49,19 @@ class Draft(Speculation):
             hint = "take a smaller model of the same family"
             raise ConfigError(_WHERE, f"`{self.model}` has other tokens than the model it drafts for", hint=hint)
 
+    def _without_weights(self, draft: Path) -> Any:
+        try:
+            with torch.device("meta"):
+                return make_model(load_config(draft), "float32")
+        except ValueError as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(_WHERE, f"`{self.model}` is no causal language model: {first[:200]}") from None
+
     def start(self, model: Any, limits: Limits, *, tokenizer: Any, draft: Path | None) -> Proposer:
         self.check(model, tokenizer=tokenizer, draft=draft)
         assert draft is not None
         weight = model.get_input_embeddings().weight
         small: Any = load_model(draft, str(weight.dtype).removeprefix("torch."))
-        reason = unfit(small)
-        if reason is not None:
-            raise ConfigError(_WHERE, f"`{self.model}` cannot draft: {reason}")
         return _Drafts(small.to(weight.device).requires_grad_(False), limits)
 
 

@@ -25,7 +25,7 @@ from lmray.engines.base import Request, Sampling
 from lmray.engines.native import Native
 from lmray.errors import ConfigError, LmrayError
 from lmray.models.load import load_model
-from lmray.testing.tiny import tiny_model_folder, tiny_tokenizer
+from lmray.testing.tiny import tiny_config, tiny_model_folder, tiny_tokenizer
 from tests.unit.engines.conftest import NUM_NEW, STOP, greedy
 
 NO_STOP = frozenset({-1})
@@ -358,13 +358,21 @@ def test_a_draft_without_its_folder_and_one_that_cannot_run_in_blocks_are_refuse
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**told)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="`small` cannot draft: GPT2LMHeadModel is none of"):
         make(model, Draft(model="small"), draft=tmp_path)
+    transformers.T5Config(vocab_size=264).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="`small` is no causal language model: Unrecognized configuration class"):
+        make(model, Draft(model="small"), draft=tmp_path)
 
 
 def test_a_model_that_runs_through_its_own_forward_does_not_speculate(model):
     model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    with pytest.raises(ConfigError, match=r"`native` cannot speculate here: LlamaMLP has hooks") as caught:
-        Native(speculation=PromptLookup(), max_length=80).make_stepper(model, stop_token_ids=STOP)
+    config = Native(speculation=PromptLookup(), max_length=80)
+    with pytest.raises(ConfigError, match=r"`native` cannot speculate with this model: LlamaMLP has hooks") as caught:
+        config.make_stepper(model, stop_token_ids=STOP)
     assert caught.value.where == "engine.speculation"
+    with pytest.raises(ConfigError, match="LlamaMLP has hooks"):
+        config.check(model, {})
+    with torch.device("meta"):
+        config.check(transformers.AutoModelForCausalLM.from_config(tiny_config(dtype="bfloat16")), {})
 
 
 def test_an_engine_without_speculation_tells_none(model):
