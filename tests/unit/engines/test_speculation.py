@@ -156,7 +156,7 @@ def test_greedy_text_is_the_same_in_every_company(
     assert stats["speculation"]["proposed"] > 0
     if proposer in ("oracle", "twin", "noisy"):
         assert stats["speculation"]["accepted"] > 5
-    if cache == 128:
+    if cache == 128 and proposer == "stranger":
         assert stats["preemptions"] > 0
 
 
