@@ -171,31 +171,23 @@ class EngineConfig(MemberConfig):
 
     @property
     def draft(self) -> str | None:
-        """A second model, written like `model.source`, whose folder `check` and `start` are to be given. None: it needs
-        none."""
+        """A second model that it runs, written like `model.source`; None: there is none."""
         return None
 
+    def with_draft(self, folder: Path) -> EngineConfig:
+        """The same with that model as a folder of this machine, as `check` and `start` want it."""
+        return self
+
     @abstractmethod
-    def check(
-        self, model: Any, adapters: Mapping[str, Path], *, tokenizer: Any = None, draft: Path | None = None
-    ) -> None:
+    def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
         """Raises ConfigError for a model and ArtifactError for a PEFT folder that this engine cannot run. `model` needs
         no weights (device `meta`), so that a job can be checked before anything is loaded."""
         raise NotImplementedError
 
     @abstractmethod
-    def start(
-        self,
-        model: Any,
-        *,
-        stop_token_ids: tuple[int, ...],
-        threads: int,
-        tokenizer: Any = None,
-        draft: Path | None = None,
-    ) -> Engine:
+    def start(self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None) -> Engine:
         """A running engine over a loaded `transformers` causal model, plain or with PEFT adapters attached.
-        `tokenizer` tells grammars what tokens say; without it answers are held to none. `draft` is the folder of the
-        model that `self.draft` names."""
+        `tokenizer` tells grammars what tokens say; without it answers are held to none."""
         raise NotImplementedError
 
 

@@ -56,9 +56,11 @@ class Native(EngineConfig):
     def draft(self) -> str | None:
         return None if self.speculation is None else self.speculation.source
 
-    def make_stepper(
-        self, model: Any, *, stop_token_ids: tuple[int, ...], tokenizer: Any = None, draft: Path | None = None
-    ) -> Core:
+    def with_draft(self, folder: Path) -> Native:
+        assert self.speculation is not None
+        return self.model_copy(update={"speculation": self.speculation.with_source(folder)})
+
+    def make_stepper(self, model: Any, *, stop_token_ids: tuple[int, ...], tokenizer: Any = None) -> Core:
         """The engine's synchronous core. Raises ConfigError for a model it cannot run."""
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         check_model(base, self.max_length)
@@ -75,8 +77,7 @@ class Native(EngineConfig):
         limits = self._limits()
         stepper = PagedStepper(model, sampler=sampler, capabilities=capabilities, limits=limits)
         if self.speculation is not None:
-            proposer = self.speculation.start(base, limits, tokenizer=tokenizer, draft=draft)
-            stepper.speculate(proposer, self.speculation.num_tokens)
+            stepper.speculate(self.speculation.start(base, limits), self.speculation.num_tokens)
         return stepper
 
     def _limits(self) -> Limits:
@@ -86,13 +87,11 @@ class Native(EngineConfig):
             num_blocks = max(self.cache_tokens // BLOCK_SIZE, per_request)
         return Limits(self.max_batch_size, self.max_length, num_blocks, BLOCK_SIZE, self.max_prefill_tokens)
 
-    def check(
-        self, model: Any, adapters: Mapping[str, Path], *, tokenizer: Any = None, draft: Path | None = None
-    ) -> None:
+    def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
         check_model(model, self.max_length)
         if self.speculation is not None:
             self._check_speculation(unfit(model))
-            self.speculation.check(model, tokenizer=tokenizer, draft=draft)
+            self.speculation.check(model)
         for folder in adapters.values():
             read_adapter_folder(folder, model)
 
@@ -103,16 +102,10 @@ class Native(EngineConfig):
             raise ConfigError("engine.speculation", found, hint="leave it out")
 
     def start(
-        self,
-        model: Any,
-        *,
-        stop_token_ids: tuple[int, ...],
-        threads: int,
-        tokenizer: Any = None,
-        draft: Path | None = None,
+        self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None
     ) -> NativeEngine:
         model.requires_grad_(False)  # frozen weights of layers that share an input are multiplied as one
-        stepper = self.make_stepper(model, stop_token_ids=stop_token_ids, tokenizer=tokenizer, draft=draft)
+        stepper = self.make_stepper(model, stop_token_ids=stop_token_ids, tokenizer=tokenizer)
         return NativeEngine(stepper, threads=threads)
 
 

@@ -37,7 +37,7 @@ from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.live import LiveEngine
-from lmray.serve.prepare import ServePlan, check_out, check_out_draft, prepare
+from lmray.serve.prepare import ServePlan, check_out, check_out_engine, prepare
 
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""
@@ -59,8 +59,8 @@ class EngineReplica:
         model.to(device)
         tokenizer = load_tokenizer(folder)
         stops = stop_token_ids(model, tokenizer)
-        told = {"tokenizer": tokenizer, "draft": check_out_draft(plan)}
-        self._live = LiveEngine(config.start(model, stop_token_ids=stops, threads=num_cpus, **told), plan)
+        config = check_out_engine(plan, config)
+        self._live = LiveEngine(config.start(model, stop_token_ids=stops, threads=num_cpus, tokenizer=tokenizer), plan)
         await self._live.start()
         async for _ in self._live.stream(Request("warm-up", (0,), Sampling(max_tokens=1))):
             pass  # reserves memory and fails here rather than at a user's request

@@ -17,6 +17,7 @@ from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import Store, open_store
 from lmray.config.endpoint import HttpLimits, TextFilter
+from lmray.engines.base import EngineConfig
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
 from lmray.models.load import load_config, load_tokenizer
@@ -82,7 +83,7 @@ def prepare(job: ServeJob) -> ServePlan:
         hint = "serve a model whose architecture `transformers` knows"
         raise ConfigError("model.trust_remote_code", "an endpoint runs no code of a model's own", hint=hint)
     found = model_of(job)
-    tokenizer = load_tokenizer(found.folder)
+    load_tokenizer(found.folder)
     draft = None if job.engine.draft is None else find_model(job.engine.draft, storage=job.storage)
     store = open_store(job.storage)
     is_folder = Path(job.model.source).expanduser().exists()
@@ -107,8 +108,8 @@ def prepare(job: ServeJob) -> ServePlan:
     named = _named_adapters(job, store, plan)
     adapters = StoredAdapters(store, plan.fit)
     folders = {name: adapters.find(artifact.ref).folder for name, artifact in named.items()}
-    told = {"tokenizer": tokenizer, "draft": None if draft is None else draft.folder}
-    job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), folders, **told)
+    engine = job.engine if draft is None else job.engine.with_draft(draft.folder)
+    engine.check(load_empty_model(found.folder, job.model.rope_scaling), folders)
     return replace(plan, adapters={name: artifact.id for name, artifact in named.items()})
 
 
@@ -117,11 +118,12 @@ def check_out(plan: ServePlan) -> Path:
     return _same(find_model(plan.source, plan.revision, storage=plan.store), plan.digest)
 
 
-def check_out_draft(plan: ServePlan) -> Path | None:
-    """The same of the model it drafts with, where it does."""
+def check_out_engine(plan: ServePlan, config: EngineConfig) -> EngineConfig:
+    """`config` with the draft model of `plan`, where it has one, as a folder of this node. Raises ArtifactError where
+    it is another model here."""
     if plan.draft is None:
-        return None
-    return _same(find_model(plan.draft.source, storage=plan.store), plan.draft.digest)
+        return config
+    return config.with_draft(_same(find_model(plan.draft.source, storage=plan.store), plan.draft.digest))
 
 
 def _same(found: FoundModel, digest: str) -> Path:

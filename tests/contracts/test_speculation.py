@@ -31,7 +31,7 @@ def adapter(folder, tmp_path_factory):
 @pytest.mark.parametrize("name", SPECULATIONS.names())
 def test_text_is_what_transformers_says_and_proposals_are_counted(folder, adapter, name):
     cls = SPECULATIONS.load(name)
-    config = Native(max_batch_size=4, max_length=128, speculation=cls(model="m") if name == "draft" else cls())
+    config = Native(max_batch_size=4, max_length=128, speculation=cls(model=str(folder)) if name == "draft" else cls())
     model, tokenizer = load_model(folder, "float32"), load_tokenizer(folder)
     stops, source = stop_token_ids(model, tokenizer), random.Random(2)
     once = [tuple(source.randrange(3, 259) for _ in range(length)) for length in (7, 20, 3)]
@@ -42,7 +42,7 @@ def test_text_is_what_transformers_says_and_proposals_are_counted(folder, adapte
         return [event.token_id async for event in engine.submit(request) if event.token_id is not None]
 
     async def main():
-        engine = config.start(model, stop_token_ids=stops, threads=1, tokenizer=tokenizer, draft=folder)
+        engine = config.start(model, stop_token_ids=stops, threads=1, tokenizer=tokenizer)
         try:
             await engine.add_adapter("a", adapter)
             asked = [(place, handle) for place in range(3) for handle in (None, "a")]

@@ -35,13 +35,17 @@ class Speculation(MemberConfig):
 
     @property
     def source(self) -> str | None:
-        """Of a draft model, written like `model.source`; `check` and `start` are given its folder."""
+        """Of a draft model, written like `model.source`; None: it needs none."""
         return None
 
-    def check(self, model: Any, *, tokenizer: Any, draft: Path | None) -> None:
+    def with_source(self, folder: Path) -> Speculation:
+        """The same with that model as a folder of this machine, as `check` and `start` want it."""
+        return self
+
+    def check(self, model: Any) -> None:
         """Raises ConfigError for a draft that cannot propose to `model`, which needs no weights."""
 
     @abstractmethod
-    def start(self, model: Any, limits: Limits, *, tokenizer: Any, draft: Path | None) -> Proposer:
+    def start(self, model: Any, limits: Limits) -> Proposer:
         """A proposer for an engine over `model`. Raises what `check` raises."""
         raise NotImplementedError

@@ -34,35 +34,40 @@ class Draft(Speculation):
     def source(self) -> str | None:
         return self.model
 
-    def check(self, model: Any, *, tokenizer: Any, draft: Path | None) -> None:
-        if draft is None:
-            hint = "leave `speculation` out, or set it to `prompt_lookup`"
-            raise ConfigError("engine.speculation", "a draft model cannot be used here", hint=hint)
-        small = self._without_weights(draft)
+    def with_source(self, folder: Path) -> Draft:
+        return self.model_copy(update={"model": str(folder)})
+
+    def check(self, model: Any) -> None:
+        small, hint = self._without_weights(), "take a smaller model of the same family"
         if (reason := unfit(small)) is not None:
             raise ConfigError(_WHERE, f"`{self.model}` cannot draft: {reason}")
         size, own = (int(one.get_input_embeddings().weight.shape[0]) for one in (model, small))
         if own != size:
-            hint = "take a smaller model of the same family"
             raise ConfigError(_WHERE, f"`{self.model}` has a vocabulary of {own}", allowed=str(size), hint=hint)
-        if tokenizer is not None and load_tokenizer(draft, chat=False).get_vocab() != tokenizer.get_vocab():
-            hint = "take a smaller model of the same family"
+        folder = Path(model.name_or_path or self.model)  # a model that was made in memory says nothing of its tokens
+        if folder.is_dir() and _tokens(folder) != _tokens(Path(self.model)):
             raise ConfigError(_WHERE, f"`{self.model}` has other tokens than the model it drafts for", hint=hint)
 
-    def _without_weights(self, draft: Path) -> Any:
+    def start(self, model: Any, limits: Limits) -> Proposer:
+        self.check(model)
+        weight = model.get_input_embeddings().weight
+        small: Any = load_model(Path(self.model), str(weight.dtype).removeprefix("torch."))
+        return _Drafts(small.to(weight.device).requires_grad_(False), limits)
+
+    def _without_weights(self) -> Any:
+        if not Path(self.model).is_dir():
+            hint = "leave `speculation` out, or set it to `prompt_lookup`"
+            raise ConfigError(_WHERE, f"`{self.model}` was not looked up: drafts run in endpoints", hint=hint)
         try:
             with torch.device("meta"):
-                return make_model(load_config(draft), "float32")
+                return make_model(load_config(Path(self.model)), "float32")
         except ValueError as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(_WHERE, f"`{self.model}` is no causal language model: {first[:200]}") from None
 
-    def start(self, model: Any, limits: Limits, *, tokenizer: Any, draft: Path | None) -> Proposer:
-        self.check(model, tokenizer=tokenizer, draft=draft)
-        assert draft is not None
-        weight = model.get_input_embeddings().weight
-        small: Any = load_model(draft, str(weight.dtype).removeprefix("torch."))
-        return _Drafts(small.to(weight.device).requires_grad_(False), limits)
+
+def _tokens(folder: Path) -> dict[str, int]:
+    return load_tokenizer(folder, chat=False).get_vocab()
 
 
 class _Drafts:

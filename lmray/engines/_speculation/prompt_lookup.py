@@ -8,7 +8,6 @@ corrections, code, extraction.
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequence_
-from pathlib import Path
 from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
@@ -33,7 +32,7 @@ class PromptLookup(Speculation):
     max_matching_ngram_size: Annotated[int, Field(ge=1, le=16)] = 3
     """Tokens that must have stood there before; where they did not, one less, down to 2."""
 
-    def start(self, model: Any, limits: Limits, *, tokenizer: Any = None, draft: Path | None = None) -> Proposer:
+    def start(self, model: Any, limits: Limits) -> Proposer:
         return _Lookup(range(self.max_matching_ngram_size, min(self.max_matching_ngram_size, _MIN_NGRAM_SIZE) - 1, -1))
 
 

@@ -77,13 +77,18 @@ class Oracle:
         pass
 
 
-def make(model, speculation=None, folders=(), *, draft=None, tokenizer=None, **changes) -> PagedStepper:
+def make(model, speculation=None, folders=(), *, tokenizer=None, **changes) -> PagedStepper:
     config = Native(**{"max_batch_size": 4, "max_length": 80, "speculation": speculation, **changes})
-    stepper = config.make_stepper(model, stop_token_ids=STOP, draft=draft, tokenizer=tokenizer)
+    stepper = config.make_stepper(model, stop_token_ids=STOP, tokenizer=tokenizer)
     assert isinstance(stepper, PagedStepper)
     for name in folders:
         stepper.adapters.add(name, read_adapter_folder(folders[name], stepper.adapters.base))
     return stepper
+
+
+def twin(folder: Path) -> Draft:
+    """A draft that knows all: the model itself."""
+    return Draft(model=str(folder), num_tokens=4)
 
 
 def step(stepper: PagedStepper, answers: dict[str, list[int]]) -> None:
@@ -131,8 +136,8 @@ def test_greedy_text_is_the_same_in_every_company(
     source, expected = random.Random(f"{rows} {prefill} {proposer}"), known(prompts)
     sizes = {"max_batch_size": rows, "max_prefill_tokens": prefill, "cache_tokens": cache}
     folder = draft_folders.get(proposer)
-    speculation = Draft(model="folder", num_tokens=5) if folder else PromptLookup(max_matching_ngram_size=1)
-    stepper = make(model, speculation, adapter_folders, draft=folder, **sizes)
+    speculation = Draft(model=str(folder), num_tokens=5) if folder else PromptLookup(max_matching_ngram_size=1)
+    stepper = make(model, speculation, adapter_folders, **sizes)
     if proposer == "oracle":
         stepper.speculate(Oracle(expected), 6)
     wanted = [(place, adapter) for place in range(len(prompts)) for adapter in (None, "a", "b")]
@@ -176,7 +181,7 @@ def test_a_draft_that_knows_all_is_always_right_and_saves_steps(model, model_fol
             stepper.step()
         return num_steps
 
-    plain, speculating = make(model), make(model, Draft(model="twin", num_tokens=4), draft=model_folder)
+    plain, speculating = make(model), make(model, twin(model_folder))
     assert steps(plain) == 30
     assert steps(speculating) < 12
     told = speculating.stats()["speculation"]
@@ -187,8 +192,7 @@ def test_a_draft_that_knows_all_is_always_right_and_saves_steps(model, model_fol
 
 def test_a_draft_catches_up_with_a_long_prompt_in_parts(model, model_folder, prompts):
     prompt = prompts[3] * 3
-    twin = Draft(model="twin", num_tokens=4)
-    stepper = make(model, twin, draft=model_folder, max_length=200, max_prefill_tokens=16)
+    stepper = make(model, twin(model_folder), max_length=200, max_prefill_tokens=16)
     stepper.add(Request("a", prompt, Sampling(NUM_NEW)))
     stepper.add(Request("b", prompt, Sampling(NUM_NEW)))
     answers = run(stepper)
@@ -198,13 +202,13 @@ def test_a_draft_catches_up_with_a_long_prompt_in_parts(model, model_folder, pro
 
 def test_an_answer_ends_where_it_would_have_ended(model, model_folder, prompts):
     """By its length, by the row's, and by a stop token that is proposed: nothing comes behind it."""
-    twin = Draft(model="twin", num_tokens=8)
+    drafted = Draft(model=str(model_folder), num_tokens=8)
     for sampling, max_length in ((Sampling(7), 80), (Sampling(99), 24), (Sampling(99), 80)):
         asked = Request("a", prompts[1], sampling)
         told = []
         for stepper in (
             make(model, max_length=max_length),
-            make(model, twin, draft=model_folder, max_length=max_length),
+            make(model, drafted, max_length=max_length),
         ):
             stepper.add(asked)
             events = []
@@ -230,8 +234,8 @@ def test_equal_seeds_penalties_biases_and_log_probabilities_are_those_without_sp
     model, model_folder, prompts, name
 ):
     told = []
-    for speculation in (None, Draft(model="twin", num_tokens=4), PromptLookup(max_matching_ngram_size=1)):
-        stepper = make(model, speculation, draft=model_folder)
+    for speculation in (None, twin(model_folder), PromptLookup(max_matching_ngram_size=1)):
+        stepper = make(model, speculation)
         for place in (0, 3, 9):
             stepper.add(Request(str(place), prompts[place], SAMPLINGS[name]))
         events = defaultdict(list)
@@ -257,8 +261,8 @@ def test_an_answer_held_to_a_grammar_is_the_one_without_speculation(model, model
     schema = {"type": "object", "properties": {"n": {"enum": ["aaaa", "bbbb"]}}, "required": ["n"]}
     grammar = json.dumps({"grammars": [{"name": "json_schema", "json_schema": schema}]})
     told = []
-    for speculation in (None, Draft(model="twin", num_tokens=4), PromptLookup(max_matching_ngram_size=1)):
-        stepper = make(model, speculation, draft=model_folder, tokenizer=tiny_tokenizer())
+    for speculation in (None, twin(model_folder), PromptLookup(max_matching_ngram_size=1)):
+        stepper = make(model, speculation, tokenizer=tiny_tokenizer())
         for place in (0, 3):
             stepper.add(Request(str(place), prompts[place], Sampling(30, grammar=grammar)))
         told.append(run(stepper))
@@ -333,8 +337,8 @@ def test_tokens_that_are_added_one_by_one_are_found_as_if_they_had_always_been_t
 
 def test_drafts_of_another_vocabulary_are_refused(model, model_folder, tmp_path):
     other = tiny_model_folder(tmp_path / "other", vocab_size=300)
-    with pytest.raises(ConfigError, match=r"`small` has a vocabulary of 300\n  allowed: 264") as caught:
-        make(model, Draft(model="small"), draft=other)
+    with pytest.raises(ConfigError, match=r"has a vocabulary of 300\n  allowed: 264") as caught:
+        make(model, Draft(model=str(other)))
     assert caught.value.where == "engine.speculation.model"
     swapped = tiny_model_folder(tmp_path / "swapped")
     tokenizer = json.loads((swapped / "tokenizer.json").read_text(encoding="utf-8"))
@@ -345,22 +349,24 @@ def test_drafts_of_another_vocabulary_are_refused(model, model_folder, tmp_path)
     config = Native(speculation=Draft(model="small"), max_length=80)
     with torch.device("meta"):
         empty = transformers.AutoModelForCausalLM.from_config(model.config)
-    with pytest.raises(ConfigError, match="`small` has other tokens than the model it drafts for"):
-        config.check(empty, {}, tokenizer=tiny_tokenizer(), draft=swapped)
-    config.check(empty, {}, tokenizer=tiny_tokenizer(), draft=model_folder)
-    assert config.draft == "small" and Native().draft is None and Native(speculation=PromptLookup()).draft is None
+    with pytest.raises(ConfigError, match="has other tokens than the model it drafts for"):
+        config.with_draft(swapped).check(empty, {})
+    config.with_draft(model_folder).check(empty, {})
+    assert config.draft == "small"
+    assert config.with_draft(swapped).draft == str(swapped)
+    assert Native().draft is None and Native(speculation=PromptLookup()).draft is None
 
 
-def test_a_draft_without_its_folder_and_one_that_cannot_run_in_blocks_are_refused(model, tmp_path):
-    with pytest.raises(ConfigError, match="a draft model cannot be used here"):
-        make(model, Draft(model="small"))
+def test_a_draft_that_was_not_looked_up_and_one_that_cannot_run_in_blocks_are_refused(model, tmp_path):
+    with pytest.raises(ConfigError, match="`smollm2-135m` was not looked up: drafts run in endpoints"):
+        make(model, Draft(model="smollm2-135m"))
     told = {"vocab_size": 264, "n_embd": 32, "n_layer": 1, "n_head": 4}
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**told)).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="`small` cannot draft: GPT2LMHeadModel is none of"):
-        make(model, Draft(model="small"), draft=tmp_path)
+    with pytest.raises(ConfigError, match="cannot draft: GPT2LMHeadModel is none of"):
+        make(model, Draft(model=str(tmp_path)))
     transformers.T5Config(vocab_size=264).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="`small` is no causal language model: Unrecognized configuration class"):
-        make(model, Draft(model="small"), draft=tmp_path)
+    with pytest.raises(ConfigError, match="is no causal language model: Unrecognized configuration class"):
+        make(model, Draft(model=str(tmp_path)))
 
 
 def test_a_model_that_runs_through_its_own_forward_does_not_speculate(model):

@@ -15,7 +15,7 @@ from lmray.artifacts.store import open_store
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
 from lmray.models.source import find_model
-from lmray.serve.prepare import PlannedDraft, check_out, check_out_draft, check_port, prepare
+from lmray.serve.prepare import PlannedDraft, check_out, check_out_engine, check_port, prepare
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
 
 
@@ -84,14 +84,16 @@ def test_a_replica_refuses_a_model_that_is_not_the_planned_one(job):
 
 
 def test_a_draft_is_planned_by_version_and_digest_and_checked_like_the_model(job, model, root, artifacts):
-    assert prepare(job).draft is None and check_out_draft(prepare(job)) is None
+    assert prepare(job).draft is None and check_out_engine(prepare(job), job.engine) is job.engine
     drafted = job.changed({"engine.speculation": {"name": "draft", "model": "artifact:whole@production"}})
     plan = prepare(drafted)
-    folder = check_out_draft(plan)
+    folder = check_out_engine(plan, drafted.engine).draft
     assert folder is not None
-    assert plan.draft == PlannedDraft(f"artifact:{artifacts.find('whole').ref}", find_model(str(folder)).digest)
+    assert (Path(folder) / "model.safetensors").read_bytes() == (root / "whole" / "model.safetensors").read_bytes()
+    assert plan.draft == PlannedDraft(f"artifact:{artifacts.find('whole').ref}", find_model(folder).digest)
     with pytest.raises(ArtifactError, match="has other weights on this node"):
-        check_out_draft(dataclasses.replace(plan, draft=PlannedDraft(plan.draft.source, "f" * 64)))
+        changed = PlannedDraft(plan.draft.source, "f" * 64)
+        check_out_engine(dataclasses.replace(plan, draft=changed), drafted.engine)
     other = tiny_model_folder(root / "other-vocabulary", vocab_size=280)
     with pytest.raises(ConfigError, match="has a vocabulary of 280"):
         prepare(job.changed({"engine.speculation": {"name": "draft", "model": str(other)}}))
