@@ -22,6 +22,8 @@ FIRST_REST, MAX_REST = 16, 256
 TRIAL_TOKENS = 2
 MEMORY = 9
 """Steps whose times are remembered for each number of rows."""
+PLAIN_STEPS = 3
+"""So many steps without proposals are timed first: the first of all may be slower than any that follows."""
 REFRESH = 64
 """A step without proposals is timed again after so many steps with some."""
 
@@ -72,7 +74,7 @@ class Payoff:
 
     def num_tokens(self, num_rows: int, chances: list[Chance], limit: int) -> list[int]:
         """How many tokens to propose to each row of a step, up to `limit`."""
-        if not self._plain_s[num_rows] or self._age[num_rows] >= REFRESH:
+        if len(self._plain_s[num_rows]) < PLAIN_STEPS or self._age[num_rows] >= REFRESH:
             return [0] * len(chances)  # a step without proposals, to be timed
         cost_s = max(0.0, median(self._cost_s[num_rows])) if self._cost_s[num_rows] else 0.0
         saved_s = median(self._plain_s[num_rows]) / num_rows

@@ -6,7 +6,16 @@ from itertools import pairwise
 
 import pytest
 
-from lmray.engines._payoff import FIRST_REST, MAX_REST, REFRESH, TRIAL_TOKENS, Chance, Payoff, num_worthwhile
+from lmray.engines._payoff import (
+    FIRST_REST,
+    MAX_REST,
+    PLAIN_STEPS,
+    REFRESH,
+    TRIAL_TOKENS,
+    Chance,
+    Payoff,
+    num_worthwhile,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +65,7 @@ def ran(payoff: Payoff, chances: list[Chance], num_steps: int, *, right: float, 
 def test_what_is_right_and_cheap_is_proposed_in_full():
     payoff = Payoff()
     told = ran(payoff, [Chance()], 50, right=1.0, cost_s=0.01)
-    assert told[0] == 0, "the first step is timed without"
+    assert told[:PLAIN_STEPS] == [0] * PLAIN_STEPS, "the first steps are timed without"
     assert told[10:] == [8] * 40
     assert payoff.active
     assert payoff.gain == pytest.approx(9 / 1.08, rel=0.02)
@@ -104,5 +113,5 @@ def test_a_row_is_given_up_alone():
 def test_each_number_of_rows_has_times_of_its_own_and_they_are_taken_again():
     payoff, chances = Payoff(), [Chance()]
     told = ran(payoff, chances, REFRESH + 10, right=1.0, cost_s=0.0)
-    assert [step for step, count in enumerate(told) if not count] == [0, REFRESH + 1]
+    assert [step for step, count in enumerate(told) if not count] == [0, 1, 2, REFRESH + 3]
     assert payoff.num_tokens(2, [Chance(), Chance()], 4) == [0, 0]

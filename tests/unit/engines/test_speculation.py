@@ -14,7 +14,7 @@ import transformers
 from scipy.stats import chisquare
 
 from lmray.config import Document, decode
-from lmray.engines import _speculator
+from lmray.engines import _payoff, _speculator
 from lmray.engines._adapter_folder import read_adapter_folder
 from lmray.engines._core import Sampler
 from lmray.engines._paged import PagedStepper
@@ -33,7 +33,8 @@ NO_STOP = frozenset({-1})
 
 @pytest.fixture(autouse=True)
 def _all_steps_take_as_long(monkeypatch):
-    """So that whatever is right at times pays."""
+    """So that whatever is right at times pays, from the start."""
+    monkeypatch.setattr(_payoff, "PLAIN_STEPS", 1)
     monkeypatch.setattr(_speculator, "perf_counter", count().__next__)
 
 
