@@ -56,6 +56,7 @@ SHARDINGS = Family("lmray.sharding", "sharding strategy")
 TASKS = Family("lmray.tasks", "evaluation task")
 TRACKERS = Family("lmray.trackers", "tracker")
 ENGINES = Family("lmray.engines", "engine")
+SPECULATIONS = Family("lmray.engines._speculation", "speculation")
 OPTIMIZERS = Family("lmray.optim", "optimizer")
 SCHEDULES = Family("lmray.schedules", "learning-rate schedule")
 MAPPINGS = Family("lmray.data.mappings", "data mapping")
@@ -66,6 +67,7 @@ FAMILIES = {
     "tasks": TASKS,
     "trackers": TRACKERS,
     "engines": ENGINES,
+    "speculation": SPECULATIONS,
     "optim": OPTIMIZERS,
     "schedules": SCHEDULES,
     "mappings": MAPPINGS,

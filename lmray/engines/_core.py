@@ -87,22 +87,44 @@ class Sampler:
     def draw(self, rows: Sequence[Row], logits_NV: torch.Tensor) -> list[Outcome]:
         """The next token of each row from its logits, recorded in the row; an error for a row whose logits are NaN,
         whose grammar cannot be followed, or whose draw fails otherwise: one request never ends the others."""
+        return [outcome for [outcome] in self.verify([(row, ()) for row in rows], logits_NV)]
+
+    def verify(self, rows: Sequence[tuple[Row, Sequence[int]]], logits_NV: torch.Tensor) -> list[list[Outcome]]:
+        """The same where tokens were proposed: the next tokens of each row, from logits of its last token and of those
+        proposed after it. A row's `length` grows by each proposed token that was drawn.
+
+        Draws as if nothing had been proposed, place after place, as long as the draw is what was proposed. That is
+        speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1) for a draft that is certain: a token is
+        accepted with its probability p(x), and otherwise drawn from p without it, so that the draw is always one of p.
+        """
         highest_N, greedy_N = logits_NV.max(dim=-1)
         broken, greedy = highest_N.isnan().tolist(), greedy_N.tolist()
-        outcomes: list[Outcome] = []
-        for place, row in enumerate(rows):
-            try:
-                if broken[place]:
-                    raise _not_a_number(row.request)
-                outcomes.append(self._draw(row, logits_NV[place], greedy[place]))
-            except LmrayError as error:
-                outcomes.append(error)
-            except Exception as error:
-                found = f"its next token could not be drawn: {type(error).__name__}: {error}"
-                outcomes.append(LmrayError(f"request {row.request.id}", found))
+        outcomes: list[list[Outcome]] = []
+        start = 0
+        for row, proposed in rows:
+            found = [self._draw(row, logits_NV[start], None if broken[start] else greedy[start])]
+            for place, token_id in enumerate(proposed, start + 1):
+                if is_last(found[-1]) or not is_token(found[-1], token_id):
+                    break
+                row.length += 1
+                found.append(self._draw(row, logits_NV[place], None if broken[place] else greedy[place]))
+            outcomes.append(found)
+            start += 1 + len(proposed)
         return outcomes
 
-    def _draw(self, row: Row, logits_V: torch.Tensor, greedy: int) -> TokenEvent:
+    def _draw(self, row: Row, logits_V: torch.Tensor, greedy: int | None) -> Outcome:
+        """`greedy`: where the logits are highest, None where they are NaN."""
+        try:
+            if greedy is None:
+                raise _not_a_number(row.request)
+            return self._choose(row, logits_V, greedy)
+        except LmrayError as error:
+            return error
+        except Exception as error:
+            found = f"its next token could not be drawn: {type(error).__name__}: {error}"
+            return LmrayError(f"request {row.request.id}", found)
+
+    def _choose(self, row: Row, logits_V: torch.Tensor, greedy: int) -> TokenEvent:
         sampling, is_first = row.request.sampling, row.num_generated == 0
         if sampling.max_tokens == 0:
             event = TokenEvent(row.request.id, None, "length")
@@ -122,8 +144,11 @@ def is_last(outcome: Outcome) -> bool:
     return isinstance(outcome, LmrayError) or outcome.finish_reason is not None
 
 
-def is_token(outcome: Outcome) -> bool:
-    return isinstance(outcome, TokenEvent) and outcome.token_id is not None
+def is_token(outcome: Outcome, token_id: int | None = None) -> bool:
+    """Whether `outcome` is a token; with `token_id`, whether it is that one."""
+    if not isinstance(outcome, TokenEvent) or outcome.token_id is None:
+        return False
+    return token_id is None or outcome.token_id == token_id
 
 
 def _not_a_number(request: Request) -> LmrayError:

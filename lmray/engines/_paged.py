@@ -6,19 +6,22 @@ Runs on one thread, whichever calls it. Shapes as in `lmray/engines/_decoder.py`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lmray.engines._batch import Pass, Read
 from lmray.engines._core import Outcome, Sampler, is_last, is_token
 from lmray.engines._decoder import Batch, Decoder
 from lmray.engines._lora_bank import LoraBank
-from lmray.engines._schedule import Chunk, Limits, Plan, Scheduler
+from lmray.engines._schedule import Chunk, Limits, Scheduler
+from lmray.engines._speculation.base import Proposer
+from lmray.engines._speculator import Speculator
 from lmray.engines.base import Capabilities, Request
 from lmray.errors import LmrayError
 from lmray.ops.low_rank import Piece, make_pieces
-from lmray.ops.paged_attention import PagedAttention, make_groups, make_run
 
 BLOCK_SIZE = 16
 """Tokens of a block."""
@@ -31,13 +34,15 @@ class PagedStepper:
         self.capabilities = capabilities
         self.scheduler = Scheduler(limits)
         self.num_generated = 0
-        self._decoder = Decoder(model)
-        self.adapters = LoraBank(model, self._decoder)
+        decoder = Decoder(model)
+        self.adapters = LoraBank(model, decoder)
+        self._pass = Pass(decoder, limits)
         self._sampler = sampler
-        head_dim, device = self._decoder.head_dim, self._decoder.device
-        shape = (self._decoder.num_kv, limits.num_blocks, limits.block_size * head_dim)
-        blocks_2KBE = torch.empty(shape, dtype=self._decoder.dtype, device=device)  # takes memory as it is written to
-        self._attention = PagedAttention(blocks_2KBE, head_dim)
+        self._speculator: Speculator | None = None
+
+    def speculate(self, proposer: Proposer, num_tokens: int) -> None:
+        """From now on `proposer` proposes up to `num_tokens` tokens to each sequence in a step, where that pays."""
+        self._speculator = Speculator(proposer, self.scheduler, num_tokens)
 
     @property
     def busy(self) -> bool:
@@ -66,85 +71,75 @@ class PagedStepper:
             "num_blocks": scheduler.pool.num_blocks,
             "preemptions": scheduler.num_preempted,
             "prefix_hit_tokens": scheduler.num_hit_tokens,
+            **({"speculation": self._speculator.stats()} if self._speculator is not None else {}),
         }
 
     def step(self) -> list[tuple[str, Outcome]]:
-        """One token for each sequence that generates, and chunks of prompts beside them; the outcomes of those that
-        are read to their end."""
+        """Tokens for each sequence that generates, and chunks of prompts beside them; the outcomes of those that are
+        read to their end, in their order."""
         plan = self.scheduler.plan()
         if not plan.chunks:
             return []
-        chunks = self._ordered(plan)
-        logits_nV = self._forward(plan, chunks)
+        if self._speculator is not None:
+            plan = self._speculator.extended(plan)
+        chunks = sorted(plan.chunks, key=self._place)
+        self._pass.clear(plan.fresh)
+        logits_nV = self._forward(chunks)
         for chunk in chunks:
             self.scheduler.done(chunk)
-        return self._draw([chunk for chunk in chunks if chunk.num_logits], logits_nV)
+        outcomes = self._draw([chunk for chunk in chunks if chunk.num_logits], logits_nV)
+        if self._speculator is not None:
+            self._speculator.timed(chunks, len(outcomes))
+        return outcomes
 
-    def _ordered(self, plan: Plan) -> list[Chunk]:
+    def _place(self, chunk: Chunk) -> tuple[bool, int]:
         """Single tokens first, neighbours in the stacked adapters beside each other; then the longer chunks."""
+        ranks = self.adapters.ranks(chunk.sequence.request.adapter)
+        return chunk.stop - chunk.start > 1, -1 if ranks is None else ranks.start
 
-        def place(chunk: Chunk) -> tuple[bool, int]:
-            ranks = self.adapters.ranks(chunk.sequence.request.adapter)
-            return chunk.end - chunk.start > 1, -1 if ranks is None else ranks.start
-
-        return sorted(plan.chunks, key=place)
-
-    def _forward(self, plan: Plan, chunks: list[Chunk]) -> torch.Tensor:
+    def _forward(self, chunks: list[Chunk]) -> torch.Tensor:
         """Logits [n, V], `num_logits` of each chunk."""
-        with torch.inference_mode(), torch.autocast(self._decoder.device.type, enabled=False):
-            if plan.fresh:  # what was there before may be NaN, which is seen through a mask as well
-                fresh = torch.tensor(plan.fresh, device=self._decoder.device)
-                self._attention.blocks_2KBE.index_fill_(1, fresh, 0)
-            return self._decoder.forward(self._batch(chunks), self._attention)
+        return self._pass.forward(self._batch(chunks))
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
-        size, device = self.scheduler.limits.block_size, self._decoder.device
-        ids, positions, places, drawn, runs = [], [], [], [], []
-        single = [chunk for chunk in chunks if chunk.end - chunk.start == 1]
-        for chunk in chunks:
-            blocks, own = chunk.sequence.blocks, range(chunk.start, chunk.end)
-            if len(own) > 1:
-                rows = slice(len(ids), len(ids) + len(own))
-                runs.append(make_run(rows, chunk.start, blocks, size, device))
-            ids += chunk.sequence.tokens[chunk.start : chunk.end]
-            positions += own
-            places += [blocks[position // size] * size + position % size for position in own]
-            drawn += range(len(ids) - chunk.num_logits, len(ids))
-        tables = [chunk.sequence.blocks for chunk in single]
-        drawn_rows = [(chunk, chunk.num_logits) for chunk in chunks if chunk.num_logits]
+        reads = [Read(one.tokens, one.start, one.sequence.blocks, one.num_logits) for one in chunks]
+        batch = self._pass.batch(reads)
         used = frozenset(one for chunk in chunks if (one := chunk.sequence.request.adapter) is not None)
-        return Batch(
-            ids_N=torch.tensor(ids, device=device),
-            positions_N=torch.tensor(positions, device=device),
-            places_N=torch.tensor(places, device=device),
-            groups=make_groups([chunk.end for chunk in single], tables, size, self._attention.blocks_2KBE),
-            runs=runs,
-            drawn_n=torch.tensor(drawn, dtype=torch.long, device=device),
-            pieces=self._pieces([(chunk, chunk.end - chunk.start) for chunk in chunks]) if used else (),
-            drawn_pieces=self._pieces(drawn_rows) if used and self.adapters.reaches_head else (),
+        if not used:
+            return batch
+        drawn = [(chunk, chunk.num_logits) for chunk in chunks if chunk.num_logits]
+        return replace(
+            batch,
+            pieces=self._pieces([(chunk, chunk.stop - chunk.start) for chunk in chunks]),
+            drawn_pieces=self._pieces(drawn) if self.adapters.reaches_head else (),
             adapters=used,
         )
 
     def _pieces(self, rows: list[tuple[Chunk, int]]) -> list[Piece]:
         ranks = [(self.adapters.ranks(chunk.sequence.request.adapter), count) for chunk, count in rows]
-        return make_pieces(ranks, self._decoder.device)
+        return make_pieces(ranks, self._pass.decoder.device)
 
     def _draw(self, chunks: list[Chunk], logits_nV: torch.Tensor) -> list[tuple[str, Outcome]]:
         """Notes what prompts tell, draws tokens for the sequences that are read to their end, and ends those that are
         done. `chunks`, whose logits are given, in their order."""
-        last, places, end = [], [], 0
+        last: list[Chunk] = []
+        places: list[int] = []
+        end = 0
         for chunk in chunks:
             start, end = end, end + chunk.num_logits
             if chunk.sequence.tells_prompt:
                 chunk.sequence.chooser.read(logits_nV[start:end], chunk.start)
             if chunk.is_last:
-                last.append(chunk.sequence)
-                places.append(end - 1)
+                last.append(chunk)
+                places += range(end - 1 - len(chunk.proposed), end)
         if not last:
             return []
-        outcomes = self._sampler.draw(last, logits_nV if len(places) == end else logits_nV[places])
-        for sequence, outcome in zip(last, outcomes, strict=True):
-            self.num_generated += is_token(outcome)
-            if is_last(outcome):
-                self.scheduler.end(sequence, spoiled=isinstance(outcome, LmrayError))
-        return [(sequence.request.id, outcome) for sequence, outcome in zip(last, outcomes, strict=True)]
+        rows = [(chunk.sequence, chunk.proposed) for chunk in last]
+        drawn = self._sampler.verify(rows, logits_nV if len(places) == end else logits_nV[places])
+        for chunk, outcomes in zip(last, drawn, strict=True):
+            self.num_generated += sum(map(is_token, outcomes))
+            if self._speculator is not None:
+                self._speculator.settle(chunk)
+            if is_last(outcomes[-1]):
+                self.scheduler.end(chunk.sequence, spoiled=isinstance(outcomes[-1], LmrayError))
+        return [(chunk.sequence.request.id, one) for chunk, found in zip(last, drawn, strict=True) for one in found]

@@ -2,7 +2,8 @@
 
 Every running sequence that is past its prompt reads one token a step, and beside it prompts are read in chunks, up to a
 budget of tokens (Agrawal et al., "Sarathi-Serve", arXiv 2403.02310, section 4). Requests start in the order they came.
-Where blocks run out, the sequence that came last gives its blocks back and reads all its tokens again later.
+Where blocks run out, the sequence that came last gives its blocks back and reads all its tokens again later. A sequence
+that generates may read tokens with its own that somebody proposes to follow: it keeps those that are drawn after all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from lmray.engines._blocks import BlockPool, block_key
+from lmray.engines._payoff import Chance
 from lmray.engines._slots import Row
 from lmray.engines.base import Request, TokenEvent, TokenLogprob
 
@@ -24,6 +26,8 @@ class Sequence(Row):
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    chance: Chance = field(default_factory=Chance)
+    """How often what was proposed for it was right."""
 
     @property
     def num_unread(self) -> int:
@@ -45,11 +49,21 @@ class Sequence(Row):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` to `end` of a sequence, read in one step."""
+    """Tokens `start` to `end` of a sequence, and tokens that are proposed to follow them, read in one step."""
 
     sequence: Sequence
     start: int
     end: int
+    proposed: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.sequence.tokens[self.start : self.end], *self.proposed]
+
+    @property
+    def stop(self) -> int:
+        """The end of what is read."""
+        return self.end + len(self.proposed)
 
     @property
     def is_last(self) -> bool:
@@ -57,9 +71,16 @@ class Chunk:
         return self.end == len(self.sequence.tokens)
 
     @property
+    def generates(self) -> bool:
+        """Whether it is the one token of a sequence that is past its prompt, after which others may be proposed."""
+        return self.is_last and self.end - self.start == 1 and not self.sequence.tells_prompt
+
+    @property
     def num_logits(self) -> int:
         """Tokens at its end whose logits are needed."""
-        return self.end - self.start if self.sequence.tells_prompt else int(self.is_last)
+        if self.sequence.tells_prompt:
+            return self.end - self.start
+        return 1 + len(self.proposed) if self.is_last else 0
 
 
 @dataclass(frozen=True)
@@ -126,12 +147,27 @@ class Scheduler:
 
     def done(self, chunk: Chunk) -> None:
         """The model has read `chunk`: its keys and values are in their blocks."""
+        chunk.sequence.length = chunk.end
+        self._keep(chunk.sequence, chunk.start)
+
+    def make_room(self, chunk: Chunk, count: int) -> tuple[int, list[int]]:
+        """For how many of `count` tokens proposed after `chunk` there is room, and the blocks that were handed out for
+        it. Only free ones: nobody gives way for a guess. `settle` takes back what is not needed."""
         sequence, size = chunk.sequence, self.limits.block_size
-        sequence.length = chunk.end
-        num_full = chunk.end // size
-        keys = sequence.first_keys(num_full, size)
-        for index in range(chunk.start // size, num_full):
-            self.pool.keep(sequence.blocks[index], keys[index])
+        sampling = sequence.request.sampling
+        left = sampling.max_tokens - sequence.num_generated, self.limits.max_length - len(sequence.tokens)
+        count = max(0, min(count, *(one - 1 for one in left)))
+        missing = max(0, -(-(len(sequence.tokens) + count) // size) - len(sequence.blocks))
+        fresh = self.pool.take(min(missing, self.pool.num_free)) or []
+        sequence.blocks += fresh
+        return min(count, len(sequence.blocks) * size - len(sequence.tokens)), fresh
+
+    def settle(self, chunk: Chunk) -> None:
+        """What was proposed after `chunk` was drawn or not: the sequence's `length` says how much of it holds."""
+        sequence, needed = chunk.sequence, self._num_blocks(chunk.sequence)
+        self._keep(sequence, chunk.end)
+        self.pool.release(sequence.blocks[needed:])
+        del sequence.blocks[needed:]
 
     def end(self, sequence: Sequence, *, spoiled: bool = False) -> None:
         """`sequence` is done. `spoiled`: nobody may share what its blocks hold."""
@@ -194,6 +230,14 @@ class Scheduler:
         self.num_hit_tokens += sequence.length
         fresh += taken
         return sequence
+
+    def _keep(self, sequence: Sequence, start: int) -> None:
+        """Blocks that were filled since the sequence was read up to `start` can be shared."""
+        size = self.limits.block_size
+        num_full = sequence.length // size
+        keys = sequence.first_keys(num_full, size)
+        for index in range(start // size, num_full):
+            self.pool.keep(sequence.blocks[index], keys[index])
 
     def _num_blocks(self, sequence: Sequence) -> int:
         return -(-len(sequence.tokens) // self.limits.block_size)

@@ -14,7 +14,7 @@ from lmray.engines._sampling import Chooser
 from lmray.engines.base import FinishReason, Request, TokenEvent, TokenLogprob
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One running request. Its cache holds `length` tokens; `last_token` is drawn but not yet read by the model."""
 

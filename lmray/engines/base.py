@@ -176,6 +176,15 @@ class EngineConfig(MemberConfig):
     """Whether `start` takes a loaded model. Others run it elsewhere, from its folder (`model.name_or_path`), and are
     given one without weights."""
 
+    @property
+    def draft(self) -> str | None:
+        """A second model that it runs, written like `model.source`; None: there is none."""
+        return None
+
+    def with_draft(self, folder: Path) -> EngineConfig:
+        """The same with that model as a folder of this machine, as `check` and `start` want it."""
+        return self
+
     @abstractmethod
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
         """Raises ConfigError for a model and ArtifactError for a PEFT folder that this engine cannot run. `model` needs

@@ -17,16 +17,19 @@ import torch
 from peft import PeftModel
 from pydantic import Field, model_validator
 
+from lmray.config import Member
 from lmray.engines._adapter_folder import read_adapter_folder
 from lmray.engines._core import Core, Sampler
 from lmray.engines._decoder import unfit
 from lmray.engines._grammar import Grammars
 from lmray.engines._paged import BLOCK_SIZE, PagedStepper
 from lmray.engines._schedule import Limits
+from lmray.engines._speculation.base import Speculation
 from lmray.engines._stepper import Stepper, check_model
 from lmray.engines._worker import NativeEngine
 from lmray.engines.base import Capabilities, EngineConfig, Request, Sampling, check_request
-from lmray.errors import LmrayError
+from lmray.errors import ConfigError, LmrayError
+from lmray.registry import SPECULATIONS
 
 
 class Native(EngineConfig):
@@ -39,6 +42,8 @@ class Native(EngineConfig):
     """Tokens whose keys and values are kept, also of requests that ended; at least `max_length`. Empty: `max_length`
     for each of `max_batch_size` requests. Where they run out, requests wait, or are read again later. Models that run
     through their own forward always keep that many."""
+    speculation: Annotated[Speculation, Member(SPECULATIONS)] | None = None
+    """Who proposes tokens ahead of the model. Empty: nobody."""
 
     @model_validator(mode="after")
     def _holds_one_request(self):
@@ -46,6 +51,14 @@ class Native(EngineConfig):
             found = f"`cache_tokens` {self.cache_tokens} is below `max_length` {self.max_length}"
             raise ValueError(f"{found}: no request of that length could ever run")
         return self
+
+    @property
+    def draft(self) -> str | None:
+        return None if self.speculation is None else self.speculation.source
+
+    def with_draft(self, folder: Path) -> Native:
+        assert self.speculation is not None
+        return self.model_copy(update={"speculation": self.speculation.with_source(folder)})
 
     def make_stepper(self, model: Any, *, stop_token_ids: tuple[int, ...], tokenizer: Any = None) -> Core:
         """The engine's synchronous core. Raises ConfigError for a model it cannot run."""
@@ -58,9 +71,14 @@ class Native(EngineConfig):
         sampler = Sampler(frozenset(stop_token_ids), grammars)
         reason = unfit(model)
         if reason is not None:
+            self._check_speculation(reason)
             budget = self.max_prefill_tokens
             return Stepper(model, sampler=sampler, capabilities=capabilities, max_prefill_tokens=budget, reason=reason)
-        return PagedStepper(model, sampler=sampler, capabilities=capabilities, limits=self._limits())
+        limits = self._limits()
+        stepper = PagedStepper(model, sampler=sampler, capabilities=capabilities, limits=limits)
+        if self.speculation is not None:
+            stepper.speculate(self.speculation.start(base, limits), self.speculation.num_tokens)
+        return stepper
 
     def _limits(self) -> Limits:
         per_request = -(-self.max_length // BLOCK_SIZE)
@@ -71,8 +89,17 @@ class Native(EngineConfig):
 
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
         check_model(model, self.max_length)
+        if self.speculation is not None:
+            self._check_speculation(unfit(model))
+            self.speculation.check(model)
         for folder in adapters.values():
             read_adapter_folder(folder, model)
+
+    def _check_speculation(self, reason: str | None) -> None:
+        """`reason`: why the model does not run through blocks, where alone several tokens of a row can be read."""
+        if self.speculation is not None and reason is not None:
+            found = f"`native` cannot speculate with this model: {reason}"
+            raise ConfigError("engine.speculation", found, hint="leave it out")
 
     def start(
         self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None

@@ -32,7 +32,7 @@ from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.gathered import gathered
 from lmray.serve.live import LiveEngine
 from lmray.serve.loading import load_served
-from lmray.serve.prepare import ServePlan, check_out
+from lmray.serve.prepare import ServePlan, check_out, check_out_engine
 
 ENGINE = "engine"
 """Name of the deployment of engine replicas, in each application."""
@@ -51,6 +51,7 @@ class EngineReplica:
         model = load_served(folder, plan, config, dtype=dtype, device=device)
         tokenizer = load_tokenizer(folder)
         stops = stop_token_ids(model, tokenizer)
+        config = check_out_engine(plan, config)
         self._live = LiveEngine(config.start(model, stop_token_ids=stops, threads=num_cpus, tokenizer=tokenizer), plan)
         await self._live.start()
         async for _ in self._live.stream(Request("warm-up", (0,), Sampling(max_tokens=1))):

@@ -15,14 +15,23 @@ from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import Store, open_store
 from lmray.config.endpoint import HttpLimits, TextFilter
+from lmray.engines.base import EngineConfig
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
 from lmray.models.load import load_empty_model, load_tokenizer
 from lmray.models.quantised import check_quantised
 from lmray.models.rope import RopeScaling
-from lmray.models.source import ARTIFACT, find_model, model_of
+from lmray.models.source import ARTIFACT, FoundModel, find_model, model_of
 from lmray.serve.fit import Fit, StoredAdapters
 from lmray.serve.keys import ApiKey, check_exposure, read_keys
+
+
+@dataclass(frozen=True)
+class PlannedDraft:
+    """The model that an engine drafts with, named as the base model is."""
+
+    source: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ class ServePlan:
     filters: tuple[TextFilter, ...] = ()
     merged: dict[str, ServePlan] = field(default_factory=dict)
     """Of adapters with a copy of the base model to themselves: name in requests -> what their replicas serve."""
+    draft: PlannedDraft | None = None
 
     @property
     def fit(self) -> Fit:
@@ -82,12 +92,13 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         raise ConfigError("model.trust_remote_code", "an endpoint runs no code of a model's own", hint=hint)
     found = model_of(job)
     load_tokenizer(found.folder)
+    draft = None if job.engine.draft is None else find_model(job.engine.draft, storage=job.storage)
     store = open_store(job.storage)
     is_folder = Path(job.model.source).expanduser().exists()
     model_name = found.folder.name if is_folder else job.model.source.removeprefix(ARTIFACT).partition("@")[0]
     plan = ServePlan(
         model_name=model_name,
-        source=str(found.folder) if is_folder else found.source,
+        source=_pinned(job.model.source, found),
         revision=job.model.revision,
         digest=found.digest,
         store=str(store.root),
@@ -103,6 +114,7 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         quantization=job.model.quantization,
         limits=job.http.limits,
         filters=job.filters,
+        draft=None if draft is None else PlannedDraft(_pinned(job.engine.draft, draft), draft.digest),
     )
     every = _named_adapters(job, store, plan)
     named = {one.artifact: every[one.artifact] for one in plan.served if not one.is_pattern}
@@ -111,7 +123,8 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
     model = load_empty_model(found.folder, rope_scaling=job.model.rope_scaling)
     if job.model.quantization:
         check_quantised(model, job.model.quantization)
-    job.engine.check(model, folders)
+    engine = job.engine if draft is None else job.engine.with_draft(draft.folder)
+    engine.check(model, folders)
     merged = {one.artifact: merged_plan(one, plan) for one in job.adapters if one.merged}
     return replace(plan, adapters={name: artifact.id for name, artifact in named.items()}, merged=merged)
 
@@ -134,12 +147,28 @@ def merged_plan(served: ServedAdapter, plan: ServePlan) -> ServePlan:
 
 def check_out(plan: ServePlan) -> Path:
     """The model of `plan` as a folder of this node. Raises ArtifactError where it is another model here."""
-    found = find_model(plan.source, plan.revision, storage=plan.store)
-    if found.digest != plan.digest:
+    return _same(find_model(plan.source, plan.revision, storage=plan.store), plan.digest)
+
+
+def check_out_engine(plan: ServePlan, config: EngineConfig) -> EngineConfig:
+    """`config` with the draft model of `plan`, where it has one, as a folder of this node. Raises ArtifactError where
+    it is another model here."""
+    if plan.draft is None:
+        return config
+    return config.with_draft(_same(find_model(plan.draft.source, storage=plan.store), plan.draft.digest))
+
+
+def _same(found: FoundModel, digest: str) -> Path:
+    if found.digest != digest:
         what = f"has other weights on this node ({found.digest[:12]})"
         hint = "put the model where every node reads the same"
-        raise ArtifactError(f"model `{plan.source}`", what, allowed=plan.digest[:12], hint=hint)
+        raise ArtifactError(f"model `{found.source}`", what, allowed=digest[:12], hint=hint)
     return found.folder
+
+
+def _pinned(source: str, found: FoundModel) -> str:
+    """What names the model `source` on every node, whatever a stage holds later."""
+    return str(found.folder) if Path(source).expanduser().exists() else found.source
 
 
 def check_port(host: str, port: int) -> None:

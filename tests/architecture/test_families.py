@@ -20,6 +20,7 @@ BASES = {
     "tasks": "lmray.tasks.base.Task",
     "trackers": "lmray.trackers.base.Tracker",
     "engines": "lmray.engines.base.EngineConfig",
+    "speculation": "lmray.engines._speculation.base.Speculation",
     "optim": "lmray.optim.base.OptimizerConfig",
     "schedules": "lmray.schedules.base.Schedule",
     "mappings": "lmray.data.base.Mapping",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lmray.engines._blocks import BlockPool, block_key
 from lmray.engines._ranks import RankSpace
-from lmray.engines._schedule import Limits, Plan, Scheduler, Sequence
+from lmray.engines._schedule import Chunk, Limits, Plan, Scheduler, Sequence
 from lmray.engines.base import Request, Sampling
 
 SMALL = Limits(max_rows=3, max_length=12, num_blocks=8, block_size=2, max_prefill_tokens=5)
@@ -31,6 +32,27 @@ def finish(scheduler: Scheduler, plan: Plan, token: int = 9) -> list[str]:
             if chunk.sequence.take(token, NO_STOP).finish_reason:
                 scheduler.end(chunk.sequence)
     return drawn
+
+
+def guess(scheduler: Scheduler, chunk: Chunk, tokens: list[int]) -> Chunk:
+    """`chunk` with as many of `tokens` proposed to follow it as there is room for."""
+    if not chunk.generates:
+        return chunk
+    room, _ = scheduler.make_room(chunk, len(tokens))
+    return replace(chunk, proposed=tuple(tokens[:room]))
+
+
+def verify(chunk: Chunk, tokens: list[int]) -> bool:
+    """Draws `tokens`, over and over, as long as they are what was proposed; whether the sequence is done."""
+    sequence = chunk.sequence
+    for place in range(1 + len(chunk.proposed)):
+        token = tokens[place % len(tokens)]
+        if sequence.take(token, NO_STOP).finish_reason:
+            return True
+        if chunk.proposed[place : place + 1] != (token,):
+            return False
+        sequence.length += 1
+    return False
 
 
 def read(plan: Plan) -> list[tuple[str, int, int]]:
@@ -109,6 +131,48 @@ def test_where_blocks_run_out_the_last_that_came_gives_way_and_goes_on_where_it_
     assert scheduler.pool.num_free == 5
 
 
+def generating(*, max_tokens: int = 20, num_blocks: int = 8, max_length: int = 12) -> tuple[Scheduler, Chunk]:
+    """A sequence whose three prompt tokens are read, and a first token is drawn; and its next step."""
+    scheduler = Scheduler(Limits(2, max_length, num_blocks, block_size=2, max_prefill_tokens=8))
+    scheduler.add(request("a", (1, 2, 3), max_tokens))
+    finish(scheduler, scheduler.plan())
+    [chunk] = scheduler.plan().chunks
+    return scheduler, chunk
+
+
+def test_proposed_tokens_are_read_with_a_sequences_own_and_the_rejected_give_their_blocks_back():
+    scheduler, chunk = generating()
+    sequence = chunk.sequence
+    assert (chunk.start, chunk.end, len(sequence.blocks), scheduler.pool.num_free) == (3, 4, 2, 6)
+    chunk = guess(scheduler, chunk, [9, 9, 5, 5, 5])
+    assert (chunk.tokens, chunk.num_logits, chunk.stop) == ([9, 9, 9, 5, 5, 5], 6, 9)
+    assert (len(sequence.blocks), scheduler.pool.num_free) == (5, 3)
+    scheduler.done(chunk)
+    assert not verify(chunk, [9])
+    scheduler.settle(chunk)
+    assert (sequence.tokens, sequence.length) == ([1, 2, 3, 9, 9, 9, 9], 6)
+    assert (len(sequence.blocks), scheduler.pool.num_free) == (4, 4)
+    assert read(scheduler.plan()) == [("a", 6, 7)]
+    scheduler.add(request("b", (1, 2, 3, 9, 9, 9, 5, 5)))
+    assert read(scheduler.plan())[1] == ("b", 6, 8), "blocks of accepted tokens are shared, others are not"
+
+
+def test_nobody_gives_way_for_a_guess_and_no_more_is_guessed_than_may_follow():
+    scheduler, chunk = generating(num_blocks=6)
+    other = request("other", (5, 5, 5, 5))
+    scheduler.add(other)
+    assert len(scheduler.plan().chunks) == 2
+    assert scheduler.pool.num_free == 2
+    assert guess(scheduler, chunk, [7] * 9).proposed == (7,) * 4
+    assert [sequence.request.id for sequence in scheduler.running] == ["a", "other"]
+    assert scheduler.pool.num_free == 0
+    for changes in ({"max_tokens": 3}, {"max_length": 6}):
+        scheduler, chunk = generating(**changes)
+        assert guess(scheduler, chunk, [7, 7, 7]).proposed == (7,)
+    scheduler, chunk = generating(max_tokens=2)
+    assert guess(scheduler, chunk, [7]).proposed == ()
+
+
 def test_idle_blocks_go_before_the_beginning_they_follow():
     pool = BlockPool(3)
     blocks = pool.take(3)
@@ -143,19 +207,29 @@ class Scheduling(RuleBasedStateMachine):
         self.scheduler.add(request(name, tuple(prompt), max_tokens), root)
         self.asked[name] = min(max_tokens, SMALL.max_length - len(prompt))
 
-    @rule(token=st.integers(0, 1), spoil=st.integers(0, 9))
-    def step(self, token, spoil):
+    @rule(
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+        guesses=st.lists(st.integers(0, 1), max_size=5),
+        spoil=st.integers(0, 9),
+    )
+    def step(self, tokens, guesses, spoil):
         before = list(self.scheduler.running)
         plan = self.scheduler.plan()
         self.check_plan(plan, before)
-        for place, chunk in enumerate(plan.chunks):
+        running = list(self.scheduler.running)
+        chunks = [guess(self.scheduler, chunk, guesses) for chunk in plan.chunks]
+        assert self.scheduler.running == running, "nobody gives way for a guess"
+        for chunk in chunks:
             self.scheduler.done(chunk)
+        for place, chunk in enumerate(chunks):
             if not chunk.is_last:
                 continue
+            ends = verify(chunk, tokens)
+            self.scheduler.settle(chunk)
             if spoil == place:
                 self.scheduler.end(chunk.sequence, spoiled=True)
                 del self.asked[chunk.sequence.request.id]
-            elif chunk.sequence.take(token, NO_STOP).finish_reason:
+            elif ends:
                 assert chunk.sequence.num_generated == self.asked.pop(chunk.sequence.request.id)
                 self.scheduler.end(chunk.sequence)
 
@@ -204,6 +278,7 @@ class Scheduling(RuleBasedStateMachine):
         assert set(pool._idle) <= set(pool._key_of)
         for sequence in self.scheduler.running:
             assert len(set(sequence.blocks)) == len(sequence.blocks) >= -(-sequence.length // size)
+            assert len(sequence.blocks) <= -(-len(sequence.tokens) // size), "guesses gave theirs back"
             key = sequence.root
             for index, block in enumerate(sequence.blocks[: sequence.length // size]):
                 key = block_key(key, sequence.tokens[index * size : (index + 1) * size])

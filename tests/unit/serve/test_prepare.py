@@ -18,7 +18,7 @@ from lmray.job import ServeJob
 from lmray.models import quantised
 from lmray.models.load import load_empty_model, load_model, load_tokenizer, stop_token_ids
 from lmray.models.source import find_model
-from lmray.serve.prepare import check_out, check_port, prepare
+from lmray.serve.prepare import PlannedDraft, check_out, check_out_engine, check_port, prepare
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
 
 
@@ -84,6 +84,24 @@ def test_a_replica_refuses_a_model_that_is_not_the_planned_one(job):
     plan = dataclasses.replace(prepare(job), digest="f" * 64)
     with pytest.raises(ArtifactError, match="has other weights on this node"):
         check_out(plan)
+
+
+def test_a_draft_is_planned_by_version_and_digest_and_checked_like_the_model(job, model, root, artifacts):
+    assert prepare(job).draft is None and check_out_engine(prepare(job), job.engine) is job.engine
+    drafted = job.changed({"engine.speculation": {"name": "draft", "model": "artifact:whole@production"}})
+    plan = prepare(drafted)
+    folder = check_out_engine(plan, drafted.engine).draft
+    assert folder is not None
+    assert (Path(folder) / "model.safetensors").read_bytes() == (root / "whole" / "model.safetensors").read_bytes()
+    assert plan.draft == PlannedDraft(f"artifact:{artifacts.find('whole').ref}", find_model(folder).digest)
+    with pytest.raises(ArtifactError, match="has other weights on this node"):
+        changed = PlannedDraft(plan.draft.source, "f" * 64)
+        check_out_engine(dataclasses.replace(plan, draft=changed), drafted.engine)
+    other = tiny_model_folder(root / "other-vocabulary", vocab_size=280)
+    with pytest.raises(ConfigError, match="has a vocabulary of 280"):
+        prepare(job.changed({"engine.speculation": {"name": "draft", "model": str(other)}}))
+    with pytest.raises(ArtifactError, match="smollm2"):
+        prepare(job.changed({"engine.speculation": {"name": "draft", "model": "smollm-2"}}))
 
 
 @pytest.mark.parametrize(

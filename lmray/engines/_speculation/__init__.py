@@ -1,0 +1,1 @@
+"""Who proposes tokens ahead of the model: one file, one member."""
