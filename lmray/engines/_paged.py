@@ -39,6 +39,10 @@ class PagedStepper:
         blocks_2KBE = torch.empty(shape, dtype=self._decoder.dtype, device=device)  # takes memory as it is written to
         self._attention = PagedAttention(blocks_2KBE, head_dim)
 
+    def pack(self) -> None:
+        """Takes the model's weights over, see `Decoder.pack`."""
+        self._decoder.pack()
+
     @property
     def busy(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
@@ -61,6 +65,7 @@ class PagedStepper:
             "waiting": len(scheduler.waiting),
             "running": len(scheduler.running),
             "forward": "paged",
+            "weights": self._decoder.weights,
             "waiting_tokens": sum(one.num_unread for one in (*scheduler.waiting, *scheduler.running)),
             "free_blocks": scheduler.pool.num_free,
             "num_blocks": scheduler.pool.num_blocks,
@@ -94,7 +99,7 @@ class PagedStepper:
         with torch.inference_mode(), torch.autocast(self._decoder.device.type, enabled=False):
             if plan.fresh:  # what was there before may be NaN, which is seen through a mask as well
                 fresh = torch.tensor(plan.fresh, device=self._decoder.device)
-                self._attention.blocks_2KBE.index_fill_(1, fresh, 0)
+                self._decoder.clear(fresh, self._attention)
             return self._decoder.forward(self._batch(chunks), self._attention)
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
