@@ -41,7 +41,7 @@ class Pass:
         """`blocks` are handed out anew: what was there before may be NaN, which is seen through a mask as well."""
         if blocks:
             with torch.inference_mode():
-                self._attention.blocks_2KBE.index_fill_(1, torch.tensor(blocks, device=self.decoder.device), 0)
+                self.decoder.clear(torch.tensor(blocks, device=self.decoder.device), self._attention)
 
     def batch(self, reads: Sequence[Read]) -> Batch:
         """`reads` of the base model: first those of one token, then the longer ones."""

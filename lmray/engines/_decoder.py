@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lmray.models.rope import follows_length
+from lmray.ops.frozen_linear import FrozenLinear, PackedLinear, can_pack
 from lmray.ops.low_rank import LowRankStack, Piece
 from lmray.ops.paged_attention import Group, PagedAttention, Run
 
@@ -62,30 +63,40 @@ class Linears:
         layers = [linear_of(getattr(module, name)) for name in names]
         self.sizes = [layer.out_features for layer in layers]
         self.num_inputs: int = layers[0].in_features
-        self._weights = _side_by_side([layer.weight for layer in layers])
-        biases = [layer.bias for layer in layers]
-        self._biases: list[Any] = biases
-        if len(self._weights) == 1 and any(bias is not None for bias in biases):
+        weights = _side_by_side([layer.weight for layer in layers])
+        biases: list[Any] = [layer.bias for layer in layers]
+        if len(weights) == 1 and any(bias is not None for bias in biases):
             filled = [
                 layer.weight.new_zeros(size) if layer.bias is None else layer.bias.detach()
                 for layer, size in zip(layers, self.sizes, strict=True)
             ]
-            self._biases = [torch.cat(filled)]
+            biases = [torch.cat(filled)]
+        self.products: list[FrozenLinear | PackedLinear] = [
+            FrozenLinear(weight, bias) for weight, bias in zip(weights, biases, strict=False)
+        ]
+        self._layers, self._like = layers, weights[0].new_empty(0)
         self.stack: LowRankStack | None = None
         self.adapters: set[str] = set()
 
     def __call__(self, x_NI: torch.Tensor, pieces: Sequence[Piece], adapters: frozenset[str]) -> torch.Tensor:
         """The outputs side by side."""
-        found = [F.linear(x_NI, weight, bias) for weight, bias in zip(self._weights, self._biases, strict=False)]
+        found = [product(x_NI) for product in self.products]
         y_NO = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
         if self.stack is not None and not adapters.isdisjoint(self.adapters):
             self.stack.add(y_NO, x_NI, pieces)
         return y_NO
 
+    def pack(self) -> None:
+        """Keeps the weights packed alone, where that is faster; the model's layers are left without them."""
+        if all(can_pack(product) for product in self.products):
+            self.products = [PackedLinear(product) for product in self.products]
+            for layer in self._layers:
+                layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
+
     def put(self, handle: str, part: int, ranks: range, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Adds adapter `handle` to layer `part`: A [r, inputs] and B [outputs, r] with its scale."""
         if self.stack is None:
-            self.stack = LowRankStack(self.sizes, self.num_inputs, self._weights[0])
+            self.stack = LowRankStack(self.sizes, self.num_inputs, self._like)
         self.adapters.add(handle)  # first, so that `drop` clears what a failure leaves
         self.stack.put(part, ranks, *factors)
 
@@ -205,6 +216,22 @@ class Decoder:
     @property
     def device(self) -> torch.device:
         return self._embedding.device
+
+    @property
+    def weights(self) -> str:
+        """How the linear layers' weights are kept: `plain` or `packed`."""
+        return "packed" if isinstance(self.layers[0].qkv.products[0], PackedLinear) else "plain"
+
+    def pack(self) -> None:
+        """Keeps the weights of linear layers in the layout that multiplies fastest, where there is another one, and
+        takes them out of the model, which this runs from now on and nothing else can."""
+        for one in self.linears():
+            one.pack()
+
+    def clear(self, blocks_M: torch.Tensor, attention: PagedAttention) -> None:
+        """Zeroes blocks of all layers."""
+        for layer in self.layers:
+            attention.clear(layer.kv, blocks_M)
 
     def linears(self) -> list[Linears]:
         """All that can carry an adapter."""

@@ -44,6 +44,10 @@ class PagedStepper:
         """From now on `proposer` proposes up to `num_tokens` tokens to each sequence in a step, where that pays."""
         self._speculator = Speculator(proposer, self.scheduler, num_tokens)
 
+    def pack(self) -> None:
+        """Takes the model's weights over, see `Decoder.pack`."""
+        self._pass.decoder.pack()
+
     @property
     def busy(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
@@ -66,6 +70,7 @@ class PagedStepper:
             "waiting": len(scheduler.waiting),
             "running": len(scheduler.running),
             "forward": "paged",
+            "weights": self._pass.decoder.weights,
             "waiting_tokens": sum(one.num_unread for one in (*scheduler.waiting, *scheduler.running)),
             "free_blocks": scheduler.pool.num_free,
             "num_blocks": scheduler.pool.num_blocks,

@@ -106,6 +106,8 @@ class Native(EngineConfig):
     ) -> NativeEngine:
         model.requires_grad_(False)  # frozen weights of layers that share an input are multiplied as one
         stepper = self.make_stepper(model, stop_token_ids=stop_token_ids, tokenizer=tokenizer)
+        if isinstance(stepper, PagedStepper):
+            stepper.pack()  # the engine is all that runs the model from now on
         return NativeEngine(stepper, threads=threads)
 
 

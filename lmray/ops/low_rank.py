@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -80,69 +81,80 @@ def _joined(runs: Sequence[tuple[range, int, int]], device: torch.device) -> lis
     return [Piece(slice(runs[0][1], runs[-1][2]), slice(low, high), others_nR)]
 
 
+class _Cut(NamedTuple):
+    """A run of ranks, as views."""
+
+    a_PIR: torch.Tensor
+    b_PRO: torch.Tensor
+    parts: list[tuple[int, slice, torch.Tensor]]
+    """Of each part that an adapter has: its place, its columns of the output, its B [R, outputs]."""
+
+
 class LowRankStack:
     """The adapters of the linear layers that share an input; `sizes` are the layers' outputs."""
 
     def __init__(self, sizes: Sequence[int], num_inputs: int, like: torch.Tensor):
         self.sizes = tuple(sizes)
         self.a_PCI = like.new_zeros(len(sizes), 0, num_inputs)
-        self.b: list[torch.Tensor | None] = [None] * len(sizes)
-        """[C, outputs] of each part; None where no adapter has it."""
-        self._cuts: dict[tuple[int, int], tuple[torch.Tensor, list[tuple[int, slice, torch.Tensor]]]] = {}
+        self.b_PCO = like.new_zeros(len(sizes), 0, max(sizes))
+        """Narrower parts are filled up with zeros, so that all parts are one product."""
+        self._carries = [False] * len(sizes)
+        """Whether an adapter has the part."""
+        self._cuts: dict[tuple[int, int], _Cut] = {}
 
     def put(self, part: int, ranks: range, a_RI: torch.Tensor, b_OR: torch.Tensor) -> None:
         """Puts one layer's adapter into its ranks, the first of them where it has fewer."""
         self._reserve(ranks.stop)
-        if self.b[part] is None:
-            self.b[part] = self.a_PCI.new_zeros(self.a_PCI.shape[1], self.sizes[part])
-        b_CO = self.b[part]
-        assert b_CO is not None
-        self.a_PCI[part, ranks.start : ranks.start + len(a_RI)] = a_RI
-        b_CO[ranks.start : ranks.start + len(a_RI)] = b_OR.T
+        self._carries[part] = True
+        own = slice(ranks.start, ranks.start + len(a_RI))
+        self.a_PCI[part, own] = a_RI
+        self.b_PCO[part, own, : self.sizes[part]] = b_OR.T
         self._cuts.clear()
 
     def clear(self, ranks: range) -> None:
         """Zeroes what an adapter leaves behind."""
         self.a_PCI[:, ranks.start : ranks.stop] = 0
-        for b_CO in self.b:
-            if b_CO is not None:
-                b_CO[ranks.start : ranks.stop] = 0
+        self.b_PCO[:, ranks.start : ranks.stop] = 0
 
     def _reserve(self, num_ranks: int) -> None:
         """Room for `num_ranks` ranks; doubled, so that adapters that come one by one are seldom copied."""
         before = self.a_PCI.shape[1]
         if num_ranks > before:
             more = max(num_ranks, 2 * before) - before
-            b = [None if b_CO is None else _with_zeros(b_CO, more) for b_CO in self.b]
-            self.a_PCI, self.b = _with_zeros(self.a_PCI, more), b  # both or, without memory for it, none
+            b_PCO = _with_zeros(self.b_PCO, more)
+            self.a_PCI, self.b_PCO = _with_zeros(self.a_PCI, more), b_PCO  # both or, without memory for it, none
 
     def add(self, y_NO: torch.Tensor, x_NI: torch.Tensor, pieces: Sequence[Piece]) -> None:
         """Adds the adapters' products of `x_NI` to `y_NO`, in place."""
         for piece in pieces:
-            a_PIR, parts = self._cut(piece.ranks)
-            x_nI = x_NI[piece.rows]
+            cut = self._cut(piece.ranks)
+            x_nI, y_nO = x_NI[piece.rows], y_NO[piece.rows]
             # a batch of one took four times as long as the plain product of it, in bfloat16 on a CPU
-            u_PnR = torch.mm(x_nI, a_PIR[0])[None] if len(a_PIR) == 1 else torch.matmul(x_nI, a_PIR)
+            u_PnR = torch.mm(x_nI, cut.a_PIR[0])[None] if len(cut.a_PIR) == 1 else torch.matmul(x_nI, cut.a_PIR)
             if piece.others_nR is not None:  # filled, not multiplied: an adapter's inf must not reach its neighbours
                 u_PnR.masked_fill_(piece.others_nR, 0)
-            y_nO = y_NO[piece.rows]
-            for part, columns, b_RO in parts:
-                y_nO[:, columns].addmm_(u_PnR[part], b_RO)
+            if piece.others_nR is None or len(cut.parts) == 1:
+                for part, columns, b_RO in cut.parts:
+                    y_nO[:, columns].addmm_(u_PnR[part], b_RO)
+            else:  # few rows of many ranks: one product of all parts costs less than one each
+                more_PnO = torch.bmm(u_PnR, cut.b_PRO)
+                for part, columns, b_RO in cut.parts:
+                    y_nO[:, columns] += more_PnO[part, :, : b_RO.shape[1]]
 
-    def _cut(self, ranks: slice) -> tuple[torch.Tensor, list[tuple[int, slice, torch.Tensor]]]:
-        """A run of ranks as views: A [P, I, R], and part, columns of the output and B [R, outputs] of each layer that
-        has one. Kept, as the same rows mostly come again in the next step."""
+    def _cut(self, ranks: slice) -> _Cut:
+        """A run of ranks. Kept, as the same rows mostly come again in the next step."""
         key = ranks.start, ranks.stop
         if key not in self._cuts:
             if len(self._cuts) >= MAX_CUTS:
                 self._cuts.clear()
+            b_PRO = self.b_PCO[:, ranks]
             ends = list(accumulate(self.sizes))
             parts = [
-                (part, slice(end - b_CO.shape[1], end), b_CO[ranks])
-                for part, (end, b_CO) in enumerate(zip(ends, self.b, strict=True))
-                if b_CO is not None
+                (part, slice(end - size, end), b_PRO[part, :, :size])
+                for part, (end, size) in enumerate(zip(ends, self.sizes, strict=True))
+                if self._carries[part]
             ]
-            self._cuts[key] = self.a_PCI[:, ranks].transpose(1, 2), parts
+            self._cuts[key] = _Cut(self.a_PCI[:, ranks].transpose(1, 2), b_PRO, parts)
         return self._cuts[key]
 
 

@@ -4,7 +4,7 @@ Blocks of like long sequences are gathered side by side into one buffer, which s
 through the attention kernel of PyTorch. Kwon et al., "PagedAttention", arXiv 2309.06180, section 4.1.
 
 Shapes: N tokens of a step, H query heads, K key and value heads, G = H / K, D head width, B blocks, S tokens a block,
-n sequences of a group, L places of its longest, T tokens of a run.
+n sequences of a group, L places of its longest, T tokens of a run, F = S 2K D numbers of a block, P = B S places.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+MAX_VIEWS = 64
+"""Views of the buffer that are kept, one for each size of a group."""
 SPLIT_TOKENS = 512
 """Padding of at least this many tokens is worth a group of its own, whose calls cost about as much."""
 
@@ -80,7 +82,8 @@ def make_run(rows: slice, start: int, blocks: Sequence[int], block_size: int, de
 
 
 class PagedAttention:
-    """The blocks of one layer are [2K, B, S D]: keys of each head, then values; `blocks_2KBE` is of all layers.
+    """Room for the blocks of all layers, `blocks_2KBE` [2K of all layers, B, S D]; a layer's share lies in it as
+    [B, S, 2K, D], a token's keys and then its values side by side, so that a block is one piece of memory.
 
     Blocks must hold finite numbers, also where nothing was written: what is masked still takes part, as 0 x value.
     """
@@ -88,21 +91,26 @@ class PagedAttention:
     def __init__(self, blocks_2KBE: torch.Tensor, head_dim: int):
         self.head_dim = head_dim
         self.blocks_2KBE = blocks_2KBE
+        self._layers: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._buffer = blocks_2KBE.new_empty(0)
+        self._views: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def clear(self, layer: slice, blocks_M: torch.Tensor) -> None:
+        """Zeroes blocks whose content may be anything."""
+        blocks_BF, _ = self._layer(layer)
+        blocks_BF.index_fill_(0, blocks_M, 0)
 
     def write(self, layer: slice, kv_N2KD: torch.Tensor, places_N: torch.Tensor) -> None:
         """Puts keys and values into their places, block x S + place in the block."""
-        flat_2KPD = self.blocks_2KBE[layer].unflatten(2, (-1, self.head_dim)).flatten(1, 2)
-        flat_2KPD.index_copy_(1, places_N, kv_N2KD.transpose(0, 1))
+        _, places_P2KD = self._layer(layer)
+        places_P2KD.index_copy_(0, places_N, kv_N2KD)
 
     def one_each(self, q_NHD: torch.Tensor, layer: slice, group: Group, scale: float) -> torch.Tensor:
         """Attention [n, H D] of a group's tokens. Heads that share keys are the kernel's tokens."""
         num_rows = len(group.rows_n)
         q_nHD = q_NHD if num_rows == len(q_NHD) else q_NHD.index_select(0, group.rows_n)
-        kv_2KnLD = self._gather(layer, group.table_M, num_rows)
-        num_kv = kv_2KnLD.shape[0] // 2
-        k_nKLD, v_nKLD = kv_2KnLD.transpose(0, 1).split(num_kv, dim=1)
-        q_nKGD = q_nHD.unflatten(1, (num_kv, -1))
+        k_nKLD, v_nKLD = self._gather(layer, group.table_M, num_rows)
+        q_nKGD = q_nHD.unflatten(1, (k_nKLD.shape[1], -1))
         return F.scaled_dot_product_attention(q_nKGD, k_nKLD, v_nKLD, group.mask_n11L, scale=scale).flatten(1)
 
     def run(self, qkv_TED: torch.Tensor, layer: slice, run: Run, scale: float) -> torch.Tensor:
@@ -110,18 +118,39 @@ class PagedAttention:
         num_kv = (layer.stop - layer.start) // 2
         q, k, v = qkv_TED.transpose(0, 1)[None].split([qkv_TED.shape[1] - 2 * num_kv, num_kv, num_kv], dim=1)
         if run.table_M is not None:
-            k, v = self._gather(layer, run.table_M, 1).transpose(0, 1).split(num_kv, dim=1)
+            k, v = self._gather(layer, run.table_M, 1)
         causal = run.mask_TL is None
         mixed = F.scaled_dot_product_attention(q, k, v, run.mask_TL, is_causal=causal, scale=scale, enable_gqa=True)
         return mixed[0].transpose(0, 1).flatten(1)
 
-    def _gather(self, layer: slice, table_M: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """The blocks of `table_M` as [2K, n, L, D]; good until the next call."""
-        layer_2KBE = self.blocks_2KBE[layer]
-        shape = (len(layer_2KBE), len(table_M), layer_2KBE.shape[2])
-        size = shape[0] * shape[1] * shape[2]
-        if self._buffer.numel() < size:
-            self._buffer = layer_2KBE.new_empty(size)
-        out = self._buffer[:size].view(shape)
-        torch.index_select(layer_2KBE, 1, table_M, out=out)
-        return out.view(shape[0], num_rows, -1, self.head_dim)
+    def _gather(self, layer: slice, table_M: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the blocks of `table_M`, each [n, K, L, D]; good until the next call."""
+        blocks_BF, places_P2KD = self._layer(layer)
+        key = places_P2KD.shape[1], len(table_M), num_rows
+        if key not in self._views:
+            self._views[key] = self._view(*key)
+        out_MF, k_nKLD, v_nKLD = self._views[key]
+        torch.index_select(blocks_BF, 0, table_M, out=out_MF)
+        return k_nKLD, v_nKLD
+
+    def _view(self, num_heads: int, num_blocks: int, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The buffer for that many blocks of so many heads of keys and values: as it is filled, its keys, its values.
+        Every layer of a step takes the same ones."""
+        width = num_heads * self.blocks_2KBE.shape[2]
+        if self._buffer.numel() < num_blocks * width or len(self._views) >= MAX_VIEWS:
+            self._views.clear()
+        if self._buffer.numel() < num_blocks * width:
+            self._buffer = self._buffer.new_empty(num_blocks * width)
+        out_MF = self._buffer[: num_blocks * width].view(num_blocks, width)
+        kv_n2KLD = out_MF.view(num_rows, -1, num_heads, self.head_dim).transpose(1, 2)
+        k_nKLD, v_nKLD = kv_n2KLD.split(num_heads // 2, dim=1)
+        return out_MF, k_nKLD, v_nKLD
+
+    def _layer(self, layer: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's share by blocks, [B, S 2K D], and by the places in them, [B S, 2K, D]."""
+        key = layer.start, layer.stop
+        if key not in self._layers:
+            share = self.blocks_2KBE[layer]
+            by_blocks = share.view(share.shape[1], -1)
+            self._layers[key] = by_blocks, by_blocks.view(-1, len(share), self.head_dim)
+        return self._layers[key]

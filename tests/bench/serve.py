@@ -1,17 +1,26 @@
 """Serving against the peers: generated tokens/s of SmolLM2-135M in bfloat16, with 0, 1, 4 or 16 adapters in a batch.
 
-    lmray bench serve [--batches 1,8,16,32] [--adapters 0,1,4,16] [--rounds 3] [--contenders lmray,PEFT]
+    lmray bench serve [--batches 1,8,16,32] [--adapters 0,1,4,16,64] [--rounds 3] [--contenders lmray,generate]
 
-Every request has 128 tokens of random ids in and 64 out, all at once; adapters have rank 16 on all linear layers and
-random weights, and requests take turns with them. `lmray` is the engine's core in one process, which reads the prompts
-within the same steps; `lmray base in an adapter engine` asks the base model while all adapters are loaded. `generate`
-is `transformers`' own (with PEFT's per-row `adapter_names` for adapters), one static batch. Prompts' time is the time
-to the first token of the last request; decoding speed is of all tokens after it.
+Every request has 128 tokens of random ids in and 64 out; adapters have rank 16 on all linear layers and random weights,
+and requests take turns with them.
+
+- `lmray` is the engine's core in one process, which reads the prompts within the same steps; all requests come at once.
+- `lmray merged` has one adapter merged into the model.
+- `lmray base beside adapters` asks the base model while the adapters are loaded.
+- `lmray in turn` keeps the batch full: whenever a request ends another comes, with the next adapter, of which there may
+  be more than requests in a batch. Its speed is of all tokens with the prompts that are read meanwhile; its time to the
+  first token is the median of the requests that came in another's place.
+- `generate` is `transformers`' own (with PEFT's per-row `adapter_names` for adapters), one static batch.
+- `continuous batching` is that of `transformers`, which knows no adapters.
+
+Where requests come at once, the first token is that of the last request, and the speed is of all tokens after it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -20,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +40,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from machine import describe  # noqa: E402
 
-CONTENDERS = ("lmray", "lmray base in an adapter engine", "generate")
+CONTENDERS: dict[str, Callable[[int, int], bool]] = {
+    "lmray": lambda batch, distinct: distinct <= batch,
+    "lmray merged": lambda batch, distinct: distinct == 1,
+    "lmray base beside adapters": lambda batch, distinct: 0 < distinct <= batch,
+    "lmray in turn": lambda batch, distinct: batch > 1,
+    "generate": lambda batch, distinct: distinct <= batch,
+    "continuous batching": lambda batch, distinct: distinct == 0,
+}
+"""For which batch sizes and distinct adapters each is measured."""
 NUM_IN, NUM_OUT = 128, 64
 
 
@@ -38,24 +56,15 @@ NUM_IN, NUM_OUT = 128, 64
 class Measured:
     """One process of one contender."""
 
-    prefill_s: float
-    """To the first token of the last request."""
-    decode_tokens_per_s: float
+    first_token_s: float
+    tokens_per_s: float
     peak_bytes: int
 
 
 def cases(batches: list[int], adapters: list[int], names: list[str]) -> list[tuple[str, int, int]]:
     """Contender, batch size, distinct adapters."""
-    found = []
-    for batch in batches:
-        for distinct in adapters:
-            if distinct > batch:
-                continue
-            for name in names:
-                if name == "lmray base in an adapter engine" and distinct == 0:
-                    continue
-                found.append((name, batch, distinct))
-    return found
+    every = itertools.product(batches, adapters, names)
+    return [(name, batch, distinct) for batch, distinct, name in every if CONTENDERS[name](batch, distinct)]
 
 
 def measure(settings: dict[str, object]) -> Measured:
@@ -91,21 +100,23 @@ class Turns:
 
 
 def table(found: dict[tuple[str, int, int], list[Measured]]) -> str:
-    """Medians over the rounds, speeds with their range; ratios to the same contender's base model."""
+    """Medians over the rounds, speeds with their range; ratios to the same contender's base model, for lmray's to
+    `lmray`'s."""
     lines = [
-        "| | batch | adapters | decode tokens/s (range) | of its base | prompts | peak memory |",
+        "| | batch | adapters | tokens/s (range) | of its base | first token | peak memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    speeds = {case: statistics.median(one.decode_tokens_per_s for one in rounds) for case, rounds in found.items()}
+    speeds = {case: statistics.median(one.tokens_per_s for one in rounds) for case, rounds in found.items()}
     for (name, batch, distinct), rounds in found.items():
-        low, high = (pick(one.decode_tokens_per_s for one in rounds) for pick in (min, max))
-        base = speeds.get((name.split(" base ")[0], batch, 0))
+        low, high = (pick(one.tokens_per_s for one in rounds) for pick in (min, max))
+        own = name if name == "lmray in turn" else name.split(" ")[0]
+        base = speeds.get((own, batch, 0))
         ratio = f"{speeds[name, batch, distinct] / base:.0%}" if base else ""
-        prefill = statistics.median(one.prefill_s for one in rounds)
+        first = statistics.median(one.first_token_s for one in rounds)
         memory = statistics.median(one.peak_bytes for one in rounds) / 2**30
         lines.append(
             f"| {name} | {batch} | {distinct} | {speeds[name, batch, distinct]:.0f} ({low:.0f}-{high:.0f}) | {ratio} | "
-            f"{prefill:.2f} s | {memory:.2f} GiB |"
+            f"{first:.2f} s | {memory:.2f} GiB |"
         )
     return "\n".join(lines) + "\n"
 
@@ -122,10 +133,8 @@ def main() -> None:
             told = {"model": str(folder), "num_in": NUM_IN, "num_out": arguments.num_out}
             one = turns.once(case, case | told)
             found[name, batch, distinct].append(one)
-            shown = (
-                f"round {turn + 1}  {name}, batch {batch}, {distinct} adapters: {one.decode_tokens_per_s:.0f} tokens/s"
-            )
-            print(shown, file=sys.stderr, flush=True)
+            shown = f"{name}, batch {batch}, {distinct} adapters: {one.tokens_per_s:.0f} tokens/s"
+            print(f"round {turn + 1}  {shown}", file=sys.stderr, flush=True)
     command = shlex.join(["lmray", "bench", "serve", *sys.argv[1:]])
     head = f"{NUM_IN} tokens in, {arguments.num_out} out, {arguments.rounds} rounds; {describe(arguments.threads)}"
     text = f"\n## Serving, {time.strftime('%Y-%m-%d')}\n\n`{command}`\n\n{head}\n\n" + table(found)
@@ -141,7 +150,9 @@ def _arguments() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(prog="lmray bench serve", description=__doc__)
     parser.add_argument("--batches", type=numbers, default=[1, 8, 16, 32], help="requests at once, comma-separated")
-    parser.add_argument("--adapters", type=numbers, default=[0, 1, 4, 16], help="distinct adapters, comma-separated")
+    parser.add_argument(
+        "--adapters", type=numbers, default=[0, 1, 4, 16, 64], help="distinct adapters, comma-separated"
+    )
     parser.add_argument("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS))
     parser.add_argument("--num-out", type=int, default=NUM_OUT, help="tokens generated for each request")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

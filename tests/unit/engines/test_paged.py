@@ -13,13 +13,15 @@ from torch import nn
 from lmray.engines._adapter_folder import read_adapter_folder
 from lmray.engines._decoder import unfit
 from lmray.engines._paged import PagedStepper
-from lmray.engines.base import Request, Sampling
+from lmray.engines.base import Request, Sampling, TokenEvent
 from lmray.engines.native import Native
 from lmray.errors import LmrayError
 from lmray.models.load import load_model
 from lmray.models.rope import RopeScaling
+from lmray.ops.frozen_linear import FrozenLinear, can_pack
 from tests.unit.engines.conftest import NUM_NEW, STOP, greedy
 
+BFLOAT16 = FrozenLinear(torch.zeros(2, 3, dtype=torch.bfloat16), None)
 DYNAMIC = RopeScaling(rope_type="dynamic", factor=2.0)
 
 
@@ -205,6 +207,37 @@ def test_frozen_weights_are_held_once_and_trained_ones_stay_where_they_are(model
     moved = attention.q_proj.weight.data_ptr()
     make(model)
     assert attention.q_proj.weight.data_ptr() == moved, "they lie side by side already"
+
+
+@pytest.mark.skipif(not can_pack(BFLOAT16), reason="this processor has no faster layout")
+def test_packed_weights_say_the_same_and_are_held_once(model_folder, adapter_folders, prompts):
+    def told(stepper: PagedStepper, adapter: str | None) -> list[float]:
+        stepper.add(Request("asks", prompts[3], Sampling(1, prompt_logprobs=0), adapter))
+        [(_, outcome)] = stepper.step()
+        assert isinstance(outcome, TokenEvent)
+        return [one.logprob for one in outcome.prompt_logprobs or () if one]
+
+    plain = make(load_model(model_folder, "bfloat16").requires_grad_(False), adapter_folders)
+    model = load_model(model_folder, "bfloat16").requires_grad_(False)
+    packed = make(model)
+    packed.pack()
+    packed.pack()  # nothing is left to do
+    assert (plain.stats()["weights"], packed.stats()["weights"]) == ("plain", "packed")
+    assert all(model.get_submodule(name).weight.is_meta for one in packed._pass.decoder.linears() for name in one.names)
+    assert not model.get_input_embeddings().weight.is_meta
+    for name in "ab":
+        packed.adapters.add(name, read_adapter_folder(adapter_folders[name], packed.adapters.base))
+    for adapter in (None, "a", "b"):
+        assert told(packed, adapter) == pytest.approx(told(plain, adapter), abs=0.05)
+
+
+def test_weights_that_no_layout_is_faster_for_stay_in_the_model(model, prompts, known):
+    stepper = make(model)
+    stepper.pack()
+    assert stepper.stats()["weights"] == "plain"
+    stepper.add(Request("asks", prompts[1], Sampling(NUM_NEW)))
+    assert run(stepper)["asks"] == known(None, prompts[1])
+    assert model(torch.tensor([prompts[0]])).logits.isfinite().all()
 
 
 def test_what_runs_the_model_is_told_with_its_reason(model, adapter_folders):

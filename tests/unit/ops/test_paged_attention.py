@@ -80,3 +80,13 @@ def test_other_layers_are_left_alone():
     cache = Cache([9])
     assert not cache.attention.blocks_2KBE[:4].any()
     assert cache.attention.blocks_2KBE[LAYER].any()
+
+
+def test_blocks_that_are_cleared_hold_zeros_and_the_others_what_they_held():
+    cache = Cache([9, 5])
+    cache.attention.clear(LAYER, torch.tensor(cache.tables[0]))
+    q = torch.randn(2, NUM_HEADS, DIM, dtype=torch.float64)
+    [group] = make_groups([9, 5], cache.tables, SIZE, cache.attention.blocks_2KBE)
+    mixed = cache.attention.one_each(q, LAYER, group, SCALE)
+    assert not mixed[0].any()
+    assert torch.allclose(mixed[1], cache.slow(q[1], 1, 5))
