@@ -309,6 +309,8 @@ class Http(Config):
     asked for, so keep `host` on loopback."""
     admin_keys_file: str | None = None
     """The same for `/admin`, with other keys. Empty: there is no `/admin`."""
+    page: bool = True
+    """Whether there is a page at `/` to chat with the models and to watch the load."""
     limits: HttpLimits = HttpLimits()
 
 

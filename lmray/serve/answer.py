@@ -27,6 +27,10 @@ class Backend(Protocol):
         """Handles of the adapters that requests may name. Raises LmrayError while nothing can be served."""
         ...
 
+    async def stats(self) -> list[dict[str, Any]]:
+        """What each engine tells of itself (`Engine.stats`). Raises LmrayError."""
+        ...
+
 
 @dataclass(frozen=True)
 class Question:

@@ -53,6 +53,7 @@ class ServePlan:
     """Of the base model's positions."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     filters: tuple[TextFilter, ...] = ()
+    page: bool = True
 
     @property
     def fit(self) -> Fit:
@@ -92,6 +93,7 @@ def prepare(job: ServeJob) -> ServePlan:
         rope_scaling=job.model.rope_scaling,
         limits=job.http.limits,
         filters=job.filters,
+        page=job.http.page,
     )
     named = _named_adapters(job, store, plan)
     adapters = StoredAdapters(store, plan.fit)
