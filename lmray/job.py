@@ -309,6 +309,8 @@ class Http(Config):
     asked for, so keep `host` on loopback."""
     admin_keys_file: str | None = None
     """The same for `/admin`, with other keys. Empty: there is no `/admin`."""
+    page: bool = True
+    """Whether there is a page at `/` to chat with the models and to watch the load."""
     limits: HttpLimits = HttpLimits()
     stream_interval_s: Annotated[float, Field(ge=0.0, le=10.0)] = 0.1
     """An answer's first token is sent at once; those that follow are sent together so often, since each message costs

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmray.cli.output import say
-from lmray.errors import ArtifactError, ConfigError
+from lmray.cli.output import AsJson, clean_stdout, emit, say
+from lmray.cli.speakers import Speaker, endpoint, in_process
+from lmray.errors import ConfigError, LmrayError, did_you_mean
 
 if TYPE_CHECKING:
-    from lmray.models.source import FoundModel
+    from lmray.serve.client import Said
 
-Messages = list[dict[str, str]]
-Speaker = Callable[[Messages], Iterator[str]]
-"""The answer to a conversation, piece by piece."""
-MAX_LENGTH = 4096
-"""Longest local conversation in tokens, where the model reaches that far."""
+HELP = """\
+/model [NAME]   ask another model or adapter from now on; without a name: list them
+/system [TEXT]  put TEXT before the conversation; without a text: nothing
+/reset          forget what was said
+/help           this list
+/quit           end, as Ctrl-D does"""
+COMMANDS = tuple(line.split()[0] for line in HELP.splitlines())
 Target = Annotated[
     str,
     typer.Argument(metavar="URL|MODEL[:ADAPTER]", help="An endpoint, or a model (`artifact:NAME` too) and an adapter."),
 ]
-Question = Annotated[str | None, typer.Argument(metavar="MESSAGE", help="Ask once. Empty: talk, a line at a time.")]
+Question = Annotated[
+    str | None,
+    typer.Argument(metavar="MESSAGE", help="Ask once. Empty: talk; where stdin is no terminal, its text is asked."),
+]
 ServedName = Annotated[str | None, typer.Option(help="Which model of the endpoint. Empty: its first.")]
-KeyFile = Annotated[Path | None, typer.Option(help="File with the endpoint's API key.")]
+KeyFile = Annotated[
+    Path | None, typer.Option(help="File with the endpoint's API key. Empty: the variable LMRAY_API_KEY.")
+]
 
 
 def chat(
@@ -36,150 +44,161 @@ def chat(
     message: Question = None,
     model: ServedName = None,
     api_key_file: KeyFile = None,
-    system: Annotated[str | None, typer.Option(help="A system message put before the conversation.")] = None,
+    system: Annotated[str, typer.Option(help="A system message put before the conversation.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: always the likeliest token.")] = 0.0,
+    as_json: AsJson = False,
 ) -> None:
-    """Talk to a model; answers go to stdout as they come."""
-    messages: Messages = [{"role": "system", "content": system}] if system else []
+    """Talk to a model; answers go to stdout as they come. /help there lists what else can be typed."""
+    question = message if message is not None or sys.stdin.isatty() else sys.stdin.read()
+    if question is not None and not question.strip():
+        raise ConfigError("chat", "the message is empty", hint='lmray chat TARGET "hello"')
+    if question is None and as_json:
+        raise ConfigError("--json", "is for one question", hint="give a MESSAGE, or one on stdin")
+    sampling = {"max_tokens": max_tokens, "temperature": temperature}
+    with clean_stdout(as_json):
+        opened = _opened(target, model, api_key_file, sampling)
+        with opened as speaker:
+            talk = Talk(speaker, speaker.name, system)
+            if question is None:
+                talk.hold()
+                return
+            ended = talk.ask(question.strip(), _nothing if as_json else _print)
+    _report(talk, ended, as_json=as_json)
+
+
+def _opened(
+    target: str, model: str | None, key_file: Path | None, sampling: dict[str, Any]
+) -> AbstractContextManager[Speaker]:
     if target.startswith(("http://", "https://")):
-        opened = _remote(target, model, api_key_file, max_tokens, temperature)
-    elif model or api_key_file:
+        return nullcontext(endpoint(target, model, key_file, **sampling))
+    if model or key_file:
         raise ConfigError(f"chat {target}", "--model and --api-key-file are for endpoints", hint="give a URL")
-    else:
-        opened = _local(target, max_tokens, temperature)
-    with opened as speak:
-        for question in [message] if message else _typed():
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": _answer(speak, messages)})
+    return in_process(target, **sampling)
+
+
+@dataclass
+class Ended:
+    """An answer that is over."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    usage: dict[str, int] | None = None
+    stopped: bool = False
+    """By Ctrl-C."""
+
+    def take(self, said: Said) -> None:
+        self.text += said.text
+        self.finish_reason = said.finish_reason or self.finish_reason
+        self.usage = dict(said.usage) if said.usage else self.usage
+
+
+@dataclass
+class Talk:
+    """A conversation, with what was said in it."""
+
+    speaker: Speaker
+    model: str
+    system: str = ""
+    said: list[dict[str, str]] = field(default_factory=list)
+
+    def ask(self, question: str, hear: Callable[[str], None]) -> Ended:
+        """What the model says to `question`, which `hear` is given as it comes; Ctrl-C ends the answer. A question that
+        nothing was said to is not part of the conversation. Raises what the speaker raises."""
+        asked = [*self.said, {"role": "user", "content": question}]
+        before, ended = [{"role": "system", "content": self.system}] if self.system else [], Ended()
+        try:
+            with closing(self.speaker.answer(self.model, [*before, *asked])) as pieces:
+                for said in pieces:
+                    ended.take(said)
+                    hear(said.text)
+        except KeyboardInterrupt:
+            ended.stopped = True
+        if ended.text:
+            self.said = [*asked, {"role": "assistant", "content": ended.text}]
+        return ended
+
+    def hold(self) -> None:
+        """Asks what is typed, line by line, until its end; what goes wrong with one question does not end it."""
+        with suppress(ImportError):  # line editing, and the lines before on arrow keys, where Python has it
+            import readline  # noqa: F401
+        say("/help: what else can be typed. Ctrl-C stops an answer, Ctrl-D ends.")
+        for line in _typed():
+            try:
+                if line == "/quit":
+                    return
+                if line.startswith("/") and not line.startswith("//"):
+                    self._do(*line.split(maxsplit=1))
+                    continue
+                ended = self.ask(line.removeprefix("/") if line.startswith("//") else line, _print)
+                print(flush=True)
+                if ended.stopped:
+                    say("(stopped)")
+            except LmrayError as error:
+                say(f"error: {error}")
+
+    def _do(self, command: str, text: str = "") -> None:
+        match command:
+            case "/model":
+                self._turn_to(text)
+            case "/system":
+                self.system = text
+            case "/reset":
+                self.said = []
+            case "/help":
+                say(HELP)
+            case _:
+                hint = did_you_mean(command, COMMANDS) or "// in front sends a message that begins with /"
+                raise ConfigError(command, "is no command", allowed=", ".join(COMMANDS), hint=hint)
+
+    def _turn_to(self, name: str) -> None:
+        """Raises ConfigError for a name that the speaker does not know."""
+        names = self.speaker.names()
+        if not name:
+            say("\n".join(f"{'*' if one == self.model else ' '} {one}" for one in names))
+        elif name.partition("@")[0] not in names:  # versions and stages are answered to and not listed
+            raise ConfigError(
+                "/model", f"unknown model `{name}`", allowed=", ".join(names), hint=did_you_mean(name, names)
+            )
+        else:
+            self.model = name
 
 
 def _typed() -> Iterator[str]:
-    """Lines from stdin until it ends; empty ones are passed over."""
-    if sys.stdin.isatty():
-        say("Ctrl-D ends the conversation.")
+    """Lines from the terminal until it ends; empty ones are passed over, and Ctrl-C empties one."""
     while True:
-        if sys.stdin.isatty():
+        prompt = "> " if sys.stdout.isatty() else ""
+        if not prompt:  # stdout is data
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            say("")
             return
-        if line.strip():
-            yield line.strip()
+        except KeyboardInterrupt:
+            say("")
+            continue
+        if line:
+            yield line
 
 
-def _answer(speak: Speaker, messages: Messages) -> str:
-    pieces = []
-    for piece in speak(messages):
-        pieces.append(piece)
-        print(piece, end="", flush=True)
-    print(flush=True)
-    return "".join(pieces)
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
 
 
-@contextmanager
-def _remote(
-    url: str, model: str | None, api_key_file: Path | None, max_tokens: int, temperature: float
-) -> Iterator[Speaker]:
-    from lmray.serve.client import chat_stream, list_models
-
-    key = _read_key(api_key_file)
-    name = model or list_models(url, api_key=key)[0]
-    say(f"{url}: {name}")
-    yield lambda messages: chat_stream(url, name, messages, api_key=key, max_tokens=max_tokens, temperature=temperature)
+def _nothing(text: str) -> None:
+    pass
 
 
-def _read_key(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        lines = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise ConfigError(f"API key file {path}", f"cannot be read: {reason}") from None
-    if not lines:
-        raise ConfigError(f"API key file {path}", "is empty", hint="put the key on its first line")
-    return lines[0]
-
-
-@contextmanager
-def _local(target: str, max_tokens: int, temperature: float) -> Iterator[Speaker]:
-    """The model in this process, on the embedded engine."""
-    import os
-
-    from lmray.engines.native import Native
-    from lmray.models.load import load_model, load_tokenizer, stop_token_ids
-    from lmray.models.precision import resolve_dtype
-    from lmray.models.rope import RopeScaling
-    from lmray.models.source import find_model
-    from lmray.serve.answer import Answer
-    from lmray.serve.forms import Chat, engine_requests
-    from lmray.serve.messages import ChatMessage
-    from lmray.serve.openai import ChatRequest
-
-    source, ref = _split(target)
-    found = find_model(source)
-    adapter, base = _adapter(ref, found) if ref else (None, {})
-    dtype, _ = resolve_dtype("auto", "cpu")
-    loaded, tokenizer = load_model(found.folder, dtype, rope_scaling=RopeScaling.of(base)), load_tokenizer(found.folder)
-    config = Native(max_batch_size=1, max_adapters=1, max_length=min(MAX_LENGTH, loaded.config.max_position_embeddings))
-    stops = stop_token_ids(loaded, tokenizer)
-    engine = config.start(loaded, stop_token_ids=stops, threads=len(os.sched_getaffinity(0)))
-    handle = ref or None
-
-    async def pieces(messages: Messages) -> AsyncIterator[str]:
-        asked = [ChatMessage.model_validate(message) for message in messages]
-        chat = ChatRequest(model=source, messages=asked, max_tokens=max_tokens, temperature=temperature)
-        answer = Answer(tokenizer)
-        [(request, _)] = engine_requests(Chat(chat, tokenizer), handle, config.max_length)
-        async for event in engine.submit(request):
-            yield answer.push(event).text
-
-    loop = asyncio.new_event_loop()
-    try:
-        if adapter is not None:
-            loop.run_until_complete(engine.add_adapter(ref, adapter))
-        say(f"{target}: {found.folder}")
-        yield lambda messages: _stepped(loop, pieces(messages))
-    finally:
-        loop.run_until_complete(engine.close())
-        loop.close()
-
-
-def _split(target: str) -> tuple[str, str]:
-    """Model and adapter of `MODEL[:ADAPTER]`, where the model may be a folder, `artifact:NAME` or `pypi:PACKAGE`."""
-    if Path(target).exists():
-        return target, ""
-    prefix = next((one for one in ("artifact:", "pypi:") if target.startswith(one)), "")
-    source, _, ref = target.removeprefix(prefix).partition(":")
-    return prefix + source, ref
-
-
-def _adapter(ref: str, base: FoundModel) -> tuple[Path, Mapping[str, Any]]:
-    """The files of artifact `ref`, and its entry of its base. Raises ArtifactError where it was trained on another
-    model."""
-    from lmray.artifacts.artifact import Artifacts
-    from lmray.artifacts.store import open_store
-
-    kept = Artifacts(open_store())
-    artifact = kept.find(ref)
-    if artifact.kind != "adapter":
-        hint = f"lmray chat artifact:{ref}"
-        raise ArtifactError(f"artifact `{artifact.ref}`", f"is a {artifact.kind}", allowed="adapter", hint=hint)
-    if artifact.base.get("digest") != base.digest:
-        was = f"was trained on `{artifact.base.get('source')}`"
-        hint = f"lmray chat {artifact.base.get('source')}:{ref}"
-        raise ArtifactError(f"artifact `{artifact.ref}`", was, allowed=f"adapters of `{base.source}`", hint=hint)
-    return kept.checkout(artifact), artifact.base
-
-
-def _stepped(loop: asyncio.AbstractEventLoop, pieces: AsyncIterator[str]) -> Iterator[str]:
-    """What `pieces` yields, one turn of the loop after another."""
-    try:
-        while True:
-            try:
-                yield loop.run_until_complete(anext(pieces))
-            except StopAsyncIteration:
-                return
-    finally:
-        loop.run_until_complete(pieces.aclose())  # type: ignore[attr-defined]  # it is an async generator
+def _report(talk: Talk, ended: Ended, *, as_json: bool) -> None:
+    """The end of a single question's answer. Leaves with 130 where it was stopped."""
+    told = {
+        "status": "stopped" if ended.stopped else "succeeded",
+        "model": talk.model,
+        "answer": ended.text,
+        "finish_reason": ended.finish_reason,
+        "usage": ended.usage,
+    }
+    emit(told, "", as_json=as_json)
+    if ended.stopped:
+        raise typer.Exit(130)

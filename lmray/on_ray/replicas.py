@@ -106,6 +106,7 @@ class Gateway:
             keys=plan.keys,
             limits=plan.limits,
             filters=plan.filters,
+            page=plan.page,
             sends_request_id=False,  # Ray Serve sends it
         )
         canaries = Canaries(store, plan.endpoint)

@@ -31,6 +31,10 @@ class Backend(Protocol):
         """Raises LmrayError while no request would be answered."""
         ...
 
+    async def stats(self) -> list[dict[str, Any]]:
+        """What each engine tells of itself (`Engine.stats`). Raises LmrayError."""
+        ...
+
 
 @dataclass(frozen=True)
 class Question:

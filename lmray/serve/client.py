@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -12,9 +13,31 @@ import httpx
 from lmray.errors import RemoteError
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 300.0
+PASSING = (408, 409, 425, 429)
+"""Statuses of clients' own making that pass by themselves."""
 
 
-def chat_stream(
+class RefusedError(RemoteError):
+    """An endpoint that says that what it was asked is wrong: the same request would be refused again."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one event adds to an answer."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    usage: Mapping[str, int] | None = None
+
+
+def chat_stream(url: str, model: str, messages: Sequence[Mapping[str, str]], **options: Any) -> Iterator[str]:
+    """The text of `chat_events`, piece by piece."""
+    return (said.text for said in chat_events(url, model, messages, **options))
+
+
+def chat_events(
     url: str,
     model: str,
     messages: Sequence[Mapping[str, str]],
@@ -22,12 +45,15 @@ def chat_stream(
     api_key: str | None = None,
     max_tokens: int | None = None,
     temperature: float = 0.0,
-) -> Iterator[str]:
-    """The answer of `model` at `url` (with or without `/v1`) to `messages`, piece by piece.
+) -> Generator[Said, None, None]:
+    """The answer of `model` at `url` (with or without `/v1`) to `messages` as it comes; the last event may tell its
+    usage. Closing the generator early closes the connection, which cancels the answer.
 
-    Raises RemoteError with what the server said, or that it does not answer.
+    Raises RemoteError with what the server said, or that it does not answer; RefusedError where it says that the
+    request is wrong.
     """
     body = {"model": model, "messages": list(messages), "stream": True, "temperature": temperature}
+    body |= {"stream_options": {"include_usage": True}}
     body |= {"max_tokens": max_tokens} if max_tokens is not None else {}
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     with (
@@ -37,8 +63,11 @@ def chat_stream(
     ):
         _check(response, url)
         for line in response.iter_lines():
-            if line.startswith("data: ") and line != "data: [DONE]":
-                yield _text(json.loads(line.removeprefix("data: ")), url)
+            data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+            if data == "[DONE]":
+                return
+            if data:
+                yield _said(json.loads(data), url)
 
 
 def list_models(url: str, *, api_key: str | None = None) -> list[str]:
@@ -74,15 +103,19 @@ def _check(response: httpx.Response, url: str) -> None:
         said = json.loads(text)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         said = text[:200] or "nothing"
-    hint = "give an API key" if response.status_code == 401 else None
-    raise RemoteError(url, f"HTTP {response.status_code}: {said}", hint=hint)
+    hint = "put an API key into LMRAY_API_KEY or a file" if response.status_code == 401 else None
+    kind = RefusedError if 400 <= response.status_code < 500 and response.status_code not in PASSING else RemoteError
+    raise kind(url, f"HTTP {response.status_code}: {said}", hint=hint)
 
 
-def _text(event: dict[str, Any], url: str) -> str:
-    """The text of one streamed event. Raises RemoteError for an event that is an error."""
+def _said(event: dict[str, Any], url: str) -> Said:
+    """Raises RemoteError for an event that is an error."""
     if "error" in event:
         raise RemoteError(url, f"the answer broke off: {event['error']['message']}")
-    return event["choices"][0]["delta"].get("content", "") if event["choices"] else ""
+    if not event["choices"]:
+        return Said(usage=event.get("usage"))
+    choice = event["choices"][0]
+    return Said(choice["delta"].get("content") or "", choice.get("finish_reason"), event.get("usage"))
 
 
 def _root(url: str) -> str:

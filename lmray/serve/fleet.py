@@ -64,6 +64,10 @@ class Fleet:
         await self.catalogue.look()
         return tuple(sorted({*self.catalogue.names, *self._merged}))
 
+    async def stats(self) -> list[dict[str, Any]]:
+        """What each replica's engine tells of itself. Raises LmrayError."""
+        return await self.replicas.everywhere("stats")
+
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The tokens that continue `request`. Closing it early cancels the request.
 

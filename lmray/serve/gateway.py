@@ -32,6 +32,7 @@ from lmray.serve.guided import check_format
 from lmray.serve.keys import ApiKey, find_key
 from lmray.serve.metrics import Metrics
 from lmray.serve.openai import ChatRequest, CompletionRequest, read_request
+from lmray.serve.page import add_page
 from lmray.serve.quotas import Quotas
 from lmray.serve.visitors import VISITOR
 
@@ -53,6 +54,8 @@ class GatewaySettings:
     filters: tuple[TextFilter, ...] = ()
     sends_request_id: bool = True
     """Whether answers carry `x-request-id`; off where what stands before the gateway puts it there."""
+    page: bool = True
+    """Whether there is a page for people at `/`, and `/load` for it."""
 
 
 def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: GatewaySettings) -> FastAPI:
@@ -66,6 +69,8 @@ def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: Gat
     app.add_api_route("/v1/models/{name:path}", gateway.model, methods=["GET"])
     app.add_api_route("/v1/chat/completions", gateway.chat, methods=["POST"])
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
+    if settings.page:
+        add_page(app, backend, gateway.metrics, gateway.check_watcher)
     told = {"sends_request_id": settings.sends_request_id, "send_timeout_s": settings.limits.send_timeout_s}
     answer_failures(app, metrics=gateway.metrics, **told)
     return app
@@ -96,10 +101,14 @@ class _Gateway:
 
     async def page(self, http: Request) -> Response:
         """The metrics, without a key or for keys that may read them."""
+        self.check_watcher(http)
+        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def check_watcher(self, http: Request) -> None:
+        """Raises AnswerError for a key that may not see what all keys do."""
         key = self._key(http)
         if key is not None and not key.metrics:
             raise AnswerError(403, error_body("this key may not read metrics", code="not_allowed"))
-        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, http: Request) -> dict[str, Any]:
         key = self._key(http)

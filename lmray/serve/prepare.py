@@ -69,6 +69,7 @@ class ServePlan:
     merged: dict[str, ServePlan] = field(default_factory=dict)
     """Of adapters with a copy of the base model to themselves: name in requests -> what their replicas serve."""
     draft: PlannedDraft | None = None
+    page: bool = True
 
     @property
     def fit(self) -> Fit:
@@ -115,6 +116,7 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         limits=job.http.limits,
         filters=job.filters,
         draft=None if draft is None else PlannedDraft(_pinned(job.engine.draft, draft), draft.digest),
+        page=job.http.page,
     )
     every = _named_adapters(job, store, plan)
     named = {one.artifact: every[one.artifact] for one in plan.served if not one.is_pattern}

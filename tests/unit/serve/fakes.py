@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 from lmray.engines.base import FinishReason, Request, TokenEvent, TokenLogprob
 from lmray.errors import LmrayError
 
 STOP, LETTER_A = 2, 67
+BLOCKS = {"free_blocks": 6, "num_blocks": 8}
 
 
 class FakeBackend:
@@ -30,6 +32,7 @@ class FakeBackend:
         self.hangs_after: int | None = None
         self.hanging = asyncio.Event()
         self.down: LmrayError | None = None
+        self.looks = 0
 
     async def adapters(self) -> tuple[str, ...]:
         if self.down is not None:
@@ -39,6 +42,14 @@ class FakeBackend:
     async def ready(self) -> None:
         if self.down is not None:
             raise self.down
+
+    async def stats(self) -> list[dict[str, Any]]:
+        """Two engines, one of which has blocks."""
+        self.looks += 1
+        if self.down is not None:
+            raise self.down
+        first = {"waiting": 1, "running": 2, "generated_tokens": 30, "adapters": ["helper@1", "other@1"]}
+        return [first, {"waiting": 0, "running": 1, "generated_tokens": 4, "adapters": ["helper@1"], **BLOCKS}]
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         self.requests.append(request)

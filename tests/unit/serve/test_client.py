@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from lmray.errors import RemoteError
-from lmray.serve.client import chat_stream, list_models
+from lmray.serve.client import Said, chat_events, chat_stream, list_models
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -66,7 +67,12 @@ def test_models_are_listed(server):
     ("status", "body", "found"),
     [
         (404, '{"error": {"message": "unknown model; there are: a"}}', "HTTP 404: unknown model; there are: a"),
-        (401, '{"error": {"message": "wrong API key"}}', "HTTP 401: wrong API key\n  hint: give an API key"),
+        (
+            401,
+            '{"error": {"message": "wrong API key"}}',
+            "HTTP 401: wrong API key\n  hint: put an API key into LMRAY_API_KEY",
+        ),
+        (429, '{"error": {"message": "come back"}}', "HTTP 429: come back"),
         (502, "<html>bad gateway</html>", "HTTP 502: <html>bad gateway</html>"),
         (500, "", "HTTP 500: nothing"),
         (200, 'data: {"error": {"message": "broke"}}\n\n', "the answer broke off: broke"),
@@ -79,6 +85,22 @@ def test_what_the_server_said_is_the_error(server, status, body, found):
     with pytest.raises(RemoteError) as caught:
         list(chat_stream(url, "tiny", MESSAGES))
     assert found in str(caught.value)
+    assert caught.value.exit_code == (2 if status in (401, 404) else 1)
+
+
+def test_the_end_of_an_answer_tells_its_reason_and_usage(server):
+    url, says, heard = server
+    pieces = (
+        'data:{"choices": [{"delta": {"content": null}}]}',
+        'data: {"choices": [{"delta": {}, "finish_reason": "length"}]}',
+        ": a comment",
+        'data: {"choices": [], "usage": {"completion_tokens": 3}}',
+        "data: [DONE]",
+    )
+    says |= {"status": 200, "body": "\n\n".join(pieces) + "\n\n"}
+    said = list(chat_events(url, "tiny", MESSAGES))
+    assert said == [Said(), Said(finish_reason="length"), Said(usage={"completion_tokens": 3})]
+    assert json.loads(heard[0][2])["stream_options"] == {"include_usage": True}
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://"])

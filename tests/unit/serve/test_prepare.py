@@ -213,6 +213,11 @@ def test_a_port_in_use_is_refused(job):
         check_port("192.0.2.1", job.http.port)
 
 
+def test_the_page_can_be_left_out(job):
+    assert prepare(job).page is True
+    assert prepare(job.changed({"http.page": False})).page is False
+
+
 def test_an_endpoint_runs_no_code_of_a_model(job):
     with pytest.raises(ConfigError, match="runs no code"):
         prepare(job.changed({"model.trust_remote_code": True}))
