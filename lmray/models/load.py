@@ -79,6 +79,20 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, rope_scaling: 
     return config
 
 
+def load_empty_model(
+    folder: Path, *, trust_remote_code: bool = False, rope_scaling: RopeScaling | None = None
+) -> PreTrainedModel:
+    """The model in `folder` without its weights, its positions scaled where asked for. Raises ArtifactError for a
+    config that is none, ConfigError for positions that cannot be scaled."""
+    try:
+        with quiet(), torch.device("meta"):
+            config = load_config(folder, trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"model folder {folder}", f"is no causal language model: {first[:200]}") from None
+
+
 def make_model(
     config: Any, dtype: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> Any:

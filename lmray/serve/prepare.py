@@ -10,17 +10,13 @@ import socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
 from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import Store, open_store
 from lmray.config.endpoint import HttpLimits, TextFilter
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
-from lmray.models.load import load_config, load_tokenizer
-from lmray.models.quiet import quiet
+from lmray.models.load import load_empty_model, load_tokenizer
 from lmray.models.rope import RopeScaling
 from lmray.models.source import ARTIFACT, find_model, model_of
 from lmray.serve.fit import Fit, StoredAdapters
@@ -96,7 +92,7 @@ def prepare(job: ServeJob) -> ServePlan:
     named = _named_adapters(job, store, plan)
     adapters = StoredAdapters(store, plan.fit)
     folders = {name: adapters.find(artifact.ref).folder for name, artifact in named.items()}
-    job.engine.check(load_empty_model(found.folder, job.model.rope_scaling), folders)
+    job.engine.check(load_empty_model(found.folder, rope_scaling=job.model.rope_scaling), folders)
     return replace(plan, adapters={name: artifact.id for name, artifact in named.items()})
 
 
@@ -108,18 +104,6 @@ def check_out(plan: ServePlan) -> Path:
         hint = "put the model where every node reads the same"
         raise ArtifactError(f"model `{plan.source}`", what, allowed=plan.digest[:12], hint=hint)
     return found.folder
-
-
-def load_empty_model(folder: Path, rope_scaling: RopeScaling | None = None) -> PreTrainedModel:
-    """The model in `folder` without its weights, its positions scaled where asked for. Raises ArtifactError for a
-    config that is none, ConfigError for positions that cannot be scaled."""
-    try:
-        with quiet(), torch.device("meta"):
-            config = load_config(folder, rope_scaling=rope_scaling)
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"model folder {folder}", f"is no causal language model: {first[:200]}") from None
 
 
 def check_port(host: str, port: int) -> None:
