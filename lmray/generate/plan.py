@@ -77,12 +77,13 @@ def prepare(job: GenerateJob, plan: GeneratePlan | None = None) -> Ready:
     if plan is not None:
         job = job.model_copy(update={"model": job.model.model_copy(update={"source": plan.model["source"]})})
     found = model_of(job)
-    code = job.model.trust_remote_code
     questions = read_questions(job.data)
-    tokenizer = load_tokenizer(found.folder, chat=questions.has_chats, trust_remote_code=code)
+    tokenizer = load_tokenizer(found.folder, chat=questions.has_chats, trust_remote_code=job.model.trust_remote_code)
     pinned = {text: one["name"] for text, one in plan.adapters.items()} if plan else {}
     adapters = _adapters(job, found, questions, pinned)
-    empty = load_empty_model(found.folder, trust_remote_code=code, rope_scaling=job.model.rope_scaling)
+    empty = load_empty_model(
+        found.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=job.model.rope_scaling
+    )
     job.engine.check(empty, {one.name: one.folder for one in adapters.values()})
     make_sampling(job, 0, 0)
     _check_schema(job, tokenizer)
