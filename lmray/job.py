@@ -24,7 +24,8 @@ from lmray.config import (
     with_overrides,
 )
 from lmray.config.endpoint import HttpLimits, TextFilter
-from lmray.data.spec import DataSpec
+from lmray.config.generation import AnswerFiles, SamplingArgs
+from lmray.data.spec import DataSpec, PromptSpec
 from lmray.engines.base import EngineConfig
 from lmray.errors import ConfigError, did_you_mean
 from lmray.methods.base import Method
@@ -354,7 +355,34 @@ class ServeJob(Job):
         return self
 
 
-KINDS: dict[str, type[Job]] = {"train": TrainJob, "evaluate": EvaluateJob, "sweep": SweepJob, "serve": ServeJob}
+class GenerateJob(Job):
+    kind: Literal["generate"] = "generate"
+    model: ModelSpec
+    adapter: str | None = None
+    """`NAME`, `NAME@STAGE` or `NAME@VERSION` of an artifact, or an adapter's folder. Empty: the model alone."""
+    data: PromptSpec
+    engine: Annotated[EngineConfig, Member(ENGINES)]
+    sampling: SamplingArgs = SamplingArgs()
+    output: AnswerFiles = AnswerFiles()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _leaves_room(self):
+        if self.model.quantization:
+            raise ValueError("generates with a quantised model; hint: `quantization` is for training and evaluation")
+        if self.sampling.max_tokens >= self.engine.max_length:
+            found = f"`sampling.max_tokens` {self.sampling.max_tokens} leaves no room for a prompt"
+            raise ValueError(f"{found}; hint: raise `engine.max_length`, which is {self.engine.max_length}")
+        return self
+
+
+KINDS: dict[str, type[Job]] = {
+    "train": TrainJob,
+    "evaluate": EvaluateJob,
+    "sweep": SweepJob,
+    "serve": ServeJob,
+    "generate": GenerateJob,
+}
 
 
 def load(path: str | Path, *overrides: str) -> Any:

@@ -87,7 +87,9 @@ def _show_models(as_json: bool) -> None:
     emit({"models": models}, table(head, [(*row[:2], row[2][:16], *row[3:]) for row in rows]), as_json=as_json)
 
 
-def schema(kind: Annotated[str, typer.Argument(metavar="KIND", help="train, evaluate, sweep, serve")]) -> None:
+def schema(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="train, evaluate, sweep, serve, generate")],
+) -> None:
     """Print the JSON schema of a kind of job. For editors and other programs."""
     from lmray.errors import ConfigError, did_you_mean
     from lmray.job import KINDS

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmray.job import EvaluateJob, ServeJob, SweepJob, TrainJob
+    from lmray.job import EvaluateJob, GenerateJob, ServeJob, SweepJob, TrainJob
     from lmray.models.machine import Machine
     from lmray.train.data_facts import Piece
 
@@ -165,6 +165,19 @@ def check_serve(job: ServeJob, *, cluster: bool, examples: int) -> Found:
     return Found(value | memory, head + lines)
 
 
+def check_generate(job: GenerateJob, *, cluster: bool, examples: int) -> Found:
+    """The plan, and the memory of a worker's weights and cache."""
+    from lmray.generate.plan import answers_folder, check_begin, make_plan, prepare
+
+    ready = prepare(job)
+    plan = make_plan(job, ready)
+    check_begin(job, plan)
+    rows = {"rows": job.engine.max_batch_size, "tokens": job.engine.max_length}
+    memory, lines = _generation(job, ready.model.folder, cluster=cluster, **rows)
+    head = [*plan.lines(), f"answers    {answers_folder(job)} ({job.output.format})"]
+    return Found(plan.to_json() | {"answers": str(answers_folder(job))} | memory, head + lines)
+
+
 def _generation(job: Any, folder: Any, *, cluster: bool, rows: int, tokens: int) -> tuple[dict[str, Any], list[str]]:
     """Memory of a worker that answers `rows` sequences of `tokens` tokens side by side. Raises CapacityError."""
     import torch
@@ -210,5 +223,11 @@ def _machines(machines: Sequence[Machine]) -> list[str]:
     return [f"machines   {', '.join(map(machine_text, machines))}"]
 
 
-CHECKS = {"train": check_train, "sweep": check_sweep, "evaluate": check_evaluate, "serve": check_serve}
+CHECKS = {
+    "train": check_train,
+    "sweep": check_sweep,
+    "evaluate": check_evaluate,
+    "serve": check_serve,
+    "generate": check_generate,
+}
 """Kind of job -> what looks at it."""

@@ -76,6 +76,17 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a model is asked: a conversation that waits for its next turn, or plain text to go on with."""
+
+    messages: tuple[dict[str, Any], ...]
+    """As in `Example`, without the answer. Empty where `text` is given."""
+    where: str
+    tools: tuple[dict[str, Any], ...] | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
 class Row:
     """One record of a file, with where it stood."""
 
@@ -108,3 +119,11 @@ class Mapping(MemberConfig):
     def example(self, row: Row) -> Example:
         """The example in `row`. Raises DataError naming file, row and column."""
         raise NotImplementedError
+
+    def question(self, row: Row) -> Prompt:
+        """What `row` asks, its answer left out; plain text is gone on with. Where rows without an answer make sense, a
+        mapping overrides this. Raises DataError naming file, row and column."""
+        example = self.example(row)
+        if example.text is not None:
+            return Prompt((), row.where, text=example.text)
+        return Prompt(example.prompt, row.where, tools=example.tools)

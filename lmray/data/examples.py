@@ -118,7 +118,7 @@ class _Reader:
         sources = [[dump(source) for source in part] for part in (self.train, self.own)]
         split = dump(self.split) if self.split else None
         inputs = [one.inputs for one in self.opened]
-        return sha256_json([_code_digest(), sources, inputs, split, self.preferences])
+        return sha256_json([code_digest(), sources, inputs, split, self.preferences])
 
     def make(self, folder: Path) -> dict[str, Any]:
         """Fills `folder`; what `_read` needs to know of it."""
@@ -183,7 +183,7 @@ class _Reader:
 
 
 @cache
-def _code_digest() -> str:
+def code_digest() -> str:
     """Of the code that reads: where it changes, data is read anew."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return sha256_json([sha256_file(file) for file in files])

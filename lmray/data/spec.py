@@ -62,3 +62,25 @@ class DataSpec(Config):
     """Learn the last assistant turn of a conversation alone. False: every one."""
     packing: bool = False
     """Several examples share a row, each seeing only itself."""
+
+
+class PromptSource(Config):
+    source: str
+    """As that of training data: a file, a glob, a folder, a URL, `hf:`, `pypi:`, ..."""
+    mapping: Annotated[Mapping, Member(MAPPINGS, default="columns")] | None = None
+    """How a row becomes a question: a mapping's name, or columns like `{prompt: question}`; rows need no answer, and
+    one that they have is left out. `text`: the column is gone on with as it is, without a chat template. Empty: told
+    from the columns of the first rows."""
+
+
+class PromptSpec(Config):
+    """What a model is to answer: rows in the order in which they stand."""
+
+    sources: Annotated[tuple[PromptSource, ...], Field(min_length=1)]
+    id: str | None = None
+    """Column that is put beside each answer as the row's `id`. Empty: answers have the row's number alone."""
+    adapter: str | None = None
+    """Column that names the adapter of each row, written as a job's `adapter`; rows where it is empty have the job's.
+    Empty: all rows have the job's."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Only so many, from the first on. Empty: all."""

@@ -99,6 +99,14 @@ def check_answered(messages: tuple[Turn, ...], where: str) -> None:
         raise DataError(where, found, allowed="a last turn of `assistant`")
 
 
+def without_answer(messages: tuple[Turn, ...], where: str) -> tuple[Turn, ...]:
+    """`messages` up to the last answer in them. Raises DataError where nothing is asked before it."""
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not asked:
+        raise DataError(where, "holds an answer and no question", allowed="a turn of `user` before it")
+    return asked
+
+
 def with_system(messages: tuple[Turn, ...], system: str) -> tuple[Turn, ...]:
     """`messages` after a system turn with the text `system`, unless that is empty or they begin with one."""
     if not system or messages[0]["role"] == "system":

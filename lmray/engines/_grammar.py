@@ -4,7 +4,8 @@ tokens; it is the extra `lmray[guided]`. V is the vocabulary, as wide as the mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,6 +14,23 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lmray.errors import DataError
+
+_WHITESPACE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,20}"}
+"""A model may indent, but not write spaces until its answer is cut."""
+
+
+def json_grammar(schema: Mapping[str, Any]) -> str:
+    """The grammar of answers that are JSON of `schema`, as `llguidance` reads it."""
+    held = {**schema, "x-guidance": _WHITESPACE}
+    return json.dumps({"grammars": [{"name": "json_schema", "json_schema": held}]}, ensure_ascii=False)
+
+
+def grammar_fault(grammar: str) -> str | None:
+    """What answers cannot be held to in `grammar`; None where there is no such thing."""
+    from llguidance import LLMatcher  # type: ignore[import-not-found]
+
+    failed, said = LLMatcher.validate_grammar_with_warnings(grammar)
+    return said[0].splitlines()[0][:300] if failed or said else None
 
 
 class Grammars:

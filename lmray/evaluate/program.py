@@ -13,9 +13,7 @@ import torch
 import yaml
 from peft import PeftModel
 
-from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.files import folder_digests, write_atomic, write_json
-from lmray.artifacts.store import open_store
 from lmray.config import dump
 from lmray.context import Result, RunContext
 from lmray.data.base import Example
@@ -32,13 +30,14 @@ from lmray.evaluate.measure import HeldOut, Measured, Progress, check_tasks, mea
 from lmray.evaluate.progress import ProgressFile
 from lmray.job import EvaluateJob, Target
 from lmray.metrics.display import Standing
+from lmray.models.adapters import find_adapter
 from lmray.models.load import load_config, load_model, load_tokenizer
 from lmray.models.machine import keep_few_products
 from lmray.models.precision import resolve_dtype
-from lmray.models.rope import RopeScaling, check_positions, check_same_scaling
-from lmray.models.source import FoundModel, check_readable, find_model, model_of
+from lmray.models.rope import RopeScaling, check_positions
+from lmray.models.source import FoundModel, find_model, model_of
 
-RESULT, WEIGHTS = "result.json", "adapter_model.safetensors"
+RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -208,29 +207,7 @@ def _check_tokenizer(found: FoundModel, tokenizer: Any, model: FoundModel, *, tr
 def _adapter_folder(job: EvaluateJob, adapter: str | None, base: FoundModel) -> Path | None:
     if adapter is None:
         return None
-    folder = Path(adapter).expanduser()
-    if (folder / "adapter_config.json").is_file():
-        _check_weights(folder)
-        check_same_scaling(f"adapter in {folder}", RopeScaling.beside(folder), job.model.rope_scaling)
-        return folder
-    artifacts = Artifacts(open_store(job.storage))
-    artifact = artifacts.find(adapter)
-    if artifact.base.get("digest") != base.digest:
-        allowed = f"{artifact.base.get('source')} with digest {str(artifact.base.get('digest'))[:12]}"
-        raise ArtifactError(
-            f"artifact `{artifact.ref}`", f"was trained on another base than `{base.source}`", allowed=allowed
-        )
-    check_same_scaling(f"artifact `{artifact.ref}`", RopeScaling.of(artifact.base), job.model.rope_scaling)
-    return artifacts.checkout(artifact)
-
-
-def _check_weights(folder: Path) -> None:
-    """Raises ArtifactError where `folder` holds no whole safetensors file: PEFT would unpickle another, or ask the
-    Hub for one."""
-    if not (folder / WEIGHTS).is_file():
-        there = ", ".join(sorted(path.name for path in folder.glob("*"))[:6])
-        raise ArtifactError(f"adapter in {folder}", f"has no {WEIGHTS}, found {there}", hint="save it as safetensors")
-    check_readable(folder / WEIGHTS)
+    return find_adapter(adapter, base, storage=job.storage, rope_scaling=job.model.rope_scaling).folder
 
 
 def _with_adapter(model: Any, folder: Path, handle: str) -> Any:

@@ -50,19 +50,24 @@ def _paths(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, bool]]
     found: list[tuple[str, Any, bool]] = [("model.source", tree.get("model", {}).get("source"), False)]
     data = tree.get("data") or {}
     found += [(f"data.train.{i}.source", source["source"], True) for i, source in enumerate(data.get("train") or ())]
+    found += [(f"data.sources.{i}.source", one["source"], True) for i, one in enumerate(data.get("sources") or ())]
     held_out = (data.get("eval") or {}).get("sources") or ()
     found += [(f"data.eval.sources.{i}.source", source["source"], True) for i, source in enumerate(held_out)]
     for i, target in enumerate(tree.get("targets") or ()):
         found += [(f"targets.{i}.{field}", target[field], False) for field in ("model", "adapter")]
     for i, task in enumerate((tree.get("evaluate") or {}).get("tasks") or ()):
         found.append((f"evaluate.tasks.{i}.include_path", task.get("include_path"), True))
+    if isinstance(tree.get("adapter"), str):
+        found.append(("adapter", tree["adapter"], False))
     found += [("sharding.config", (tree.get("sharding") or {}).get("config"), True)]
     files = tree.get("http") or {}
     found += [(f"http.{field}", files.get(field), True) for field in ("api_keys_file", "admin_keys_file")]
     for key, text, must_exist in found:
         if text:
             yield prefix + key, text, must_exist
-    if tree.get("storage"):
-        yield f"{prefix}storage", str(Path(tree["storage"]).expanduser().absolute()), True
+    made = {"storage": tree.get("storage"), "output.folder": (tree.get("output") or {}).get("folder")}
+    for key, text in made.items():  # need not be there yet
+        if text:
+            yield prefix + key, str(Path(text).expanduser().absolute()), True
     if isinstance(tree.get("job"), dict):
         yield from _paths(tree["job"], f"{prefix}job.")

@@ -20,7 +20,7 @@ from lmray.on_ray.cluster import connected
 from lmray.on_ray.failures import unwrapped
 from lmray.serve.prepare import prepare
 
-ADAPTERS = {kind: (f"lmray.on_ray.{kind}", kind) for kind in ("train", "evaluate", "sweep")}
+ADAPTERS = {kind: (f"lmray.on_ray.{kind}", kind) for kind in ("train", "evaluate", "sweep", "generate")}
 """Kind of job -> module and function that run it; a module is imported when its kind is run."""
 
 

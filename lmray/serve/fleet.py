@@ -66,7 +66,8 @@ class Fleet:
 
     async def stats(self) -> list[dict[str, Any]]:
         """What each replica's engine tells of itself. Raises LmrayError."""
-        return await self.replicas.everywhere("stats")
+        every = self.replicas, *self._merged.values()
+        return [one for replicas in every for one in await replicas.everywhere("stats")]
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The tokens that continue `request`. Closing it early cancels the request.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from lmray.engines._grammar import grammar_fault, json_grammar
 from lmray.serve.failures import RequestError
 from lmray.serve.messages import Wire
-
-_WHITESPACE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,20}"}
-"""A model may indent, but not write spaces until its answer is cut."""
 
 
 class JsonSchema(Wire):
@@ -40,10 +37,7 @@ def schema_of(wanted: ResponseFormat) -> dict[str, Any] | None:
 def grammar_of(wanted: ResponseFormat) -> str | None:
     """What `llguidance` reads; None for free text."""
     schema = schema_of(wanted)
-    if schema is None:
-        return None
-    held = {**schema, "x-guidance": _WHITESPACE}
-    return json.dumps({"grammars": [{"name": "json_schema", "json_schema": held}]}, ensure_ascii=False)
+    return None if schema is None else json_grammar(schema)
 
 
 def check_format(wanted: ResponseFormat) -> None:
@@ -56,8 +50,6 @@ def check_format(wanted: ResponseFormat) -> None:
         return
     if find_spec("llguidance") is None:
         raise RequestError(where, "this endpoint has no guided decoding", hint="install `lmray[guided]` where it runs")
-    from llguidance import LLMatcher  # type: ignore[import-not-found]
-
-    failed, said = LLMatcher.validate_grammar_with_warnings(grammar)
-    if failed or said:
-        raise RequestError(f"{where}.json_schema.schema", said[0].splitlines()[0][:300])
+    fault = grammar_fault(grammar)
+    if fault is not None:
+        raise RequestError(f"{where}.json_schema.schema", fault)

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from lmray.serve.text import num_unfinished
+from lmray.data.detokenise import num_unfinished
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _OTHER_FORM = "<function="

@@ -1,4 +1,4 @@
-"""A small training job on a tiny model: what tests of programs start from."""
+"""Small jobs on a tiny model: what tests of programs start from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lmray.artifacts.store import run_folder
 from lmray.config import Document, decode
 from lmray.config.decode import set_value
 from lmray.context import LocalContext, Result
-from lmray.job import TrainJob
+from lmray.job import GenerateJob, TrainJob
 from lmray.metrics.events import read_events
 from lmray.train.program import train
 
@@ -54,6 +54,27 @@ def tiny_job(model: Path, data: Path, storage: Path, **changes: Any) -> TrainJob
     for key, value in changes.items():
         document = set_value(document, key.split("__"), value, f"change {key}")
     return decode(TrainJob, document)
+
+
+def tiny_generate_job(model: Path, data: Path, storage: Path, **changes: Any) -> GenerateJob:
+    """Greedy answers of the model in folder `model` to the rows in `data`, four to a shard; `changes` as above."""
+    document = Document(
+        "tiny job",
+        {
+            "kind": "generate",
+            "name": "batch",
+            "storage": str(storage),
+            "model": {"source": str(model), "dtype": "float32"},
+            "data": {"sources": [{"source": str(data)}]},
+            "engine": {"name": "native", "max_batch_size": 3, "max_adapters": 2, "max_length": 128},
+            "sampling": {"max_tokens": 8},
+            "output": {"shard_size": 4},
+            "resources": {"cpus_per_worker": 1},
+        },
+    )
+    for key, value in changes.items():
+        document = set_value(document, key.split("__"), value, f"change {key}")
+    return decode(GenerateJob, document)
 
 
 def run_here(job: TrainJob, scratch: Path, *, stop_at: int | None = None) -> Result:

@@ -22,7 +22,7 @@ def test_the_floors_stand_in_the_order_of_the_design():
     order = "units errors registry config ops models data methods job evaluate train sweep on_ray cli __main__"
     found = [heights[name] for name in order.split()]
     assert found == sorted(found)
-    assert heights["train"] == heights["serve"]
+    assert heights["train"] == heights["serve"] == heights["generate"]
     assert heights["testing"] == heights["on_ray"]
 
 

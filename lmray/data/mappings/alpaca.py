@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from lmray.data.base import Example, Mapping, Row
+from lmray.data.base import Example, Mapping, Prompt, Row
 from lmray.data.turns import Turn, kind, optional_text, optional_tools, parse_list, read_text, with_system
 from lmray.errors import DataError
 
@@ -26,6 +26,9 @@ class Alpaca(Mapping):
         prompt = self.prompt_turns(row)
         messages = (*prompt, {"role": "assistant", "content": read_text(row, self.output)})
         return Example(messages, row.where, columns=row.value, tools=optional_tools(row, self.tools))
+
+    def question(self, row: Row) -> Prompt:
+        return Prompt(self.prompt_turns(row), row.where, tools=optional_tools(row, self.tools))
 
     def prompt_turns(self, row: Row) -> tuple[Turn, ...]:
         """System, history and instruction. Raises DataError naming the column."""

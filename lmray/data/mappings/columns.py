@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from lmray.data.base import Example, Mapping, Row
-from lmray.data.turns import check_answered, dialect_of, optional_tools, read_column, read_text, read_turns
+from lmray.data.base import Example, Mapping, Prompt, Row
+from lmray.data.turns import (
+    Turn,
+    check_answered,
+    dialect_of,
+    optional_tools,
+    read_column,
+    read_text,
+    read_turns,
+    without_answer,
+)
 
 
 class Columns(Mapping):
@@ -30,3 +39,14 @@ class Columns(Mapping):
         if self.system:
             turns = [{"role": "system", "content": read_text(row, self.system)}, *turns]
         return Example(tuple(turns), row.where, columns=row.value, tools=optional_tools(row, "tools"))
+
+    def question(self, row: Row) -> Prompt:
+        value, where = read_column(row, self.prompt), f"{row.where}: column `{self.prompt}`"
+        if isinstance(value, list):
+            asked = without_answer(read_turns(value, where, dialect_of(value)), where)
+        else:
+            asked = ({"role": "user", "content": read_text(row, self.prompt)},)
+        system: tuple[Turn, ...] = ()
+        if self.system:
+            system = ({"role": "system", "content": read_text(row, self.system)},)
+        return Prompt((*system, *asked), row.where, tools=optional_tools(row, "tools"))

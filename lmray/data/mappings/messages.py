@@ -5,8 +5,8 @@ With tools: a column of function schemas, assistant turns with `tool_calls`, tur
 
 from __future__ import annotations
 
-from lmray.data.base import Example, Mapping, Row
-from lmray.data.turns import check_answered, optional_tools, read_column, read_turns
+from lmray.data.base import Example, Mapping, Prompt, Row
+from lmray.data.turns import check_answered, optional_tools, read_column, read_turns, without_answer
 
 
 class Messages(Mapping):
@@ -21,3 +21,8 @@ class Messages(Mapping):
         messages = read_turns(read_column(row, self.column), where)
         check_answered(messages, where)
         return Example(messages, row.where, columns=row.value, tools=optional_tools(row, self.tools))
+
+    def question(self, row: Row) -> Prompt:
+        where = f"{row.where}: column `{self.column}`"
+        messages = without_answer(read_turns(read_column(row, self.column), where), where)
+        return Prompt(messages, row.where, tools=optional_tools(row, self.tools))

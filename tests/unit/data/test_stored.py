@@ -79,7 +79,7 @@ def test_another_split_or_weight_is_another_entry(tiny_data, change):
 
 def test_another_version_of_the_code_reads_anew(tiny_data, rows_read, monkeypatch):
     read_examples(spec(tiny_data))
-    monkeypatch.setattr(examples, "_code_digest", lambda: "other")
+    monkeypatch.setattr(examples, "code_digest", lambda: "other")
     read_examples(spec(tiny_data))
     assert len(rows_read) == 48
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmray.serve.text import REPLACEMENT, Detokeniser, StopStrings
+from lmray.data.detokenise import REPLACEMENT, Detokeniser, StopStrings
 from lmray.testing.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

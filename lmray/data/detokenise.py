@@ -72,6 +72,29 @@ class StopStrings:
         return held
 
 
+class AnswerText:
+    """The text of one answer while its tokens come, and why it ends."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str] = ()):
+        self._text, self._stops = Detokeniser(decode), StopStrings(stops)
+        self.num_chars = 0
+        """What tokens said so far, whether or not it could be sent."""
+
+    def push(self, token_id: int | None, finish_reason: str | None) -> tuple[str, str | None]:
+        """What a token adds, and the reason where the text ends with it: `finish_reason`, or `stop` for a stop string.
+        Nothing may follow a reason."""
+        text = ""
+        if token_id is not None:
+            said = self._text.push(token_id)
+            self.num_chars += len(said)
+            text = self._stops.push(said)
+        if finish_reason is not None:
+            text += self._stops.push(self._text.finish())
+        if self._stops.stopped:
+            return text, "stop"
+        return (text, None) if finish_reason is None else (text + self._stops.finish(), finish_reason)
+
+
 def num_unfinished(text: str, wanted: Sequence[str]) -> int:
     """Length of the longest end of `text` that one of `wanted` starts with, without being it."""
     longest = max((len(one) - 1 for one in wanted), default=0)

@@ -1,0 +1,96 @@
+"""Batch inference on Ray Data: shards are the rows of a data set that a pool of workers, an engine each, maps over.
+
+What passes through Ray Data is a shard's number and its record; prompts and answers go through files. It sends a shard
+whose worker died to another one, and between `resources.workers.min` and `max` the pool follows the room there is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from lmray.artifacts.files import only_writer
+from lmray.artifacts.store import run_folder
+from lmray.context import Result
+from lmray.generate.plan import GeneratePlan, check_begin, make_plan, prepare
+from lmray.generate.program import finished
+from lmray.generate.program import generate as generate_program
+from lmray.generate.shards import ShardRecord
+from lmray.generate.worker import Worker
+from lmray.job import GenerateJob
+from lmray.metrics.display import make_display
+from lmray.on_ray.cluster import connected
+from lmray.on_ray.train import placed
+
+
+def generate(job: GenerateJob, *, progress: bool = True) -> Result:
+    """Answers the prompts of `job` on the cluster; after an interrupt or a failure the same job goes on with the shards
+    that are missing. Raises what planning raises before Ray is started or anything written.
+
+    `progress`: show it on stderr."""
+    plan = make_plan(job, prepare(job))
+    check_begin(job, plan)
+    if progress:
+        print("\n".join(plan.lines()), file=sys.stderr, flush=True)
+    if (done := finished(job, plan)) is not None:
+        return done
+    with connected():
+        job = placed(job)
+        with only_writer(run_folder(job)), closing(make_display()) if progress else nullcontext() as display:
+            return generate_program(job, plan, _pool, display=display)
+
+
+def _pool(job: GenerateJob, plan: GeneratePlan, shards: Sequence[int]) -> Iterator[ShardRecord]:
+    """Records of `shards` as they are done, by a pool of workers."""
+    resources = job.resources
+    with DataContext.current(_context()):
+        numbers = ray.data.from_items([{"shard": index} for index in shards], override_num_blocks=len(shards))
+        records = numbers.map_batches(
+            _Answers,
+            batch_size=1,
+            compute=ActorPoolStrategy(
+                min_size=min(resources.workers.min, len(shards)),
+                max_size=min(resources.workers.max, len(shards)),
+                max_tasks_in_flight_per_actor=1,  # a shard that waits for one worker could be done by another
+            ),
+            num_cpus=resources.cpus_per_worker or 1,
+            num_gpus=resources.gpus_per_worker or None,
+            fn_constructor_kwargs={"job": job, "plan": plan},
+        )
+        for batch in records.iter_batches(batch_size=None, prefetch_batches=0):
+            for record in batch["record"]:
+                yield ShardRecord(**json.loads(str(record)))
+
+
+def _context() -> DataContext:
+    """Ray Data's settings for work of which a piece may take hours, and of which lmray shows the progress."""
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # of shards a worker: it has one at a time
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)  # what fails is raised
+    return context
+
+
+class _Answers:
+    """A worker of the pool."""
+
+    def __init__(self, job: GenerateJob, plan: GeneratePlan):
+        resources = job.resources
+        device = "cuda" if resources.gpus_per_worker else "cpu"
+        self._worker = Worker(job, plan, device=device, threads=resources.cpus_per_worker or 1)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        records = [self._worker.answer(int(index)) for index in batch["shard"]]
+        return {"record": [json.dumps(asdict(record)) for record in records]}

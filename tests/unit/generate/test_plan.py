@@ -1,0 +1,178 @@
+"""What is refused before a worker starts, and what a worker refuses on its node."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.files import write_json
+from lmray.artifacts.store import open_store, run_folder
+from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError
+from lmray.generate.plan import answers_folder, check_begin, make_plan, prepare
+from lmray.generate.worker import Worker
+from lmray.models.source import find_model
+from lmray.testing.jobs import write_jsonl
+from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
+
+
+@pytest.fixture
+def artifacts(tiny_model, tmp_path) -> Artifacts:
+    """`helper` in production, with an older version in staging; `other` on another base; `whole`, a model."""
+    artifacts = Artifacts(open_store(str(tmp_path / "store")))
+    base = {"source": str(tiny_model), "revision": None, "digest": find_model(str(tiny_model)).digest}
+    for seed, stage in ((1, "staging"), (2, "production")):
+        folder = tiny_adapter_folder(tiny_model, tmp_path / f"adapter-{seed}", seed=seed)
+        artifacts.promote(artifacts.keep("helper", folder, base=base).ref, stage)
+    artifacts.keep("other", folder, base={"source": "another", "revision": None, "digest": "0" * 64})
+    artifacts.keep("whole", tiny_model_folder(tmp_path / "whole", seed=5), base=base, kind="model")
+    return artifacts
+
+
+def test_the_plan_names_versions_and_counts(job, artifacts):
+    one = job(adapter="helper@staging")
+    plan = make_plan(one, prepare(one))
+    version = artifacts.find("helper@staging")
+    assert plan.adapters == {"helper@staging": {"name": version.ref, "digest": version.id}}
+    assert (plan.data["rows"], plan.num_shards) == (10, 3)
+    text = "\n".join(plan.lines())
+    assert version.ref in text and "10 in 3 shard(s) of 4" in text
+    assert json.loads(json.dumps(plan.to_json())) == plan.to_json()
+
+
+def test_placement_is_no_part_of_the_run_and_what_is_asked_is(job, artifacts):
+    def key(**changes) -> str:
+        return make_plan(job(**changes), prepare(job(**changes))).run_key
+
+    same = key()
+    assert key(resources__workers=3) == key(engine__max_batch_size=9) == key(output__folder="/elsewhere") == same
+    changed = ({"sampling__seed": 1}, {"output__shard_size": 5}, {"adapter": "helper"}, {"data__max_rows": 9})
+    assert len({same, *(key(**one) for one in changed)}) == 5
+    before = key(adapter="helper@production")
+    artifacts.promote(artifacts.find("helper@staging").ref, "production")
+    assert key(adapter="helper@production") != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"adapter": "nobody"}, ArtifactError, "adapter: artifact `nobody`: "),
+        ({"adapter": "other"}, ArtifactError, "was trained on another base than"),
+        ({"adapter": "whole"}, ArtifactError, "is a model"),
+        ({"engine__max_length": 2000}, ConfigError, "2000 tokens are more than LlamaForCausalLM has positions for"),
+        ({"sampling__temperature": 1e-5}, DataError, "temperature: is 1e-05"),
+        ({"data__id": "kee"}, DataError, "did you mean `key`"),
+        ({"sampling__json_schema": {"type": "nothing"}}, ConfigError, "sampling.json_schema"),
+        ({"model__source": "/nowhere"}, ArtifactError, "holds no model"),
+    ],
+    ids=["unknown", "other-base", "whole", "positions", "temperature", "id", "schema", "model"],
+)
+def test_what_cannot_be_answered_with_is_told_before(job, artifacts, changes, error, said):
+    with pytest.raises(error, match=said):
+        prepare(job(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sampling__n": 2}, "`n: 2` greedy answers are one and the same"),
+        ({"sampling__max_tokens": 128}, "leaves no room for a prompt"),
+        ({"model__quantization": "nf4"}, "generates with a quantised model"),
+        ({"sampling__top_p": 0}, "sampling.top_p"),
+        ({"output__shard_size": 0}, "output.shard_size"),
+        ({"sampling__stop": [""]}, "sampling.stop"),
+        ({"output__format": "csv"}, "output.format"),
+        ({"data__sources": []}, "data.sources"),
+    ],
+)
+def test_a_job_that_contradicts_itself_is_no_job(job, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        job(**changes)
+
+
+def test_the_row_that_names_an_unknown_adapter_is_told(job, artifacts, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "who": "helper"}, {"prompt": "b", "who": "helpr"}])
+    with pytest.raises(ArtifactError, match=r"rows.jsonl:2: column `who`: artifact `helpr`"):
+        prepare(job(data=path, data__adapter="who"))
+
+
+def test_more_adapters_than_the_engine_holds_are_told(job, artifacts, tmp_path):
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": "a", "who": f"helper@{at}"} for at in ("staging", "production")]
+    )
+    with pytest.raises(ConfigError, match="2 adapters are more than the engine holds") as raised:
+        prepare(job(data=path, data__adapter="who", engine__max_adapters=1))
+    assert "engine.max_adapters` to 2" in str(raised.value)
+    assert len(prepare(job(data=path, data__adapter="who")).adapters) == 2
+
+
+def test_chats_need_a_template_and_texts_do_not(job, tiny_model, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model, bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((bare / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config.pop("chat_template", None)
+    write_json(bare / "tokenizer_config.json", config)
+    with pytest.raises(ArtifactError, match="has no chat template"):
+        prepare(job(model__source=str(bare)))
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "a"}])
+    prepare(job(model__source=str(bare), data=texts))
+
+
+def test_a_schema_needs_the_extra_and_a_fast_tokenizer(job, monkeypatch):
+    one = job(sampling__json_schema={"type": "object"})
+    with monkeypatch.context() as patch:
+        patch.setattr("lmray.generate.plan.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=r"install `lmray\[guided\]`"):
+            prepare(one)
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
+    with pytest.raises(ConfigError, match="needs a fast tokenizer"):
+        prepare(one)
+
+
+def test_a_run_of_the_same_name_with_other_content_is_told(job, run, artifacts):
+    run(job())
+    other = job(sampling__max_tokens=9, adapter="helper")
+    with pytest.raises(ConfigError, match=r"sampling\.max_tokens: 8 -> 9") as raised:
+        check_begin(other, make_plan(other, prepare(other)))
+    assert "adapters" in str(raised.value) and "another `name`" in str(raised.value)
+    check_begin(job(), make_plan(job(), prepare(job())))
+    (run_folder(job()) / "plan.json").write_text('{"run_key": 1}', encoding="utf-8")
+    with pytest.raises(ArtifactError, match="is no plan of batch inference"):
+        check_begin(job(), make_plan(job(), prepare(job())))
+
+
+def test_answers_go_to_a_folder_of_their_own(job, run, tmp_path):
+    one = job(output__folder=str(tmp_path / "答え"))
+    run(one)
+    assert answers_folder(one) == tmp_path / "答え" and (tmp_path / "答え" / "manifest.json").is_file()
+    two = job(name="two", output__folder=str(tmp_path / "答え"))
+    with pytest.raises(ConfigError, match=r"output.folder: .* holds manifest.json"):
+        check_begin(two, make_plan(two, prepare(two)))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    three = job(name="three", output__folder=str(tmp_path / "file"))
+    with pytest.raises(CapacityError, match="is a file"):
+        check_begin(three, make_plan(three, prepare(three)))
+
+
+def test_a_worker_refuses_what_was_not_planned(job, tiny_model, questions, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    one = job(model__source=str(model))
+    plan = make_plan(one, prepare(one))
+    tiny_model_folder(model, seed=9)
+    with pytest.raises(ArtifactError, match="finds another model on this node"):
+        Worker(one, plan)
+    tiny_model_folder(model, seed=0)
+    write_jsonl(questions, [{"prompt": "other", "key": 1}])
+    with pytest.raises(ArtifactError, match="finds another data on this node"):
+        Worker(one, plan)
+
+
+def test_a_worker_takes_the_version_that_was_planned_wherever_the_stage_is_now(job, artifacts):
+    one = job(adapter="helper@production")
+    plan = make_plan(one, prepare(one))
+    artifacts.promote(artifacts.find("helper@staging").ref, "production")
+    Worker(one, plan).close()
