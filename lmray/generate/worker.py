@@ -15,12 +15,13 @@ from lmray.data.base import Prompt
 from lmray.data.detokenise import AnswerText
 from lmray.data.prompts import Question
 from lmray.data.tokenise import prompt_ids
+from lmray.engines._loading import load_for
 from lmray.engines.base import Engine, Request
 from lmray.errors import DataError, LmrayError
 from lmray.generate.plan import GeneratePlan, Ready, answers_folder, check_same, make_plan, make_sampling, prepare
 from lmray.generate.shards import Answered, ShardRecord, Shards
 from lmray.job import GenerateJob
-from lmray.models.load import load_model, stop_token_ids
+from lmray.models.load import stop_token_ids
 from lmray.models.machine import keep_few_products
 from lmray.models.precision import resolve_dtype
 
@@ -108,13 +109,8 @@ def shards_of(job: GenerateJob, plan: GeneratePlan) -> Shards:
 
 def _start_engine(job: GenerateJob, ready: Ready, *, device: str, threads: int) -> Engine:
     dtype, _ = resolve_dtype(job.model.dtype, device)
-    model: Any = load_model(
-        ready.model.folder,
-        dtype,
-        trust_remote_code=job.model.trust_remote_code,
-        rope_scaling=job.model.rope_scaling,
-    )
-    model.to(device)
+    how: Any = {"trust_remote_code": job.model.trust_remote_code, "rope_scaling": job.model.rope_scaling}
+    model = load_for(job.engine, ready.model.folder, dtype=dtype, device=device, **how)
     stops = stop_token_ids(model, ready.tokenizer)
     tokenizer = None if job.sampling.json_schema is None else ready.tokenizer  # read for grammars alone
     return job.engine.start(model, stop_token_ids=stops, threads=threads, tokenizer=tokenizer)

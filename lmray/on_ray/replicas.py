@@ -19,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from lmray.artifacts.store import open_store
+from lmray.engines._loading import load_for
 from lmray.engines.base import EngineConfig, Request, Sampling, TokenEvent
 from lmray.errors import CapacityError, LmrayError, RemoteError
 from lmray.models.load import load_tokenizer, stop_token_ids
@@ -31,7 +32,6 @@ from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.gathered import gathered
 from lmray.serve.live import LiveEngine
-from lmray.serve.loading import load_served
 from lmray.serve.prepare import ServePlan, check_out, check_out_engine
 
 ENGINE = "engine"
@@ -48,7 +48,8 @@ class EngineReplica:
         self._interval_s = plan.stream_interval_s
         folder, device = check_out(plan), "cuda" if num_gpus else "cpu"
         dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
-        model = load_served(folder, plan, config, dtype=dtype, device=device)
+        how: Any = {"quantization": plan.quantization, "rope_scaling": plan.rope_scaling}
+        model = load_for(config, folder, dtype=dtype, device=device, **how)
         tokenizer = load_tokenizer(folder)
         stops = stop_token_ids(model, tokenizer)
         config = check_out_engine(plan, config)
