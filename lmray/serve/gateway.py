@@ -59,6 +59,7 @@ def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: Gat
     """The app: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/health`, `/ready`, `/metrics`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gateway = _Gateway(backend, tokenizer, settings)
+    app.state.metrics = gateway.metrics
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/ready", gateway.ready, methods=["GET"])
     app.add_api_route("/metrics", gateway.page, methods=["GET"])
@@ -97,7 +98,7 @@ class _Gateway:
         key = self._key(http)
         if key is not None and not key.metrics:
             raise AnswerError(403, error_body("this key may not read metrics", code="not_allowed"))
-        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, http: Request) -> dict[str, Any]:
         key = self._key(http)
