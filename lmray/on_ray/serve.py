@@ -37,6 +37,7 @@ from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.live import LiveEngine
+from lmray.serve.monitor import Monitoring
 from lmray.serve.prepare import ServePlan, check_out, prepare
 
 QUEUED_PER_ROW = 4
@@ -70,7 +71,7 @@ class EngineReplica:
                 yield event
 
     async def stats(self) -> dict[str, Any]:
-        return self._live.stats()
+        return {"replica": ray_serve.get_replica_context().replica_id.unique_id, **self._live.stats()}
 
     async def manage(self, action: str, handle: str) -> dict[str, Any]:
         found = await self._live.manage(action, handle)
@@ -105,9 +106,12 @@ class Gateway:
             filters=plan.filters,
             sends_request_id=False,  # Ray Serve sends it
         )
-        fleet = Fleet(_Replicas(self._engines), catalogue, Canaries(store, plan.endpoint))
-        app = make_app(fleet, load_tokenizer(check_out(plan)), settings)
-        add_admin(app, fleet, plan)
+        tokenizer = load_tokenizer(check_out(plan))
+        monitoring = Monitoring(_Replicas(self._engines), plan, tokenizer, store)
+        fleet = Fleet(monitoring.replicas, catalogue, Canaries(store, plan.endpoint))
+        app = make_app(fleet, tokenizer, settings)
+        monitoring.add_to(app)
+        add_admin(app, fleet, plan, monitoring.drift)
         return app
 
 

@@ -17,6 +17,7 @@ from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import Store, open_store
 from lmray.config.endpoint import HttpLimits, TextFilter
+from lmray.config.monitor import Monitor
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
 from lmray.models.load import load_config, load_tokenizer
@@ -53,6 +54,7 @@ class ServePlan:
     """Of the base model's positions."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     filters: tuple[TextFilter, ...] = ()
+    monitor: Monitor = field(default_factory=Monitor)
 
     @property
     def fit(self) -> Fit:
@@ -92,6 +94,7 @@ def prepare(job: ServeJob) -> ServePlan:
         rope_scaling=job.model.rope_scaling,
         limits=job.http.limits,
         filters=job.filters,
+        monitor=job.monitor,
     )
     named = _named_adapters(job, store, plan)
     adapters = StoredAdapters(store, plan.fit)
