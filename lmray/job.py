@@ -25,10 +25,12 @@ from lmray.config import (
 )
 from lmray.config.endpoint import HttpLimits, TextFilter
 from lmray.config.generation import AnswerFiles, SamplingArgs
+from lmray.config.monitor import Monitor
 from lmray.data.spec import DataSpec, PromptSpec
 from lmray.engines.base import EngineConfig
 from lmray.errors import ConfigError, did_you_mean
 from lmray.methods.base import Method
+from lmray.metrics.names import metric
 from lmray.models.spec import ModelSpec
 from lmray.models.workers import ONE, Workers
 from lmray.optim.base import OptimizerConfig
@@ -211,6 +213,21 @@ class EvaluateJob(Job):
     targets: Annotated[tuple[Target, ...], Field(min_length=1)]
     evaluate: EvaluateArgs
     resources: Resources = Resources()
+    tolerances: dict[str, Annotated[float, Field(ge=0.0)]] = Field(default_factory=dict)
+    """By metric, how much worse an artifact may be than before, in the metric's unit. Its metrics are then kept in its
+    record, and the run fails for one that got worse by more: something to run daily on what is in production."""
+
+    @field_validator("tolerances")
+    @classmethod
+    def _comparable(cls, value: dict[str, float]):
+        for name in value:
+            try:
+                better = metric(name).better
+            except KeyError:
+                better = ""
+            if not better:
+                raise ValueError(f"`{name}` is no metric of which more or less is better, like `eval.loss`")
+        return value
 
     @field_validator("targets")
     @classmethod
@@ -343,6 +360,8 @@ class ServeJob(Job):
     """Of prompts and answers, one after the other."""
     autoscaling: Autoscaling = Autoscaling()
     resources: Resources = Resources()
+    monitor: Monitor = Monitor()
+    """Whether answers stay what they were."""
 
     @model_validator(mode="after")
     def _read_elsewhere(self):

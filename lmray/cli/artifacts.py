@@ -43,9 +43,13 @@ def list_(store: StoreFolder = None, as_json: AsJson = False) -> None:
 @app.command()
 def show(artifact: Ref, store: StoreFolder = None, as_json: AsJson = False) -> None:
     """One version in full, the stages of its name and their history."""
+    from lmray.artifacts.evaluations import Evaluations
+
     kept = _artifacts(store)
     found = kept.find(artifact)
     value = asdict(found) | {"stages": kept.stages(found.name), "log": kept.log(found.name)}
+    if evaluations := [asdict(one) for one in Evaluations(kept.store).of(found.name) if one.version == found.ref]:
+        value["evaluations"] = evaluations
     emit(value, yaml_text({**value, "parents": list(found.parents)}), as_json=as_json)
 
 

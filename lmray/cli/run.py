@@ -91,6 +91,7 @@ def _lines(result: Result) -> list[str]:
     lines += [f"run       {result.run}"] if result.run else []
     lines += [f"artifact  {result.artifact}"] if result.artifact else []
     lines += [f"answers   {result.details['answers']}"] if "answers" in result.details else []
+    lines += [f"worse     {one}" for one in result.details.get("worse", ())]
     deltas = result.details.get("deltas", {})
     if deltas and "targets" in result.details:
         from lmray.evaluate.comparison import comparison_rows

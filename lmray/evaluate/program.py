@@ -28,6 +28,7 @@ from lmray.evaluate.confidence import deltas_json, reference_label
 from lmray.evaluate.kept import Kept, forget, kept_path
 from lmray.evaluate.measure import HeldOut, Measured, Progress, check_tasks, measure
 from lmray.evaluate.progress import ProgressFile
+from lmray.evaluate.recheck import recheck, versions
 from lmray.job import EvaluateJob, Target
 from lmray.metrics.display import Standing
 from lmray.models.adapters import find_adapter
@@ -64,6 +65,7 @@ def prepare(job: EvaluateJob) -> Prepared:
         config = load_config(one.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=scaling)
         if job.data:
             check_positions(config, job.data.max_length, scaling)
+    versions(job)
     for target in job.targets:
         _adapter_folder(job, target.adapter, models[target.label])
     examples = read_examples(job.data) if job.data else Examples((), (), ())
@@ -91,12 +93,13 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
 
     `Result.metrics` are the last target's. `Result.details` holds each target's metrics by label (`targets`), the label
     that others are compared with (`reference`), and by label and metric each difference to it with its interval
-    (`deltas`). Raises what `prepare` raises.
+    (`deltas`), and for a job with `tolerances` what got worse than before (`worse`); it has failed then. Raises what
+    `prepare` raises.
     """
     started = time.time()
     torch.set_num_threads(ctx.threads)
     keep_few_products()
-    ready = prepare(job)
+    ready, kept = prepare(job), versions(job)
     if (ctx.folder / RESULT).is_file():
         forget(ctx.folder)  # what is kept beside no result is an interrupted run's: go on from there
     for old in (ctx.folder / RESULT, *ctx.folder.glob("answers-*.jsonl")):
@@ -110,9 +113,12 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
         "reference": reference_label([*measured]),
         "deltas": deltas_json({label: one.evidence for label, one in measured.items()}),
     }
+    if kept:
+        details["worse"] = recheck(job, details["targets"], kept, run=str(ctx.folder))
     seconds = time.time() - started
     metrics = measured[job.targets[-1].label].metrics | {"run.seconds": round(seconds, 3)}
-    result = Result("succeeded", str(ctx.folder), metrics=metrics, seconds=seconds, details=details)
+    status = "failed" if details.get("worse") else "succeeded"
+    result = Result(status, str(ctx.folder), metrics=metrics, seconds=seconds, details=details)
     answers = {label: one.answers for label, one in measured.items()}
     write_comparison(ctx.folder / "comparison.html", name=job.name, result=result, answers=answers)
     write_json(ctx.folder / RESULT, result.to_json() | {"job": dump(job)})

@@ -1,6 +1,6 @@
 """The one list of metric names, with unit and help. Programs, reports and dashboards use no other names.
 
-`base.X` is metric `eval.X` of the untouched model.
+`base.X` is metric `eval.X` of the untouched model. What a running endpoint counts has Prometheus' form of a name.
 """
 
 from __future__ import annotations
@@ -63,6 +63,43 @@ METRICS = {
     "run.train_seconds": Metric("s", "Time in optimizer steps, all attempts together.", "min"),
     "run.evaluate_seconds": Metric("s", "Time measuring: held-out losses and answers.", "min"),
 }
+
+SERVE = {
+    "lmray_serve_requests_total": Metric(
+        "requests", "Requests by the status of their answer; 499: the client left, 5xx also where an answer broke off."
+    ),
+    "lmray_serve_running_requests": Metric("requests", "Requests being answered."),
+    "lmray_serve_prompt_tokens_total": Metric("tokens", "Tokens of prompts, once a prompt."),
+    "lmray_serve_generated_tokens_total": Metric("tokens", "Tokens of answers."),
+    "lmray_serve_filtered_total": Metric("matches", "Matches of filters in prompts and answers."),
+    "lmray_serve_time_to_first_token_seconds": Metric("s", "From the whole request to an answer's first token.", "min"),
+    "lmray_serve_queue_time_seconds": Metric("s", "Part of that before the engine began to read the prompt.", "min"),
+    "lmray_serve_inter_token_latency_seconds": Metric("s", "From a token of an answer to its next.", "min"),
+    "lmray_serve_replicas": Metric("replicas", "Engine replicas that told their numbers."),
+    "lmray_serve_engine_failed": Metric("", "1 where a replica's engine has ended.", "min"),
+    "lmray_serve_engine_running_requests": Metric("requests", "Requests in a replica's batch."),
+    "lmray_serve_engine_waiting_requests": Metric("requests", "Requests that wait for a place in a replica's batch."),
+    "lmray_serve_engine_waiting_tokens": Metric("tokens", "Tokens that a replica has taken on and not read yet."),
+    "lmray_serve_engine_generated_tokens_total": Metric("tokens", "Tokens that a replica drew."),
+    "lmray_serve_kv_blocks": Metric("blocks", "Blocks of a replica's key-value cache."),
+    "lmray_serve_kv_blocks_used": Metric("blocks", "Blocks of it that running requests hold."),
+    "lmray_serve_preemptions_total": Metric("requests", "Requests put back to wait because blocks ran out.", "min"),
+    "lmray_serve_prefix_hit_tokens_total": Metric("tokens", "Tokens not read as blocks of others held them.", "max"),
+    "lmray_serve_adapter_cache_adapters": Metric("adapters", "Adapters that a replica holds or loads."),
+    "lmray_serve_adapter_cache_bytes": Metric("bytes", "Size of their files."),
+    "lmray_serve_adapter_cache_hits_total": Metric("requests", "Requests whose adapter was loaded already.", "max"),
+    "lmray_serve_adapter_cache_loads_total": Metric("adapters", "Adapters loaded."),
+    "lmray_serve_adapter_cache_evictions_total": Metric("adapters", "Adapters dropped to make room.", "min"),
+    "lmray_serve_adapter_cache_failures_total": Metric("adapters", "Adapters that could not be loaded.", "min"),
+    "lmray_serve_speculation_proposed_tokens_total": Metric("tokens", "Tokens proposed ahead of the model."),
+    "lmray_serve_speculation_accepted_tokens_total": Metric("tokens", "Those of them that the model took.", "max"),
+    "lmray_serve_drift_answers_total": Metric("answers", "Answers scored by the drift watch."),
+    "lmray_serve_drift_missed_total": Metric("answers", "Sampled answers dropped unscored: the endpoint was busy."),
+    "lmray_serve_drift_alerts_total": Metric("windows", "Windows of answers unlike the baseline.", "min"),
+    "lmray_serve_drift_alert": Metric("", "1 while a version's last window of answers is unlike its baseline.", "min"),
+    "lmray_serve_drift_distance": Metric("", "A measure's distance between window and baseline, over what is allowed."),
+}
+"""What a running endpoint counts, as `/metrics` tells it. A histogram adds `_bucket`, `_sum`, `_count` to its name."""
 
 FAMILIES = {
     "eval.lm_eval.*_stderr": Metric("", "Standard error of that metric of a benchmark."),

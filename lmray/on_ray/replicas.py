@@ -32,6 +32,7 @@ from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.gathered import gathered
 from lmray.serve.live import LiveEngine
+from lmray.serve.monitor import Monitoring
 from lmray.serve.prepare import ServePlan, check_out, check_out_engine
 
 ENGINE = "engine"
@@ -68,7 +69,7 @@ class EngineReplica:
             raise
 
     async def stats(self) -> dict[str, Any]:
-        return self._live.stats()
+        return {"replica": ray_serve.get_replica_context().replica_id.unique_id, **self._live.stats()}
 
     async def manage(self, action: str, handle: str) -> dict[str, Any]:
         found = await self._live.manage(action, handle)
@@ -115,10 +116,12 @@ class Gateway:
             name: RoutedReplicas(ray_serve.get_deployment_handle(ENGINE, application))
             for name, application in self._merged.items()
         }
-        replicas = RoutedReplicas(self._engines)
-        fleet = Fleet(replicas, catalogue, canaries, merged=merged, min_replicas=plan.min_replicas)
-        app = make_app(fleet, load_tokenizer(check_out(plan)), settings)
-        add_admin(app, fleet, plan)
+        tokenizer = load_tokenizer(check_out(plan))
+        monitoring = Monitoring(RoutedReplicas(self._engines), plan, tokenizer, store)
+        fleet = Fleet(monitoring.replicas, catalogue, canaries, merged=merged, min_replicas=plan.min_replicas)
+        app = make_app(fleet, tokenizer, settings)
+        monitoring.add_to(app, fleet)
+        add_admin(app, fleet, plan, monitoring.drift)
         return app
 
 

@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lmray.engines.base import TokenEvent
 from lmray.serve.metrics import Metrics
@@ -37,12 +38,19 @@ class Account:
     def num_tokens(self) -> int:
         return self.num_prompt_tokens + self.num_answer_tokens
 
+    @cached_property
+    def _labels(self) -> tuple[str, str]:
+        """Of the model and the key, the same from the first count to the last; both are known by then."""
+        return self.metrics.labels(self.model, self.key)
+
     def ask(self, num_prompt_tokens: int) -> None:
         """The engine is asked now; until `close` the request counts as running."""
         self.asked_s, self.num_prompt_tokens = time.perf_counter(), num_prompt_tokens
-        running = self.metrics.running.labels(self.model)
+        running = self.metrics.running.labels(self._labels[0])
         running.inc()
-        self._between_tokens_s = self.metrics.between_tokens_s.labels(self.model)  # looked up once, not for every token
+        self._between_tokens_s = self.metrics.between_tokens_s.labels(
+            self._labels[0]
+        )  # looked up once, not for every token
         self.leaving.callback(running.dec)
 
     def take(self, event: TokenEvent, before_s: float | None) -> float:
@@ -52,9 +60,9 @@ class Account:
         if before_s is not None:
             self._between_tokens_s.observe(now_s - before_s)
             return now_s
-        self.metrics.first_token_s.labels(self.model).observe(now_s - self.asked_s)
+        self.metrics.first_token_s.labels(self._labels[0]).observe(now_s - self.asked_s)
         if event.prefill_s is not None:
-            self.metrics.queue_s.labels(self.model).observe(max(0.0, now_s - self.asked_s - event.prefill_s))
+            self.metrics.queue_s.labels(self._labels[0]).observe(max(0.0, now_s - self.asked_s - event.prefill_s))
         return now_s
 
     async def close(self) -> None:
@@ -62,9 +70,9 @@ class Account:
         await self.leaving.aclose()
         if not self.path:
             return
-        self.metrics.requests.labels(self.path, self.model, self.key, str(self.status)).inc()
-        self.metrics.prompt_tokens.labels(self.model, self.key).inc(self.num_prompt_tokens)
-        self.metrics.answer_tokens.labels(self.model, self.key).inc(self.num_answer_tokens)
+        self.metrics.requests.labels(self.path, *self._labels, str(self.status)).inc()
+        self.metrics.prompt_tokens.labels(*self._labels).inc(self.num_prompt_tokens)
+        self.metrics.answer_tokens.labels(*self._labels).inc(self.num_answer_tokens)
         _LOG.info(
             "request=%s path=%s model=%s key=%s status=%d prompt_tokens=%d answer_tokens=%d seconds=%.3f",
             self.request_id,

@@ -17,6 +17,7 @@ from lmray.artifacts.artifact import ArtifactRef, Artifacts
 from lmray.artifacts.store import open_store
 from lmray.errors import ArtifactError, did_you_mean
 from lmray.serve.account import Account
+from lmray.serve.drift import Drift
 from lmray.serve.fleet import Fleet
 from lmray.serve.keys import find_key
 from lmray.serve.pins import Pins
@@ -34,10 +35,12 @@ class Judged(BaseModel):
 ON_REPLICAS, ON_PINS = ("load", "prewarm", "unload"), ("pin", "unpin")
 
 
-def add_admin(app: FastAPI, fleet: Fleet, plan: ServePlan) -> None:
+def add_admin(app: FastAPI, fleet: Fleet, plan: ServePlan, drift: Drift | None = None) -> None:
     """Adds `/admin/adapters` to `app`, one of `make_app`, where the plan has keys for it."""
     if plan.admin_keys:
-        admin = _Admin(fleet, plan)
+        admin = _Admin(fleet, plan, drift)
+        app.add_api_route("/admin/drift", admin.drift, methods=["GET"])
+        app.add_api_route("/admin/drift/{version}/reset", admin.reset_drift, methods=["POST"])
         app.add_api_route("/admin/adapters", admin.list, methods=["GET"])
         app.add_api_route("/admin/canaries", admin.canaries, methods=["GET"])
         app.add_api_route("/admin/canaries/scores", admin.score, methods=["POST"])
@@ -47,9 +50,9 @@ def add_admin(app: FastAPI, fleet: Fleet, plan: ServePlan) -> None:
 class _Admin:
     """The routes, over all replicas of one endpoint."""
 
-    def __init__(self, fleet: Fleet, plan: ServePlan):
+    def __init__(self, fleet: Fleet, plan: ServePlan, drift: Drift | None):
         store = open_store(plan.store)
-        self._fleet, self._plan = fleet, plan
+        self._fleet, self._plan, self._drift = fleet, plan, drift
         self._artifacts, self._pins = Artifacts(store), Pins(store, plan.endpoint)
 
     async def list(self, http: Request) -> Response:
@@ -103,6 +106,19 @@ class _Admin:
             return _error(400, str(error.errors(include_url=False)[0]["msg"]), code="invalid_score")
         self._fleet.canaries.score(judged.id, judged.score)
         return JSONResponse({"canaries": self._fleet.canaries.report()})
+
+    async def drift(self, http: Request) -> Response:
+        """What is known of the answers of each version; `versions` is null where none are sampled."""
+        return self._refused(http) or JSONResponse({"versions": self._drift and self._drift.report()})
+
+    async def reset_drift(self, http: Request, version: str) -> Response:
+        """What a version answers from now on is its baseline."""
+        if (refused := self._refused(http)) is not None:
+            return refused
+        if self._drift is None:
+            return _error(404, "no answers are sampled; set `monitor.sample_fraction`", code="not_watched")
+        await self._drift.reset(version)
+        return JSONResponse({"versions": self._drift.report()})
 
     async def _pin(self, name: str, *, pinned: bool) -> Response:
         await self._fleet.catalogue.look(now=True)

@@ -62,6 +62,7 @@ def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: Gat
     """The app: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/health`, `/ready`, `/metrics`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gateway = _Gateway(backend, tokenizer, settings)
+    app.state.metrics = gateway.metrics
     app.add_api_route("/health", _health, methods=["GET"])
     app.add_api_route("/ready", gateway.ready, methods=["GET"])
     app.add_api_route("/metrics", gateway.page, methods=["GET"])
@@ -102,7 +103,7 @@ class _Gateway:
     async def page(self, http: Request) -> Response:
         """The metrics, without a key or for keys that may read them."""
         self.check_watcher(http)
-        return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def check_watcher(self, http: Request) -> None:
         """Raises AnswerError for a key that may not see what all keys do."""

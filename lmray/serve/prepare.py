@@ -15,6 +15,7 @@ from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import Store, open_store
 from lmray.config.endpoint import HttpLimits, TextFilter
+from lmray.config.monitor import Monitor
 from lmray.engines.base import EngineConfig
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
@@ -70,6 +71,7 @@ class ServePlan:
     """Of adapters with a copy of the base model to themselves: name in requests -> what their replicas serve."""
     draft: PlannedDraft | None = None
     page: bool = True
+    monitor: Monitor = field(default_factory=Monitor)
 
     @property
     def fit(self) -> Fit:
@@ -117,6 +119,7 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         filters=job.filters,
         draft=None if draft is None else PlannedDraft(_pinned(job.engine.draft, draft), draft.digest),
         page=job.http.page,
+        monitor=job.monitor,
     )
     every = _named_adapters(job, store, plan)
     named = {one.artifact: every[one.artifact] for one in plan.served if not one.is_pattern}

@@ -39,8 +39,8 @@ class Place:
         artifact = self.artifacts.keep(name, folder, base={"source": "tiny", "digest": self.digest, **told})
         return self.artifacts.promote(artifact.ref, stage)
 
-    def start(self, *served: str, max_adapters: int = 4, adapters: dict[str, str] | None = None) -> LiveEngine:
-        plan = ServePlan(
+    def plan(self, *served: str, adapters: dict[str, str] | None = None) -> ServePlan:
+        return ServePlan(
             model_name="tiny",
             source=str(self.model),
             revision=None,
@@ -52,10 +52,11 @@ class Place:
             adapters=adapters or {},
             keys=(),
         )
+
+    def start(self, *served: str, max_adapters: int = 4, adapters: dict[str, str] | None = None) -> LiveEngine:
         config = Native(max_batch_size=4, max_adapters=max_adapters, max_length=64)
-        return LiveEngine(
-            config.start(load_model(self.model, "float32"), stop_token_ids=(), threads=1), plan, store=self.store
-        )
+        engine = config.start(load_model(self.model, "float32"), stop_token_ids=(), threads=1)
+        return LiveEngine(engine, self.plan(*served, adapters=adapters), store=self.store)
 
 
 @pytest.fixture

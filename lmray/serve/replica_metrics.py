@@ -1,0 +1,98 @@
+"""What the engine replicas tell of themselves, as Prometheus reads it; one label, the replica.
+
+They are asked at most every `EVERY_S`, however often somebody reads the page. Each has series of its own: a sum over
+replicas would fall when one goes, which Prometheus takes for a counter that began anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lmray.errors import LmrayError
+from lmray.metrics.names import SERVE
+
+EVERY_S = 5.0
+PATIENCE_S = 1.0
+"""Replicas that take longer to answer are not waited for: the page tells what they told before."""
+_LOG = logging.getLogger(__name__)
+Stats = Mapping[str, Any]
+READ: dict[str, Callable[[Stats], float | None]] = {
+    "lmray_serve_engine_failed": lambda stats: stats.get("failure") is not None,
+    "lmray_serve_engine_running_requests": lambda stats: stats.get("running"),
+    "lmray_serve_engine_waiting_requests": lambda stats: stats.get("waiting"),
+    "lmray_serve_engine_waiting_tokens": lambda stats: stats.get("waiting_tokens"),
+    "lmray_serve_engine_generated_tokens_total": lambda stats: stats.get("generated_tokens"),
+    "lmray_serve_kv_blocks": lambda stats: stats.get("num_blocks"),
+    "lmray_serve_kv_blocks_used": lambda stats: _used(stats),
+    "lmray_serve_preemptions_total": lambda stats: stats.get("preemptions"),
+    "lmray_serve_prefix_hit_tokens_total": lambda stats: stats.get("prefix_hit_tokens"),
+    "lmray_serve_adapter_cache_adapters": lambda stats: len(_held(stats)),
+    "lmray_serve_adapter_cache_bytes": lambda stats: sum(one["num_bytes"] for one in _held(stats)),
+    "lmray_serve_adapter_cache_hits_total": lambda stats: _cache(stats).get("hits"),
+    "lmray_serve_adapter_cache_loads_total": lambda stats: _cache(stats).get("loads"),
+    "lmray_serve_adapter_cache_evictions_total": lambda stats: _cache(stats).get("evictions"),
+    "lmray_serve_adapter_cache_failures_total": lambda stats: _cache(stats).get("failures"),
+    "lmray_serve_speculation_proposed_tokens_total": lambda stats: (stats.get("speculation") or {}).get("proposed"),
+    "lmray_serve_speculation_accepted_tokens_total": lambda stats: (stats.get("speculation") or {}).get("accepted"),
+}
+"""Each metric from what a replica tells; None where its engine has no such number."""
+
+
+class ReplicaMetrics(Collector):
+    """What all replicas told last."""
+
+    def __init__(self, ask: Callable[[], Awaitable[list[Stats]]], *, clock: Callable[[], float] = time.monotonic):
+        """`ask`: what every replica tells; raises LmrayError."""
+        self._ask_replicas, self._clock = ask, clock
+        self._told: list[Stats] = []
+        self._looked = float("-inf")
+        self._looking: asyncio.Future[None] | None = None
+
+    async def look(self) -> None:
+        """Asks the replicas where the last look was `EVERY_S` ago, one look at a time."""
+        running = self._looking is not None and not self._looking.done()
+        if not running and self._clock() - self._looked >= EVERY_S:
+            self._looked = self._clock()
+            self._looking = asyncio.ensure_future(self._ask())
+        if self._looking is not None:
+            await asyncio.wait({self._looking}, timeout=PATIENCE_S)
+
+    def collect(self) -> Iterator[Metric]:
+        yield _family("lmray_serve_replicas", [((), len(self._told))])
+        for name, read in READ.items():
+            values = [((str(stats.get("replica", place)),), read(stats)) for place, stats in enumerate(self._told)]
+            yield _family(name, [(labels, value) for labels, value in values if value is not None], ["replica"])
+
+    async def _ask(self) -> None:
+        try:
+            self._told = await self._ask_replicas()
+        except LmrayError as error:
+            self._told = []
+            _LOG.warning("the replicas do not tell their numbers: %s", error)
+
+
+def _family(name: str, values: list[tuple[tuple[str, ...], float]], labels: list[str] | None = None) -> Metric:
+    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+    family = kind(name, SERVE[name].help, labels=labels or [])
+    for names, value in values:
+        family.add_metric(names, value)
+    return family
+
+
+def _used(stats: Stats) -> float | None:
+    return stats["num_blocks"] - stats["free_blocks"] if "num_blocks" in stats else None
+
+
+def _cache(stats: Stats) -> Mapping[str, Any]:
+    return stats.get("cache", {})
+
+
+def _held(stats: Stats) -> list[Mapping[str, Any]]:
+    return _cache(stats).get("held", [])

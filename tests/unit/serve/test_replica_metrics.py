@@ -1,0 +1,139 @@
+"""What replicas tell of themselves on the page of metrics, and what asking them costs."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+import pytest
+
+from lmray.errors import RemoteError
+from lmray.serve import replica_metrics
+from lmray.serve.metrics import Metrics
+from lmray.serve.replica_metrics import EVERY_S, ReplicaMetrics
+from tests.unit.serve.test_envelope import metrics as samples_of
+
+PAGED = {
+    "replica": "x1",
+    "waiting": 3,
+    "running": 4,
+    "waiting_tokens": 50,
+    "free_blocks": 70,
+    "num_blocks": 100,
+    "preemptions": 1,
+    "prefix_hit_tokens": 640,
+    "generated_tokens": 999,
+    "failure": None,
+    "cache": {
+        "held": [{"handle": "a@1", "num_bytes": 10}, {"handle": "b@2", "num_bytes": 32}],
+        "hits": 5,
+        "loads": 2,
+        "evictions": 1,
+        "failures": 0,
+    },
+    "speculation": {"proposed": 40, "accepted": 30},
+}
+PLAIN = {"replica": "x2", "waiting": 0, "running": 1, "generated_tokens": 7, "failure": "a step failed"}
+
+
+class Replicas:
+    """Tells `stats`, or raises it."""
+
+    def __init__(self, *stats):
+        self.stats, self.calls = list(stats), 0
+        self.holds: asyncio.Event | None = None
+
+    async def everywhere(self, method, *arguments):
+        assert (method, arguments) == ("stats", ())
+        self.calls += 1
+        if self.holds is not None:
+            await self.holds.wait()
+        for one in self.stats:
+            if isinstance(one, Exception):
+                raise one
+        return list(self.stats)
+
+
+@pytest.fixture
+def clock():
+    now = [100.0]
+    return now
+
+
+def pages(replicas: Replicas, clock: list[float], *before):
+    """A page after each of `before`, which change something."""
+
+    async def main():
+        metrics, numbers = Metrics(), ReplicaMetrics(partial(replicas.everywhere, "stats"), clock=lambda: clock[0])
+        metrics.add(numbers, numbers.look)
+        found = []
+        for change in before or (lambda: None,):
+            change()
+            found.append(samples_of((await metrics.page()).decode()))
+        return found
+
+    return asyncio.run(main())
+
+
+def test_each_replica_has_a_series_of_all_that_its_engine_tells(clock):
+    [found] = pages(Replicas(PAGED, PLAIN), clock)
+    assert found["lmray_serve_replicas"] == 2
+    told = {name.partition("{")[0]: value for name, value in found.items() if 'replica="x1"' in name}
+    assert told == {
+        "lmray_serve_engine_failed": 0,
+        "lmray_serve_engine_running_requests": 4,
+        "lmray_serve_engine_waiting_requests": 3,
+        "lmray_serve_engine_waiting_tokens": 50,
+        "lmray_serve_engine_generated_tokens_total": 999,
+        "lmray_serve_kv_blocks": 100,
+        "lmray_serve_kv_blocks_used": 30,
+        "lmray_serve_preemptions_total": 1,
+        "lmray_serve_prefix_hit_tokens_total": 640,
+        "lmray_serve_adapter_cache_adapters": 2,
+        "lmray_serve_adapter_cache_bytes": 42,
+        "lmray_serve_adapter_cache_hits_total": 5,
+        "lmray_serve_adapter_cache_loads_total": 2,
+        "lmray_serve_adapter_cache_evictions_total": 1,
+        "lmray_serve_adapter_cache_failures_total": 0,
+        "lmray_serve_speculation_proposed_tokens_total": 40,
+        "lmray_serve_speculation_accepted_tokens_total": 30,
+    }
+    assert found['lmray_serve_engine_failed{replica="x2"}'] == 1
+    assert 'lmray_serve_kv_blocks{replica="x2"}' not in found
+
+
+def test_replicas_are_asked_once_in_a_while_however_often_the_page_is_read(clock):
+    replicas = Replicas(PAGED)
+
+    def later():
+        clock[0] += EVERY_S
+
+    pages(replicas, clock, *[lambda: None] * 20, later, lambda: None)
+    assert replicas.calls == 2
+
+
+def test_replicas_that_are_gone_or_fail_are_not_told_of(clock, caplog):
+    replicas = Replicas(PAGED)
+
+    def fail():
+        replicas.stats, clock[0] = [RemoteError("endpoint", "no replica answered")], clock[0] + EVERY_S
+
+    def gone():
+        replicas.stats, clock[0] = [], clock[0] + EVERY_S
+
+    there, failed, none = pages(replicas, clock, lambda: None, fail, gone)
+    assert [one["lmray_serve_replicas"] for one in (there, failed, none)] == [1, 0, 0]
+    assert not any("replica=" in name for name in {**failed, **none})
+    assert "no replica answered" in caplog.text
+
+
+def test_a_page_does_not_wait_for_replicas_that_do_not_answer(clock, monkeypatch):
+    monkeypatch.setattr(replica_metrics, "PATIENCE_S", 0.01)
+    replicas = Replicas(PAGED)
+
+    def hold():
+        replicas.holds, clock[0] = asyncio.Event(), clock[0] + EVERY_S
+
+    before, during, again = pages(replicas, clock, lambda: None, hold, hold)
+    assert before == during == again
+    assert replicas.calls == 2, "one look at a time"
