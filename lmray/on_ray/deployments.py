@@ -37,7 +37,7 @@ def endpoint_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_s
         name="gateway",
         max_ongoing_requests=most,  # replicas push back, with an answer that clients understand; the gateway does not
         ray_actor_options={"num_cpus": 0},  # thin: a core of its own would cost a small machine a replica
-        max_surge_percent=SURGE_PERCENT,
+        maxsurge_percent=SURGE_PERCENT,
         **_lasting(job),
     )
     merged = {name: merged_application(job.name, name) for name in plan.merged}
@@ -57,7 +57,7 @@ def engine_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_ser
         autoscaling_config=_autoscaling(job),
         request_router_config=RequestRouterConfig(**router),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        max_surge_percent=_surge_percent(job, num_cpus),
+        maxsurge_percent=surge_percent(job, num_cpus),
         **_lasting(job),
     )
     return engines.bind(plan, job.engine, job.model.dtype, num_cpus, num_gpus)
@@ -72,8 +72,9 @@ def _lasting(job: ServeJob) -> dict[str, Any]:
     }
 
 
-def _surge_percent(job: ServeJob, num_cpus: int) -> int:
-    """None where one more than the most replicas does not fit: an update would wait for it for ever."""
+def surge_percent(job: ServeJob, num_cpus: int) -> int:
+    """Of replicas that may run besides during an update. None where one more than the most does not fit: the update
+    would wait for it for ever."""
     room = cluster_resources().room_for(cpus=num_cpus, gpus=job.resources.gpus_per_worker)
     return SURGE_PERCENT if room > job.autoscaling.max_replicas * num_models(job) else 0
 
