@@ -37,7 +37,7 @@ def endpoint_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_s
         name="gateway",
         max_ongoing_requests=most,  # replicas push back, with an answer that clients understand; the gateway does not
         ray_actor_options={"num_cpus": 0},  # thin: a core of its own would cost a small machine a replica
-        maxsurge_percent=SURGE_PERCENT,
+        max_surge_percent=SURGE_PERCENT,
         **_lasting(job),
     )
     merged = {name: merged_application(job.name, name) for name in plan.merged}
@@ -57,7 +57,7 @@ def engine_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_ser
         autoscaling_config=_autoscaling(job),
         request_router_config=RequestRouterConfig(**router),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        maxsurge_percent=surge_percent(job, num_cpus),
+        max_surge_percent=surge_percent(job, num_cpus),
         **_lasting(job),
     )
     return engines.bind(plan, job.engine, job.model.dtype, num_cpus, num_gpus)
