@@ -57,7 +57,7 @@ def engine_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_ser
         autoscaling_config=_autoscaling(job),
         request_router_config=RequestRouterConfig(**router),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
-        max_surge_percent=_surge_percent(job, num_cpus),
+        max_surge_percent=surge_percent(job, num_cpus),
         **_lasting(job),
     )
     return engines.bind(plan, job.engine, job.model.dtype, num_cpus, num_gpus)
@@ -72,8 +72,9 @@ def _lasting(job: ServeJob) -> dict[str, Any]:
     }
 
 
-def _surge_percent(job: ServeJob, num_cpus: int) -> int:
-    """None where one more than the most replicas does not fit: an update would wait for it for ever."""
+def surge_percent(job: ServeJob, num_cpus: int) -> int:
+    """Of replicas that may run besides during an update. None where one more than the most does not fit: the update
+    would wait for it for ever."""
     room = cluster_resources().room_for(cpus=num_cpus, gpus=job.resources.gpus_per_worker)
     return SURGE_PERCENT if room > job.autoscaling.max_replicas * num_models(job) else 0
 

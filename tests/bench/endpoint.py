@@ -6,7 +6,8 @@ lag: from the start of a load of 8 clients until a second replica of the tiny mo
 start; preset `fast`. zero: the same from no replica, until the first token, with the replica's start in it. cost: CPU
 time of all processes but the client while 8 clients stream answers of 128 tokens of `--model` on one core, by thread:
 what is not the engine's own thread is the cost, given in CPU ms a token and as a share of the engine's. names: a store
-of 1,000 adapters in production: seconds for `/v1/models` of a gateway in this process, and its memory.
+of 1,000 adapters in production: seconds for `/v1/models` of a gateway in this process, and memory of its index and of
+a replica's engine that is asked all of them in turn.
 """
 
 from __future__ import annotations
@@ -30,19 +31,24 @@ from typing import Any
 import httpx
 import psutil
 from ray import serve as ray_serve
+from safetensors.torch import load_file, save_file
 
-from lmray.artifacts.served import ServedAdapter
+from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store
+from lmray.engines.base import Request, Sampling
 from lmray.job import ServeJob
+from lmray.models.load import load_model
+from lmray.models.source import find_model
 from lmray.on_ray.cluster import connected
 from lmray.on_ray.serve import serve
 from lmray.policies.autoscaling import PRESETS
 from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
-from lmray.serve.fit import Fit
 from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
-from lmray.testing.tiny import tiny_tokenizer
+from lmray.serve.live import LiveEngine
+from lmray.serve.prepare import ServePlan, check_out, prepare
+from lmray.testing.tiny import tiny_adapter_folder, tiny_tokenizer
 from lmray.testing.waiting import wait_until
 
 HERE = Path(__file__).resolve().parent
@@ -50,7 +56,6 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from machine import describe  # noqa: E402
 
 from tests.on_ray.endpoints import Load, ask, make_job, replica_actors  # noqa: E402
-from tests.unit.serve.stores import BASE, SmallStore  # noqa: E402
 
 AT_ONCE, NUM_OUT = 8, 128
 LONG = [{"role": "user", "content": "Write a long story about a fisherman and the sea."}]
@@ -158,34 +163,70 @@ def _cpu_seconds(job: ServeJob) -> Counter[str]:
 
 
 def names(root: Path) -> dict[str, float]:
-    """Seconds for `/v1/models` with a thousand adapters, at first and later, and MiB of the index."""
-    small = SmallStore(root)
-    for number in range(NUM_ADAPTERS):
-        small.keep(f"adapter-{number:04}", str(number), stage="production")
-    before = psutil.Process().memory_info().rss
-    store = open_store(str(root / "store"))
-    fit = Fit(BASE["source"], BASE["digest"], None, 2**30)
-    catalogue = Catalogue(store, [ServedAdapter(artifact="*", stage="production")], fit, reserved="tiny")
+    """Of a thousand adapters: `/v1/models` in seconds, at first and later; MiB of the gateway's index; and of a replica
+    that holds 16 and is asked all, after 32 of them and at the end."""
+    job = make_job(root, (), **{"engine.max_adapters": 16})
+    _keep_many(root)
+    plan, store = prepare(job), open_store(str(root / "store"))
+    before = _mib()
+    catalogue = Catalogue(store, plan.served, plan.fit, reserved=plan.model_name)
     fleet = Fleet(_NoReplicas(), catalogue, Canaries(store, "endpoint"))
     app = make_app(fleet, tiny_tokenizer(), GatewaySettings("tiny", 256))
     began = time.monotonic()
     catalogue.refresh()
-    first = time.monotonic() - began
+    found = {"index_s": time.monotonic() - began}
+    took = asyncio.run(_ask_names(app))
+    found |= {"median_s": statistics.median(took), "slowest_s": max(took), "index_mib": _mib() - before}
+    return found | asyncio.run(_ask_all(job, plan, [line.current.ref for line in _lines(catalogue)]))
 
-    async def main() -> list[float]:
-        found = []
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
-            for _ in range(30):
-                began = time.monotonic()
-                response = await client.get("/v1/models")
-                found.append(time.monotonic() - began)
-                assert len(response.json()["data"]) == 2 * NUM_ADAPTERS + 1
-                await asyncio.sleep(0.1)
-        return found
 
-    took = asyncio.run(main())
-    mib = (psutil.Process().memory_info().rss - before) / 2**20
-    return {"index_s": first, "median_s": statistics.median(took), "slowest_s": max(took), "mib": mib}
+def _keep_many(root: Path) -> None:
+    """Adapters that differ in one number."""
+    artifacts, model = Artifacts(open_store(str(root / "store"))), root / "tiny"
+    folder = tiny_adapter_folder(model, root / "many", seed=1)
+    base = {"source": str(model), "revision": None, "digest": find_model(str(model)).digest}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for number in range(NUM_ADAPTERS):
+        next(iter(tensors.values()))[0, 0] = number / NUM_ADAPTERS
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        artifacts.promote(artifacts.keep(f"adapter-{number:04}", folder, base=base).ref, "production")
+
+
+async def _ask_names(app: Any) -> list[float]:
+    took = []
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        for _ in range(30):
+            began = time.monotonic()
+            response = await client.get("/v1/models")
+            took.append(time.monotonic() - began)
+            assert len(response.json()["data"]) == 2 * NUM_ADAPTERS + 1
+            await asyncio.sleep(0.1)
+    return took
+
+
+async def _ask_all(job: ServeJob, plan: ServePlan, handles: list[str]) -> dict[str, float]:
+    model = load_model(check_out(plan), "float32")
+    live = LiveEngine(job.engine.start(model, stop_token_ids=(), threads=1), plan)
+    await live.start()
+    found: dict[str, float] = {}
+    began = time.monotonic()
+    for number, handle in enumerate(handles):
+        async for _ in live.stream(Request(handle, (1, 2, 3), Sampling(max_tokens=1), handle)):
+            pass
+        if number == 32:
+            found["replica_mib"] = _mib()
+    held = live.stats()["cache"]["held"]
+    found |= {"replica_after_mib": _mib(), "held": len(held), "load_s": (time.monotonic() - began) / len(handles)}
+    await live.engine.close()
+    return found
+
+
+def _lines(catalogue: Catalogue) -> list[Any]:
+    return [catalogue.line(name) for name in catalogue.names]
+
+
+def _mib() -> float:
+    return psutil.Process().memory_info().rss / 2**20
 
 
 class _NoReplicas:

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from lmray.errors import CapacityError, DataError, RemoteError
 from lmray.job import ServeJob
+from lmray.on_ray import deployments
 from lmray.on_ray import serve as module
+from lmray.on_ray.cluster import ClusterResources, Node
 from lmray.on_ray.replicas import RoutedReplicas, as_lmray_error
 from lmray.on_ray.serve import serve
 from lmray.testing.tiny import tiny_model_folder
@@ -78,6 +80,22 @@ def test_a_bug_in_a_replica_is_no_reason_to_ask_another():
 @pytest.mark.parametrize(("host", "asked"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
 def test_an_endpoint_on_all_addresses_is_asked_at_loopback(host, asked):
     assert module._reachable(host) == asked
+
+
+@pytest.mark.parametrize(("cpus", "percent"), [(1.0, 0), (2.0, 0), (3.0, 20)])
+def test_new_replicas_start_beside_the_old_ones_where_there_is_room_for_one_more(monkeypatch, tmp_path, cpus, percent):
+    node = Node("here", cpus, 0.0, 0.0)
+    monkeypatch.setattr(deployments, "cluster_resources", lambda: ClusterResources((node,)))
+    job = ServeJob.model_validate(
+        {
+            "name": "endpoint",
+            "model": {"source": "tiny"},
+            "adapters": [{"artifact": "helper", "merged": True}],
+            "engine": {"name": "native"},
+            "storage": str(tmp_path),
+        }
+    )
+    assert deployments.surge_percent(job, 1) == percent, "the base and the merged model take a core each"
 
 
 class Answers:
