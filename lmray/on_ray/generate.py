@@ -110,5 +110,5 @@ class _Answers:
 def _record(told: dict[str, Any]) -> ShardRecord:
     """What a worker told. Raises the error that it handed back."""
     if "error" in told:
-        raise getattr(errors, told["error"])(**told["fields"])
+        raise getattr(errors, told["error"], LmrayError)(**told["fields"])
     return ShardRecord(**told["record"])
