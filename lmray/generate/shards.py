@@ -71,8 +71,7 @@ class Shards:
 
     def done(self) -> dict[int, ShardRecord]:
         """Every shard whose files are what its record says, by index."""
-        found = {index: record for index in range(len(self)) if (record := self._record(index)) is not None}
-        return {index: record for index, record in found.items() if self._holds(record)}
+        return {index: record for index in range(len(self)) if (record := self._record(index)) is not None}
 
     def tidy(self) -> None:
         """Forgets attempts, and removes what killed writers left. To be called by the only run there is."""
@@ -120,19 +119,14 @@ class Shards:
         return self.folder / f"{index:06d}.{suffix}"
 
     def _record(self, index: int) -> ShardRecord | None:
+        """That of a shard that is done."""
+        names = {f"part-{index:06d}.{suffix}" for suffix in self.suffixes}
         try:
-            return ShardRecord(**json.loads(self._path(index, "json").read_text(encoding="utf-8")))
+            record = ShardRecord(**json.loads(self._path(index, "json").read_text(encoding="utf-8")))
+            found = {name: _facts(self.answers / name) for name in names}
         except (OSError, ValueError, TypeError):
             return None
-
-    def _holds(self, record: ShardRecord) -> bool:
-        names = {f"part-{record.index:06d}.{suffix}" for suffix in self.suffixes}
-        try:
-            return record.files.keys() == names and all(
-                _facts(self.answers / name) == facts for name, facts in record.files.items()
-            )
-        except OSError:
-            return False
+        return record if record.index == index and record.files == found else None
 
 
 def busy_seconds(records: Sequence[ShardRecord]) -> float:

@@ -17,9 +17,11 @@ from typing import Any
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
+from lmray import errors
 from lmray.artifacts.files import only_writer
 from lmray.artifacts.store import run_folder
 from lmray.context import Result
+from lmray.errors import LmrayError
 from lmray.generate.plan import GeneratePlan, check_begin, make_plan, prepare
 from lmray.generate.program import finished
 from lmray.generate.program import generate as generate_program
@@ -66,8 +68,8 @@ def _pool(job: GenerateJob, plan: GeneratePlan, shards: Sequence[int]) -> Iterat
             fn_constructor_kwargs={"job": job, "plan": plan},
         )
         for batch in records.iter_batches(batch_size=None, prefetch_batches=0):
-            for record in batch["record"]:
-                yield ShardRecord(**json.loads(str(record)))
+            for told in batch["told"]:
+                yield _record(json.loads(str(told)))
 
 
 def _context() -> DataContext:
@@ -84,13 +86,29 @@ def _context() -> DataContext:
 
 
 class _Answers:
-    """A worker of the pool."""
+    """A worker of the pool. What it raises on purpose it hands back: of an exception Ray Data keeps the text alone."""
 
     def __init__(self, job: GenerateJob, plan: GeneratePlan):
-        resources = job.resources
-        device = "cuda" if resources.gpus_per_worker else "cpu"
-        self._worker = Worker(job, plan, device=device, threads=resources.cpus_per_worker or 1)
+        self._job, self._plan = job, plan
+        self._worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        records = [self._worker.answer(int(index)) for index in batch["shard"]]
-        return {"record": [json.dumps(asdict(record)) for record in records]}
+        try:
+            worker = self._worker = self._worker or self._started()
+            told = [{"record": asdict(worker.answer(int(index)))} for index in batch["shard"]]
+        except LmrayError as error:
+            fields = {"where": error.where, "found": error.found, "allowed": error.allowed, "hint": error.hint}
+            told = [{"error": type(error).__name__, "fields": fields}]
+        return {"told": [json.dumps(one) for one in told]}
+
+    def _started(self) -> Worker:
+        resources = self._job.resources
+        device = "cuda" if resources.gpus_per_worker else "cpu"
+        return Worker(self._job, self._plan, device=device, threads=resources.cpus_per_worker or 1)
+
+
+def _record(told: dict[str, Any]) -> ShardRecord:
+    """What a worker told. Raises the error that it handed back."""
+    if "error" in told:
+        raise getattr(errors, told["error"], LmrayError)(**told["fields"])
+    return ShardRecord(**told["record"])

@@ -29,10 +29,10 @@ def content(root) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((root / "answers").iterdir())}
 
 
-def test_rows_are_cut_in_order():
-    one = Shards(None, None, num_rows=10, size=4)  # type: ignore[arg-type]
+def test_rows_are_cut_in_order(tmp_path):
+    one = shards(tmp_path)
     assert [one.rows(index) for index in range(len(one))] == [range(4), range(4, 8), range(8, 10)]
-    assert len(Shards(None, None, num_rows=8, size=4)) == 2  # type: ignore[arg-type]
+    assert len(shards(tmp_path, num_rows=8)) == 2
 
 
 def test_a_kill_at_any_file_operation_leaves_a_shard_whole_or_undone(tmp_path):
