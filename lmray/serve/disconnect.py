@@ -12,6 +12,8 @@ from fastapi import Request
 from lmray.serve.failures import AnswerError, error_body
 
 T = TypeVar("T")
+_CLOSING: set[asyncio.Future[None]] = set()
+"""What is being closed; the event loop itself would forget it."""
 
 
 class ClientGoneError(Exception):
@@ -40,12 +42,19 @@ async def until_gone(
             if isinstance(coming.exception(), StopAsyncIteration):
                 return
             yield coming.result()
-    finally:
-        await _cancelled(gone)
-        if coming is not None:
-            await _cancelled(coming)
-        if (close := getattr(items, "aclose", None)) is not None:
-            await close()
+    finally:  # a task of its own: a server that has seen the client leave cancels this one at every `await`
+        closing = asyncio.ensure_future(_close(gone, coming, items))
+        _CLOSING.add(closing)
+        closing.add_done_callback(_CLOSING.discard)
+        await asyncio.shield(closing)
+
+
+async def _close(gone: asyncio.Future, coming: asyncio.Future | None, items: AsyncIterator) -> None:
+    await _cancelled(gone)
+    if coming is not None:
+        await _cancelled(coming)
+    if (close := getattr(items, "aclose", None)) is not None:
+        await close()
 
 
 async def _gone(http: Request) -> None:
