@@ -103,6 +103,7 @@ class Gateway:
             keys=plan.keys,
             limits=plan.limits,
             filters=plan.filters,
+            aliases=lambda: catalogue.aliases,
             sends_request_id=False,  # Ray Serve sends it
         )
         fleet = Fleet(_Replicas(self._engines), catalogue, Canaries(store, plan.endpoint))

@@ -11,8 +11,14 @@ from pydantic import Field
 from lmray.serve.failures import RequestError
 from lmray.serve.messages import Wire
 
-_WHITESPACE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,20}"}
+FLEXIBLE_SPACE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,20}"}
 """A model may indent, but not write spaces until its answer is cut."""
+MAX_GRAMMAR = 120_000
+"""Characters. One of this length is read in a third of a second."""
+MAX_MERGED_PATTERNS = 8
+"""Patterns of a schema whose parts are merged. What one text has to match at once doubles the time with each."""
+_ALONE = frozenset(("$defs", "definitions", "title", "description", "default", "examples"))
+"""What may stand beside a `$ref` without being merged with what it names."""
 
 
 class JsonSchema(Wire):
@@ -42,22 +48,44 @@ def grammar_of(wanted: ResponseFormat) -> str | None:
     schema = schema_of(wanted)
     if schema is None:
         return None
-    held = {**schema, "x-guidance": _WHITESPACE}
+    held = {**schema, "x-guidance": FLEXIBLE_SPACE}
     return json.dumps({"grammars": [{"name": "json_schema", "json_schema": held}]}, ensure_ascii=False)
 
 
 def check_format(wanted: ResponseFormat) -> None:
-    """Raises RequestError for a schema that is missing, none, or says what answers cannot be held to."""
-    where = "response_format"
+    """Raises RequestError for a schema that is missing, or belongs to nothing."""
     if (wanted.type == "json_schema") != (wanted.json_schema is not None):
-        raise RequestError(where, "`json_schema` belongs to type `json_schema`, and that needs it")
-    grammar = grammar_of(wanted)
+        raise RequestError("response_format", "`json_schema` belongs to type `json_schema`, and that needs it")
+
+
+def check_schema(schema: dict[str, Any], *, where: str) -> None:
+    """Raises RequestError, at `where`, for one that could take minutes to read."""
+    num_patterns, merges, left = 0, False, [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            num_patterns += "pattern" in part
+            choices = part.keys() & {"$ref", "anyOf", "oneOf"}
+            merges = merges or "allOf" in part or (bool(choices) and len(part.keys() - _ALONE) > 1)
+            left += part.values()
+    if merges and num_patterns > MAX_MERGED_PATTERNS:
+        found = f"merges schemas and holds {num_patterns} patterns"
+        raise RequestError(where, found, allowed=f"up to {MAX_MERGED_PATTERNS}, or nothing to merge them with")
+
+
+def check_grammar(grammar: str | None, *, where: str) -> None:
+    """Raises RequestError, at `where`, for what answers cannot be held to; a lenient schema is held to as far as
+    possible. Takes a while for large ones."""
     if grammar is None:
         return
+    if len(grammar) > MAX_GRAMMAR:
+        raise RequestError(where, f"comes to {len(grammar)} characters", allowed=f"up to {MAX_GRAMMAR}")
     if find_spec("llguidance") is None:
         raise RequestError(where, "this endpoint has no guided decoding", hint="install `lmray[guided]` where it runs")
     from llguidance import LLMatcher  # type: ignore[import-not-found]
 
     failed, said = LLMatcher.validate_grammar_with_warnings(grammar)
-    if failed or said:
-        raise RequestError(f"{where}.json_schema.schema", said[0].splitlines()[0][:300])
+    if failed:
+        raise RequestError(where, said[0].splitlines()[0][:300])
