@@ -25,13 +25,18 @@ class Detokeniser:
         """What `token_id` adds, without the start of a character that later tokens finish."""
         self._window.append(token_id)
         self._text = self._decode(self._window)
-        num_held = min(len(self._text) - len(self._text.rstrip(REPLACEMENT)), _MAX_HELD)
+        num_held = _num_held(self._text)
         piece = self._take(len(self._text) - num_held)
-        if num_held == 0 and len(self._window) > _LONG:
-            self._window = self._window[-_KEPT:]
-            self._text = self._decode(self._window)
-            self._num_sent = len(self._text)
+        if len(self._window) > _LONG:
+            self._move_on(num_held)
         return piece
+
+    def _move_on(self, num_held: int) -> None:
+        """Leaves the oldest tokens behind, where the end of the text reads the same without them."""
+        text = self._decode(self._window[-_KEPT:])
+        if _num_held(text) == num_held:
+            num_unsent = len(self._text) - self._num_sent
+            self._window, self._text, self._num_sent = self._window[-_KEPT:], text, len(text) - num_unsent
 
     def finish(self) -> str:
         """What was held back, now that nothing follows."""
@@ -41,6 +46,11 @@ class Detokeniser:
         piece = self._text[self._num_sent : end]
         self._num_sent = max(self._num_sent, end)
         return piece
+
+
+def _num_held(text: str) -> int:
+    """Characters at the end that later tokens may turn into another one."""
+    return min(len(text) - len(text.rstrip(REPLACEMENT)), _MAX_HELD)
 
 
 class StopStrings:

@@ -71,7 +71,7 @@ class Linears:
                 for layer, size in zip(layers, self.sizes, strict=True)
             ]
             biases = [torch.cat(filled)]
-        self.products: list[FrozenLinear | PackedLinear] = [
+        self.products: Sequence[FrozenLinear | PackedLinear] = [
             FrozenLinear(weight, bias) for weight, bias in zip(weights, biases, strict=False)
         ]
         self._layers, self._like = layers, weights[0].new_empty(0)
@@ -88,8 +88,9 @@ class Linears:
 
     def pack(self) -> None:
         """Keeps the weights packed alone, where that is faster; the model's layers are left without them."""
-        if all(can_pack(product) for product in self.products):
-            self.products = [PackedLinear(product) for product in self.products]
+        plain = [product for product in self.products if isinstance(product, FrozenLinear) and can_pack(product)]
+        if len(plain) == len(self.products):
+            self.products = [PackedLinear(product) for product in plain]
             for layer in self._layers:
                 layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
 

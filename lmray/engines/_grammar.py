@@ -15,22 +15,23 @@ from transformers import PreTrainedTokenizerFast
 
 from lmray.errors import DataError
 
-_WHITESPACE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,20}"}
+FLEXIBLE_SPACE = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{0,20}"}
 """A model may indent, but not write spaces until its answer is cut."""
 
 
 def json_grammar(schema: Mapping[str, Any]) -> str:
     """The grammar of answers that are JSON of `schema`, as `llguidance` reads it."""
-    held = {**schema, "x-guidance": _WHITESPACE}
+    held = {**schema, "x-guidance": FLEXIBLE_SPACE}
     return json.dumps({"grammars": [{"name": "json_schema", "json_schema": held}]}, ensure_ascii=False)
 
 
 def grammar_fault(grammar: str) -> str | None:
-    """What answers cannot be held to in `grammar`; None where there is no such thing."""
+    """What answers cannot be held to in `grammar`; None where there is no such thing. A lenient schema is
+    held to as far as possible. Takes a while for large ones."""
     from llguidance import LLMatcher  # type: ignore[import-not-found]
 
     failed, said = LLMatcher.validate_grammar_with_warnings(grammar)
-    return said[0].splitlines()[0][:300] if failed or said else None
+    return said[0].splitlines()[0][:300] if failed else None
 
 
 class Grammars:

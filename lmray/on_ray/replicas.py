@@ -109,6 +109,7 @@ class Gateway:
             limits=plan.limits,
             filters=plan.filters,
             page=plan.page,
+            aliases=lambda: catalogue.aliases,
             sends_request_id=False,  # Ray Serve sends it
         )
         canaries = Canaries(store, plan.endpoint)

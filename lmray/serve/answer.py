@@ -69,16 +69,16 @@ class Answer:
         tokenizer: PreTrainedTokenizerBase,
         stops: tuple[str, ...] = (),
         *,
-        calls: bool = False,
+        calls: ToolCalls | None = None,
         echo: Question | None = None,
         filters: Sequence[TextFilter] = (),
     ):
-        """`calls`: take tool calls out of the text. `echo`: the answer starts with this prompt, which `filters` do not
+        """`calls`: takes tool calls out of the text. `echo`: the answer starts with this prompt, which `filters` do not
         see."""
         self._tokenizer = tokenizer
         self._said = AnswerText(self._decoding(special=False), stops)
         self._filters = FilteredText(filters)
-        self._calls = ToolCalls() if calls else None
+        self._calls = calls
         self._echo = echo
         self._start = len(echo.text) if echo is not None else 0
 
@@ -92,6 +92,7 @@ class Answer:
         calls: tuple[dict[str, Any], ...] = ()
         if self._calls is not None:
             text, calls = self._calls.push(text)
+            reason = "tool_calls" if self._calls.done else reason
             if reason is not None:
                 reason = "tool_calls" if self._calls.num_calls and reason == "stop" else reason
                 text += self._calls.finish()

@@ -60,6 +60,7 @@ class Catalogue:
         self._reserved, self._only, self._clock = reserved, only, clock
         self._lines: dict[str, Line] = {}
         self._names: tuple[str, ...] = ()
+        self._aliases: dict[str, str] = {}
         self._looked = float("-inf")
         self._looking: asyncio.Future[None] | None = None
 
@@ -67,6 +68,11 @@ class Catalogue:
     def names(self) -> tuple[str, ...]:
         """Names that are served, sorted."""
         return self._names
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """`NAME@STAGE` of names that are served from a stage, and the name."""
+        return self._aliases
 
     @property
     def refused(self) -> dict[str, str]:
@@ -88,6 +94,8 @@ class Catalogue:
                 lines[name] = self._line(name, served)
         self._lines = lines
         self._names = tuple(name for name, line in lines.items() if line.current is not None)
+        stages = {name: served.stage for name in self._names if (served := self._served_as(name)) is not None}
+        self._aliases = {f"{name}@{stage}": name for name, stage in stages.items() if stage in STAGES}
 
     async def look(self, *, now: bool = False) -> None:
         """Refreshes where the last look was `EVERY_S` ago or `now`, on a thread of its own, one at a time."""

@@ -4,7 +4,8 @@ answered for too long."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
 from typing import TypeVar
 
 from fastapi import Request
@@ -34,9 +35,9 @@ async def until_gone(
             coming = asyncio.ensure_future(_next(items))
             left_s = None if timeout_s == float("inf") else max(0.0, deadline_s - loop.time())
             await asyncio.wait({gone, coming}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done() and not coming.done():
+            if gone.done():  # also where the next item is there: items may come without a pause
                 raise ClientGoneError
-            if not coming.done():
+            if not coming.done() or loop.time() > deadline_s:
                 found = f"the answer was not done after {timeout_s:g} s"
                 raise AnswerError(504, error_body(found, kind="server_error", code="timeout"))
             if isinstance(coming.exception(), StopAsyncIteration):
@@ -55,6 +56,16 @@ async def _close(gone: asyncio.Future, coming: asyncio.Future | None, items: Asy
         await _cancelled(coming)
     if (close := getattr(items, "aclose", None)) is not None:
         await close()
+
+
+async def unless_gone(http: Request, work: Awaitable[T]) -> T:
+    """What `work` gives. Raises ClientGoneError once the client has left, and what `work` raises."""
+
+    async def alone() -> AsyncIterator[T]:
+        yield await work
+
+    async with aclosing(until_gone(http, alone())) as found:
+        return await anext(found)
 
 
 async def _gone(http: Request) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError
 
+MAX_MESSAGE, MAX_PARAM = 2000, 200
+"""Characters."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -30,8 +33,9 @@ class AnswerError(Exception):
 def error_body(
     message: str, *, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """An error as OpenAI's clients expect it. What it quotes of a request is cut where it is very long."""
+    short = None if param is None else param[:MAX_PARAM]
+    return {"error": {"message": message[:MAX_MESSAGE], "type": kind, "param": short, "code": code}}
 
 
 def failure_of(error: Exception) -> AnswerError:
@@ -50,5 +54,6 @@ def failure_of(error: Exception) -> AnswerError:
     if isinstance(error, LmrayError):
         _LOG.error("a request failed: %s", error)
         return AnswerError(500, error_body(error.found, kind="server_error"))
-    _LOG.error("a request failed: %s", type(error).__name__, exc_info=error)
+    frames = "".join(traceback.format_tb(error.__traceback__))  # without its message, which may quote the request
+    _LOG.error("a request failed: %s\n%s", type(error).__name__, frames)
     return AnswerError(500, error_body("internal error", kind="server_error"))

@@ -17,10 +17,12 @@ from lmray.serve.answer import Answer, Piece, Question
 from lmray.serve.failures import RequestError
 from lmray.serve.openai import ChatRequest, CompletionRequest, GenerationRequest
 from lmray.serve.tokens import chat_logprobs, prompt_logprobs, text_logprobs
-from lmray.serve.tools import writes_tool_calls
+from lmray.serve.tools import ToolCalls, writes_tool_calls
 
 Choice = dict[str, Any]
 """One entry of `choices`."""
+MAX_TOLD = 2**20
+"""Log probabilities in one answer: tokens times what is told of each. More would fill the gateway's memory."""
 
 
 class Form(Protocol):
@@ -79,8 +81,10 @@ class Chat:
 
     def answer(self, question: Question, filters: Sequence[TextFilter]) -> Answer:
         """Its calls are read where the template asks for a form we know."""
-        calls = self.asked.offered_tools is not None and writes_tool_calls(self._tokenizer.chat_template)
-        return Answer(self._tokenizer, self.asked.stop_strings, calls=calls, filters=filters)
+        asked, calls = self.asked, None
+        if asked.offered_tools and (asked.grammar is not None or writes_tool_calls(self._tokenizer.chat_template)):
+            calls = ToolCalls(asked.max_calls)
+        return Answer(self._tokenizer, asked.stop_strings, calls=calls, filters=filters)
 
     def opening(self, index: int) -> list[Choice]:
         return [_chat_chunk(index, {"role": "assistant", "content": ""})]
@@ -166,7 +170,20 @@ def engine_requests(
             name = form.id if alone else f"{form.id}-{len(found)}"
             sampling = asked.sampling(room, place)
             found.append((Request(name, question.ids, sampling, adapter, cache_salt), question))
+    _check_told([request for request, _ in found])
     return found
+
+
+def _check_told(requests: Sequence[Request]) -> None:
+    """Raises RequestError for more log probabilities than one answer holds."""
+    told = 0
+    for request in requests:
+        sampling = request.sampling
+        told += 0 if sampling.logprobs is None else sampling.max_tokens * (1 + sampling.logprobs)
+        told += 0 if sampling.prompt_logprobs is None else len(request.prompt_ids) * (1 + sampling.prompt_logprobs)
+    if told > MAX_TOLD:
+        hint = "lower `n`, `max_tokens` or how many are told of each token, or send fewer prompts"
+        raise RequestError("logprobs", f"come to {told}", allowed=f"up to {MAX_TOLD} in one answer", hint=hint)
 
 
 def _too_long(param: str, num_tokens: int, max_length: int) -> RequestError:

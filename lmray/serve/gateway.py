@@ -9,35 +9,48 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
+from lmray import __version__
 from lmray.config.endpoint import HttpLimits, TextFilter
+from lmray.engines.base import Request as EngineRequest
 from lmray.errors import LmrayError, did_you_mean
 from lmray.serve.account import Account
 from lmray.serve.answer import Backend, Piece, Question
-from lmray.serve.disconnect import ClientGoneError, until_gone
+from lmray.serve.body import read_body
+from lmray.serve.disconnect import ClientGoneError, unless_gone, until_gone
 from lmray.serve.envelope import CLIENT_CLOSED, answer_failures
 from lmray.serve.failures import AnswerError, RequestError, error_body, failure_of
 from lmray.serve.filters import of_answers, refusing
 from lmray.serve.forms import Chat, Completion, Form, engine_requests
 from lmray.serve.generate import answer_pieces, side_by_side
-from lmray.serve.guided import check_format
+from lmray.serve.guided import check_grammar
 from lmray.serve.keys import ApiKey, find_key
 from lmray.serve.metrics import Metrics
 from lmray.serve.openai import ChatRequest, CompletionRequest, read_request
+from lmray.serve.openapi import openapi_document
 from lmray.serve.page import add_page
 from lmray.serve.quotas import Quotas
 from lmray.serve.visitors import VISITOR
 
+T = TypeVar("T")
 Pieces = AsyncGenerator[tuple[int, Piece], None]
 """Pieces of all answers to one request, each with its answer's index."""
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
+"""Ends of lines to clients that split a stream as Python splits text, and none to the protocol."""
+READERS = 4
+"""Prompts that are tokenised at a time; more wait."""
+MAX_NAMED = 20
+"""Models that an error names."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,8 @@ class GatewaySettings:
     """Those that are let in. Empty: no key is asked for."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     filters: tuple[TextFilter, ...] = ()
+    aliases: Callable[[], Mapping[str, str]] = dict
+    """Other names of adapters (`NAME@STAGE`), that are answered to and not listed, with the adapter's own."""
     sends_request_id: bool = True
     """Whether answers carry `x-request-id`; off where what stands before the gateway puts it there."""
     page: bool = True
@@ -59,11 +74,13 @@ class GatewaySettings:
 
 
 def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: GatewaySettings) -> FastAPI:
-    """The app: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/health`, `/ready`, `/metrics`."""
+    """The app: `/v1/models`, `/v1/chat/completions`, `/v1/completions`, `/health`, `/ready`, `/metrics`, and
+    `/openapi.json`, which describes them."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gateway = _Gateway(backend, tokenizer, settings)
     app.state.metrics = gateway.metrics
     app.add_api_route("/health", _health, methods=["GET"])
+    app.add_api_route("/openapi.json", gateway.described, methods=["GET"])
     app.add_api_route("/ready", gateway.ready, methods=["GET"])
     app.add_api_route("/metrics", gateway.page, methods=["GET"])
     app.add_api_route("/v1/models", gateway.models, methods=["GET"])
@@ -88,7 +105,14 @@ class _Gateway:
         self._backend, self._tokenizer, self._settings = backend, tokenizer, settings
         self._created = int(time.time())
         self._quotas = Quotas(settings.keys, time.monotonic)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lmray-tokenise")
+        tokenizer("")  # the first call may change its settings, which must not happen while another thread reads
+        self._document = openapi_document(version=__version__, has_keys=bool(settings.keys))
         self.metrics = Metrics()
+
+    async def described(self) -> Response:
+        """The OpenAPI document."""
+        return JSONResponse(self._document)
 
     async def ready(self) -> Response:
         """200 while a request would be answered, 503 with the reason else. An endpoint that goes down to no replica
@@ -121,23 +145,28 @@ class _Gateway:
 
     async def chat(self, http: Request) -> Response:
         key = self._key(http)
-        return await self._answer(http, key, Chat(read_request(ChatRequest, await self._body(http)), self._tokenizer))
+        return await self._answer(
+            http, key, Chat(read_request(ChatRequest, await read_body(http, self._settings.limits)), self._tokenizer)
+        )
 
     async def complete(self, http: Request) -> Response:
         key = self._key(http)
-        asked = read_request(CompletionRequest, await self._body(http))
+        asked = read_request(CompletionRequest, await read_body(http, self._settings.limits))
         return await self._answer(http, key, Completion(asked, self._tokenizer))
 
     async def _answer(self, http: Request, key: ApiKey | None, form: Form) -> Response:
+        """Reads what is asked and answers it. The key's requests count before its prompts are tokenised, on another
+        thread, and its tokens after that."""
         account, limits = _account(http), self._settings.limits
         adapter = self._adapter(form.asked.model, await self._names(key), key)
         account.model = adapter or self._settings.model
-        await asyncio.to_thread(check_format, form.asked.response_format)
+        take = account.leaving.enter_context(self._quotas.using(key, lambda: account.num_answer_tokens))
         salt = key.name if key is not None else ""  # or a key could find out what others asked, by how fast it is read
-        requests = engine_requests(form, adapter, self._settings.max_length, cache_salt=salt)
-        self._filter(form, [question for _, question in requests[:: form.asked.n]])
-        account.leaving.enter_context(self._quotas.using(key, lambda: account.num_tokens))
-        account.ask(sum(len(request.prompt_ids) for request, _ in requests) // form.asked.n)
+        reading = asyncio.get_running_loop().run_in_executor(self._readers, partial(self._read, form, adapter, salt))
+        requests = await unless_gone(http, reading)
+        num_prompt_tokens = sum(len(request.prompt_ids) for request, _ in requests) // form.asked.n
+        take(num_prompt_tokens)
+        account.ask(num_prompt_tokens)
         filters = of_answers(self._settings.filters)
         answers = [
             answer_pieces(self._backend, request, form.answer(question, filters), account)
@@ -151,6 +180,13 @@ class _Gateway:
         first = await anext(pieces)  # what fails before the first token is answered with a status, not in the stream
         events = _events(head, form, len(answers), _with(first, pieces), account)
         return StreamingResponse(events, media_type="text/event-stream")
+
+    def _read(self, form: Form, adapter: str | None, salt: str) -> list[tuple[EngineRequest, Question]]:
+        """What the engine is asked. Takes as long as the prompts are; raises RequestError and AnswerError."""
+        check_grammar(form.asked.grammar, where=form.asked.grammar_field)
+        requests = engine_requests(form, adapter, self._settings.max_length, cache_salt=salt)
+        self._filter(form, [question for _, question in requests[:: form.asked.n]])
+        return requests
 
     def _filter(self, form: Form, questions: Sequence[Question]) -> None:
         """Raises AnswerError (400) for a prompt that a filter refuses, and for log probabilities of filtered answers:
@@ -178,13 +214,14 @@ class _Gateway:
         return {name: adapter for name, adapter in names.items() if (adapter or base).partition("@")[0] in key.models}
 
     def _adapter(self, model: str, names: Mapping[str, str | None], key: ApiKey | None) -> str | None:
-        if model in names:
-            return names[model]
+        plain = self._settings.aliases().get(model.removeprefix(f"{self._settings.model}:"), model)
+        if plain in names:
+            return names[plain]
         if key is not None and key.models:  # whether there is one of that name is not this key's to know
-            found = f"this key may not ask `{model}`; it may ask: {', '.join(names) or 'none that is served'}"
+            found = f"this key may not ask `{model}`; it may ask: {_listed(names) or 'none that is served'}"
             raise AnswerError(403, error_body(found, code="model_not_allowed", param="model"))
         close = did_you_mean(model, names)
-        found = f"unknown model `{model}`; there are: {', '.join(names)}" + (f"; {close}" if close else "")
+        found = f"unknown model `{model}`; there are: {_listed(names)}" + (f"; {close}" if close else "")
         raise AnswerError(404, error_body(found, code="model_not_found", param="model"))
 
     def _card(self, name: str, adapter: str | None) -> dict[str, Any]:
@@ -207,25 +244,11 @@ class _Gateway:
         VISITOR.set(key.name)
         return key
 
-    async def _body(self, http: Request) -> Any:
-        """The decoded JSON body, read no further and waited for no longer than allowed."""
-        limits, content = self._settings.limits, bytearray()
-        try:
-            async with asyncio.timeout(limits.body_timeout_s):
-                async for part in http.stream():
-                    content += part
-                    if len(content) > limits.max_body_bytes:
-                        found = f"the body is longer than {limits.max_body_bytes} bytes"
-                        raise AnswerError(413, error_body(found, code="request_too_large"))
-        except TimeoutError:
-            found = f"the body was not there after {limits.body_timeout_s:g} s"
-            raise AnswerError(408, error_body(found, code="timeout")) from None
-        try:
-            body = json.loads(content)
-            json.dumps(body, ensure_ascii=False).encode()  # JSON can write half a character, which no tokenizer reads
-        except (ValueError, RecursionError) as error:
-            raise RequestError(None, f"the body is not JSON: {error}") from None
-        return body
+
+def _listed(names: Iterable[str]) -> str:
+    """So many as a person reads."""
+    first, more = list(names)[:MAX_NAMED], len(list(names)) - MAX_NAMED
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def _account(http: Request) -> Account:
@@ -238,7 +261,7 @@ async def _whole(head: Mapping[str, Any], form: Form, num: int, pieces: Pieces, 
     async with aclosing(pieces):
         async for index, piece in pieces:
             found[index].append(piece)
-    choices = [form.whole(index, one) for index, one in enumerate(found)]
+    choices = await _formed(form, lambda: [form.whole(index, one) for index, one in enumerate(found)])
     return {**head, "object": form.whole_object, "choices": choices, "usage": _usage(account)}
 
 
@@ -256,17 +279,24 @@ async def _events(
             async for index, piece in pieces:
                 for choice in form.streamed(index, piece):
                     yield _sse({**frame, "choices": [choice]})
-    except (LmrayError, AnswerError) as error:
+    except ClientGoneError:
+        account.status = CLIENT_CLOSED
+        return
+    except Exception as error:
         failure = failure_of(error)
         account.status = failure.status
         yield _sse(failure.body)
         return
-    except ClientGoneError:
-        account.status = CLIENT_CLOSED
-        return
     if told:
         yield _sse({**frame, "choices": [], "usage": _usage(account)})
     yield "data: [DONE]\n\n"
+
+
+async def _formed(form: Form, work: Callable[[], T]) -> T:
+    """What `work` gives, on another thread where log probabilities make it long."""
+    asked = form.asked
+    long = asked.num_logprobs is not None or asked.num_prompt_logprobs is not None
+    return await asyncio.to_thread(work) if long else work()
 
 
 async def _with(first: tuple[int, Piece], pieces: Pieces) -> Pieces:
@@ -286,4 +316,5 @@ def _usage(account: Account) -> dict[str, int]:
 
 
 def _sse(body: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text.translate(_LINE_ENDS)}\n\n"

@@ -23,7 +23,8 @@ async def answer_pieces(
     async with aclosing(backend.stream(request)) as events:
         async for event in events:
             before_s = account.take(event, before_s)
-            piece = answer.push(event)
+            long = event.prompt_logprobs is not None  # a whole prompt's, which would keep all others waiting
+            piece = await asyncio.to_thread(answer.push, event) if long else answer.push(event)
             for name in piece.filtered:
                 account.metrics.filtered.labels(name, "answers").inc()
             yield piece

@@ -32,7 +32,8 @@ class ApiKey(Config):
     requests_per_minute: Limit = None
     max_concurrent_requests: Limit = None
     tokens_per_minute: Limit = None
-    """Tokens of prompts and answers. What runs when they are used up is answered to its end."""
+    """Tokens of prompts and answers. A prompt for which not enough is left is refused; what runs when they are used up
+    is answered to its end."""
     tokens_per_day: Limit = None
     metrics: bool = False
     """Whether it may read `/metrics`, which tells of all keys."""

@@ -25,8 +25,15 @@ class Function(Wire):
     name: Annotated[str, Field(min_length=1)]
     description: str = ""
     parameters: dict[str, Any] = {}
-    strict: Literal[False] | None = None
-    """Arguments held to the schema need guided decoding."""
+    strict: bool | None = None
+    """Whether arguments are held to `parameters`; without it the model may get them wrong."""
+
+    @field_validator("parameters")
+    @classmethod
+    def _are_an_objects(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        if schema.get("type", "object") != "object":
+            raise ValueError("are no schema of an object")
+        return schema
 
 
 class Tool(Wire):
@@ -36,6 +43,17 @@ class Tool(Wire):
     def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
         return self.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
+
+
+class NamedFunction(Wire):
+    name: str
+
+
+class NamedTool(Wire):
+    """The function that has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class Called(Wire):
@@ -64,10 +82,18 @@ class ToolCall(Wire):
 
 
 class ChatMessage(Wire):
-    role: Literal["system", "user", "assistant", "tool"]
+    """A turn. Fields that are null are read over: clients send an answer back as they got it."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """`developer` is OpenAI's newer word for `system`."""
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
@@ -85,4 +111,5 @@ class ChatMessage(Wire):
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
         answered = {"tool_call_id": self.tool_call_id} if self.tool_call_id else {}
-        return {"role": self.role, "content": text} | calls | answered
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | calls | answered

@@ -72,7 +72,7 @@ class Metrics:
         await asyncio.gather(*(look() for look in self._looks))
         return await asyncio.to_thread(generate_latest, self._registry)
 
-    def _make(self, kind: type[T], name: str, labels: Sequence[str], **told: Sequence[float]) -> T:
+    def _make(self, kind: type[T], name: str, labels: Sequence[str], **told: Any) -> T:
         """A metric of the list."""
         return kind(name.removesuffix("_total"), SERVE[name].help, labels, registry=self._registry, **told)
 

@@ -1,6 +1,6 @@
 """OpenAI's completions on the wire: what is asked, and what is wrong with it.
 
-A field that would change the answer and is not supported is refused, never ignored. Those in `_NO_EFFECT` label a
+A field that would change the answer and is not supported is refused, never ignored. Those in `NO_EFFECT` label a
 request or steer a provider's own service; they are read over.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator
@@ -15,18 +16,23 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator
 from lmray.engines.base import MIN_TEMPERATURE, REPETITION_PENALTIES, Sampling
 from lmray.errors import did_you_mean
 from lmray.serve.failures import RequestError
-from lmray.serve.guided import ResponseFormat, grammar_of
-from lmray.serve.messages import ChatMessage, Tool, Wire
+from lmray.serve.guided import ResponseFormat, check_format, check_schema, grammar_of
+from lmray.serve.messages import ChatMessage, NamedTool, Tool, Wire
+from lmray.serve.tools import call_grammar
 
 MAX_CHOICES = 128
 """Answers to one request, over all its prompts."""
 MAX_LOGPROBS = 20
 MAX_BIASES = 300
 """Tokens of one request whose logits are changed, as at OpenAI."""
-_NO_EFFECT = frozenset(
-    ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
-)
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",)}
+MAX_NAME = 512
+MAX_STOP_LENGTH = 1000
+"""Characters."""
+MAX_TOOLS = 128
+MAX_SEED = 2**63 - 1 - MAX_CHOICES
+"""Seeds and those that count on from them are 64 bits wide."""
+NO_EFFECT = frozenset(("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"))
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {"best_of": (1,), "suffix": ("",), "modalities": (["text"],)}
 """Fields that are accepted with the value that changes nothing."""
 
 
@@ -40,9 +46,12 @@ Temperature = Annotated[float, Field(ge=0.0, le=2.0), AfterValidator(_warm_or_gr
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 NumTokens = Annotated[int, Field(ge=1)]
-StopString = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Prompt = str | tuple[int, ...]
 """A text, or its tokens."""
+_Text = Annotated[str, Field(min_length=1)]
+_Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Prompts = Annotated[list[_Text | _Tokens], Field(min_length=1)]
 R = TypeVar("R", bound="GenerationRequest")
 
 
@@ -53,13 +62,13 @@ class StreamOptions(Wire):
 class GenerationRequest(Wire):
     """What all requests for answers share."""
 
-    model: str
+    model: Annotated[str, Field(max_length=MAX_NAME)]
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     temperature: Temperature = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=MAX_SEED)] | None = None
     """Of the first answer to a prompt; the next ones count on from it."""
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
@@ -95,8 +104,18 @@ class GenerationRequest(Wire):
             logit_bias=tuple(sorted(self.logit_bias.items())),
             logprobs=self.num_logprobs,
             prompt_logprobs=self.num_prompt_logprobs,
-            grammar=grammar_of(self.response_format),
+            grammar=self.grammar,
         )
+
+    @cached_property
+    def grammar(self) -> str | None:
+        """What answers are held to, as `llguidance` reads it; None for free text."""
+        return grammar_of(self.response_format)
+
+    @property
+    def grammar_field(self) -> str:
+        """Where `grammar` comes from."""
+        return "response_format" + (".json_schema.schema" if self.response_format.json_schema is not None else "")
 
     def limit(self, room: int) -> int:
         """Most tokens of an answer, where `room` are left."""
@@ -113,6 +132,9 @@ class GenerationRequest(Wire):
 
     def check(self) -> None:
         """Raises RequestError for fields that contradict each other."""
+        check_format(self.response_format)
+        if self.response_format.json_schema is not None:
+            check_schema(self.response_format.json_schema.schema_, where="response_format.json_schema.schema")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options", "is given without `stream`", hint='add `"stream": true`')
 
@@ -125,21 +147,47 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: NumTokens | None = None
     logprobs: bool = False
     top_logprobs: NumLogprobs = 0
-    tools: list[Tool] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto"] = "auto"
-    """Whether the model is told of `tools`. It is not made to call one."""
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    """Whether the model is told of `tools` (all but `none`), and made to call one, or this one."""
+    parallel_tool_calls: bool = True
+    """Whether an answer may call several."""
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """What the chat template is given; None where the model is to call nothing."""
-        return [tool.plain() for tool in self.tools] if self.tools and self.tool_choice == "auto" else None
+        return [tool.plain() for tool in self.tools] if self.tools and self.tool_choice != "none" else None
+
+    @property
+    def max_calls(self) -> int | None:
+        """Calls after which an answer ends; None: with the model's own end."""
+        return None if self.parallel_tool_calls and not isinstance(self.tool_choice, NamedTool) else 1
+
+    @property
+    def grammar_field(self) -> str:
+        return "tools" if self.offered_tools else super().grammar_field
+
+    @cached_property
+    def grammar(self) -> str | None:
+        """That of tool calls where one has to be made, or arguments have to be those of a strict function."""
+        if not self.offered_tools:
+            return super().grammar
+        functions = [tool.function for tool in self.tools]
+        if isinstance(self.tool_choice, NamedTool):
+            named = self.tool_choice.function.name
+            return call_grammar([one for one in functions if one.name == named], required=True, several=False)
+        if self.tool_choice == "required":
+            return call_grammar(functions, required=True, several=self.parallel_tool_calls)
+        if any(function.strict for function in functions):
+            return call_grammar(functions, required=False, several=self.parallel_tool_calls)
+        return None
 
     @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
     def limit(self, room: int) -> int:
-        return self.max_tokens or self.max_completion_tokens or room
+        return min(room, self.max_tokens or self.max_completion_tokens or room)
 
     def check(self) -> None:
         super().check()
@@ -147,9 +195,24 @@ class ChatRequest(GenerationRequest):
             raise RequestError("max_tokens", "means the same as `max_completion_tokens`", hint="give one")
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs", "is given without `logprobs`", hint='add `"logprobs": true`')
+        self._check_tools()
         if self.offered_tools and self.response_format.type != "text":
             hint = 'set `"tool_choice": "none"`'
             raise RequestError("response_format", "leaves no room for a call of `tools`", hint=hint)
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise RequestError("tools", "two functions have one name")
+        for place, tool in enumerate(self.tools):
+            check_schema(tool.function.parameters, where=f"tools.{place}.function.parameters")
+        choice = self.tool_choice
+        if choice == "required" and not names:
+            raise RequestError("tool_choice", "is `required` without `tools`")
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            hint = did_you_mean(choice.function.name, names)
+            allowed = ", ".join(names) or "none without `tools`"
+            raise RequestError("tool_choice", "names a function that is not in `tools`", allowed=allowed, hint=hint)
 
 
 class CompletionRequest(GenerationRequest):
@@ -163,7 +226,7 @@ class CompletionRequest(GenerationRequest):
     echo: bool = False
     """Whether the prompt stands before its answer, and its log probabilities before the answer's."""
 
-    @field_validator("prompt", mode="plain")
+    @field_validator("prompt", mode="plain", json_schema_input_type=_Text | _Tokens | _Prompts)
     @classmethod
     def _one_or_many(cls, given: Any) -> tuple[Prompt, ...]:
         prompts = [given] if isinstance(given, str) or _is_tokens(given) else given
@@ -184,7 +247,7 @@ class CompletionRequest(GenerationRequest):
         return max(asked, default=None)
 
     def limit(self, room: int) -> int:
-        return self.max_tokens
+        return min(room, self.max_tokens)
 
     def check(self) -> None:
         super().check()
@@ -205,14 +268,14 @@ def read_request(kind: type[R], body: Any) -> R:
         raise RequestError(None, "the body is not a JSON object")
     fields = {}
     for key, value in body.items():
-        if value is None or key in _NO_EFFECT:
+        if value is None or key in NO_EFFECT:
             continue
-        if key in _NEUTRAL:
-            if value not in _NEUTRAL[key]:
-                allowed = f"{_NEUTRAL[key][0]!r}, or leave it out"
+        if key in NEUTRAL:
+            if not any(type(value) is type(one) and value == one for one in NEUTRAL[key]):  # True is no 1
+                allowed = f"{NEUTRAL[key][0]!r}, or leave it out"
                 raise RequestError(key, f"{value!r} is not supported", allowed=allowed)
         elif key not in kind.model_fields:
-            known = sorted({*kind.model_fields, *_NEUTRAL, *_NO_EFFECT})
+            known = sorted({*kind.model_fields, *NEUTRAL, *NO_EFFECT})
             raise RequestError(key, "unknown field", allowed=", ".join(known), hint=did_you_mean(key, known))
         else:
             fields[key] = value
@@ -233,6 +296,8 @@ def _request_error(error: ValidationError) -> RequestError:
         return problem["type"] not in ("string_type", "list_type"), len(problem["loc"])
 
     worst = max(error.errors(include_url=False), key=depth)
-    branches = ("str", "constrained-str", "[key]")  # and `list[...]`: which of a field's types was tried
-    path = [str(part) for part in worst["loc"] if part not in branches and not str(part).startswith("list[")]
-    return RequestError(".".join(path), worst["msg"])
+    branches = ("str", "constrained-str", "[key]", NamedTool.__name__)  # which of a field's types was tried; and these:
+    path = [
+        str(part) for part in worst["loc"] if part not in branches and not str(part).startswith(("list[", "literal["))
+    ]
+    return RequestError(".".join(path) or None, worst["msg"])

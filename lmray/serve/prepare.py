@@ -117,7 +117,7 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         quantization=job.model.quantization,
         limits=job.http.limits,
         filters=job.filters,
-        draft=None if draft is None else PlannedDraft(_pinned(job.engine.draft, draft), draft.digest),
+        draft=None if draft is None else PlannedDraft(_pinned(str(job.engine.draft), draft), draft.digest),
         page=job.http.page,
         monitor=job.monitor,
     )

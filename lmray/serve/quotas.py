@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lmray.serve.failures import AnswerError, error_body
+from lmray.serve.failures import AnswerError, RequestError, error_body
 from lmray.serve.keys import ApiKey
 
 MINUTE_S, DAY_S = 60.0, 86_400.0
@@ -31,18 +31,17 @@ class Window:
             amount += self._slots.pop()[1]
         self._slots.append((slot, amount))
 
-    def wait_s(self, now_s: float) -> float:
-        """Seconds until the sum is below the limit; 0 where it is."""
+    def wait_s(self, now_s: float, amount: int = 1) -> float:
+        """Seconds until there is room for `amount`, at most the limit; 0 where there is."""
         while self._slots and self._leaves_s(self._slots[0][0]) <= now_s:
             self._slots.popleft()
         total = sum(amount for _, amount in self._slots)
-        for slot, amount in self._slots:
-            if total < self.limit:
+        for slot, used in self._slots:
+            if total + amount <= self.limit:
                 break
-            total -= amount
-            leaves_s = self._leaves_s(slot)
-            if total < self.limit:
-                return leaves_s - now_s
+            total -= used
+            if total + amount <= self.limit:
+                return self._leaves_s(slot) - now_s
         return 0.0
 
     def _leaves_s(self, slot: int) -> float:
@@ -71,8 +70,20 @@ class Quota:
         for window in self._requests.values():
             window.add(now_s, 1)
 
+    def take(self, now_s: float, num_tokens: int) -> None:
+        """Counts a prompt. Raises AnswerError (429) where the key has not so many tokens left, RequestError for more
+        than it ever has."""
+        for name, window in self._tokens.items():
+            if num_tokens > window.limit:
+                allowed = f"{window.limit}, this key's {name}"
+                raise RequestError(None, f"has a prompt of {num_tokens} tokens", allowed=allowed)
+            if (wait_s := window.wait_s(now_s, num_tokens)) > 0:
+                raise _used_up(name, window.limit, wait_s)
+        for window in self._tokens.values():
+            window.add(now_s, num_tokens)
+
     def leave(self, now_s: float, num_tokens: int) -> None:
-        """Counts a request out, that took `num_tokens` tokens of prompt and answer."""
+        """Counts a request out, whose answer has `num_tokens` tokens."""
         self._running -= 1
         for window in self._tokens.values():
             window.add(now_s, num_tokens)
@@ -85,17 +96,18 @@ class Quotas:
         self._quotas, self._clock = {key.name: Quota(key) for key in keys}, clock
 
     @contextmanager
-    def using(self, key: ApiKey | None, num_tokens: Callable[[], int]) -> Iterator[None]:
-        """A request of `key`, which has taken `num_tokens()` when it ends. Raises AnswerError as `Quota.enter`."""
+    def using(self, key: ApiKey | None, num_answer_tokens: Callable[[], int]) -> Iterator[Callable[[int], None]]:
+        """A request of `key`, whose answer has `num_answer_tokens()` when it ends; call what this gives with the tokens
+        of its prompts, once known. Raises AnswerError as `Quota.enter`, that call as `Quota.take`."""
         if key is None:
-            yield
+            yield lambda num_tokens: None
             return
         quota = self._quotas[key.name]
         quota.enter(self._clock())
         try:
-            yield
+            yield lambda num_tokens: quota.take(self._clock(), num_tokens)
         finally:
-            quota.leave(self._clock(), num_tokens())
+            quota.leave(self._clock(), num_answer_tokens())
 
 
 def _windows(*limits: tuple[str, int | None, float]) -> dict[str, Window]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -48,10 +48,10 @@ READ: dict[str, Callable[[Stats], float | None]] = {
 class ReplicaMetrics(Collector):
     """What all replicas told last."""
 
-    def __init__(self, ask: Callable[[], Awaitable[list[Stats]]], *, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, ask: Callable[[], Awaitable[Sequence[Stats]]], *, clock: Callable[[], float] = time.monotonic):
         """`ask`: what every replica tells; raises LmrayError."""
         self._ask_replicas, self._clock = ask, clock
-        self._told: list[Stats] = []
+        self._told: Sequence[Stats] = []
         self._looked = float("-inf")
         self._looking: asyncio.Future[None] | None = None
 

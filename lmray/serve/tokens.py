@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ class Told:
     """None for the first token of a prompt."""
 
 
+@lru_cache(maxsize=2**18)  # a prompt with its alternatives asks for the same few thousand tokens over and over
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
     """The bytes of one token, be they whole characters or not; none for an id without a token."""
     piece = tokenizer.convert_ids_to_tokens(token_id)

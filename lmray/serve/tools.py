@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lmray.data.detokenise import num_unfinished
+from lmray.engines._grammar import FLEXIBLE_SPACE
+from lmray.serve.messages import Function
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _OTHER_FORM = "<function="
@@ -23,12 +25,37 @@ def writes_tool_calls(template: object) -> bool:
     return isinstance(template, str) and OPEN in template and CLOSE in template and _OTHER_FORM not in template
 
 
+def call_grammar(functions: Sequence[Function], *, required: bool, several: bool) -> str:
+    """A grammar of `llguidance` for answers that call `functions`, their arguments held to their parameters (of those
+    that are not strict, as far as possible): a call and nothing else where one is `required`, else text with calls in
+    it; one, or `several`."""
+    rules = ["%llguidance {}"]
+    calls = " | ".join(f"call_{place}" for place in range(len(functions)))
+    if required:
+        rules += ["start: one" + (' ("\\n" one)*' if several else ""), f"one: {_quoted(OPEN)} ({calls})"]
+    else:  # text up to the tag, which no other text has
+        rules += [f"start: one{'*' if several else '?'} TEXT", f"one: opening ({calls})"]
+        rules += [f"opening[lazy]: TEXT {_quoted(OPEN)}", r"TEXT: /(.|\n)*/"]
+    for place, function in enumerate(functions):
+        before, after = f'\n{{"name": {json.dumps(function.name, ensure_ascii=False)}, "arguments": ', f"}}\n{CLOSE}"
+        guidance = {**FLEXIBLE_SPACE, "lenient": not function.strict}
+        held = {"type": "object", **function.parameters, "x-guidance": guidance}
+        rules.append(f"call_{place}: {_quoted(before)} %json {json.dumps(held)} {_quoted(after)}")
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}]}, ensure_ascii=False)
+
+
+def _quoted(text: str) -> str:
+    """As a literal of a grammar."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 class ToolCalls:
     """Takes the calls out of an answer, wherever pieces happen to be cut. What is between the tags and is no call stays
     text."""
 
-    def __init__(self) -> None:
-        self.num_calls = 0
+    def __init__(self, most: int | None = None) -> None:
+        """`most`: nothing is read behind so many calls."""
+        self.num_calls, self._most = 0, most
         self._held = ""
         self._between = False
         """After a call: the space before what follows says nothing."""
@@ -44,15 +71,23 @@ class ToolCalls:
             content, closed, behind = after.partition(CLOSE)
             if not closed:
                 break
-            calls = _calls(content)
+            calls = _calls(content)[: None if self._most is None else self._most - self.num_calls - len(found)]
             text += before if calls else before + opened + content + closed
             found += calls
             rest = behind.lstrip() if calls else behind
             self._between = bool(calls) and not rest
+            if self.num_calls + len(found) == self._most:
+                self.num_calls, self._held = self.num_calls + len(found), ""
+                return text, tuple(found)
         num_held = len(opened + after) if opened else num_unfinished(rest, (OPEN,))
         self._held = rest[len(rest) - num_held :]
         self.num_calls += len(found)
         return text + rest[: len(rest) - num_held], tuple(found)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is read."""
+        return self.num_calls == self._most
 
     def finish(self) -> str:
         """What was held back, now that nothing follows."""

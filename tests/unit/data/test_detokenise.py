@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lmray.data.detokenise import REPLACEMENT, Detokeniser, StopStrings
 from lmray.testing.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+BYTES = bytes_to_unicode()
 TEXTS = ["plain", "日本語のテスト", "🙂👨‍👩‍👧‍👦🏳️‍🌈", "é ñ ü", "a日b🙂c", "", " leading", "x" * 300 + "語" * 60]
 
 
@@ -48,6 +50,21 @@ def test_bytes_that_are_no_text_end_and_are_never_held_for_long(ids):
         sent += detokeniser.push(token_id)
         assert len(decode(ids[: place + 1])) - len(sent) <= 3
     assert sent + detokeniser.finish() == decode(ids)
+
+
+@pytest.mark.parametrize("text", [b"\x80", b"\xe6\x97", b"a\xf0\x9f"])
+def test_what_is_never_a_character_is_not_decoded_ever_longer(text):
+    [*ids] = (TOKENIZER.convert_tokens_to_ids(BYTES[byte]) for byte in text * 300)
+    longest = 0
+
+    def counted(window: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(window))
+        return decode(window)
+
+    detokeniser = Detokeniser(counted)
+    assert "".join(detokeniser.push(one) for one in ids) + detokeniser.finish() == decode(ids)
+    assert longest < 100
 
 
 def test_special_tokens_are_no_text():

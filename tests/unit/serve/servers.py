@@ -69,3 +69,9 @@ class EngineBackend:
         while self._waiting:
             await self.engine.add_adapter(*self._waiting.popitem())
         return tuple(self.engine.stats()["adapters"])
+
+    async def ready(self) -> None:
+        pass
+
+    async def stats(self) -> list[dict[str, Any]]:
+        return [self.engine.stats()]

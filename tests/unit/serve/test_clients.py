@@ -3,85 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import socket
 import string
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import openai
 import pytest
 import torch
-import uvicorn
 from pydantic import BaseModel
 
 from lmray.data.tokenise import prompt_ids
-from lmray.engines.base import Request
-from lmray.engines.native import Native
-from lmray.models.load import load_model, load_tokenizer, stop_token_ids
+from lmray.models.load import load_model, load_tokenizer
 from lmray.serve.gateway import GatewaySettings, make_app
-from lmray.serve.keys import ApiKey
 from lmray.testing.tiny import tiny_model_folder
 from tests.unit.serve.fakes import FakeBackend
+from tests.unit.serve.servers import MAX_LENGTH, EngineBackend, key, listening
+from tests.unit.serve.test_bad_input import LOOPS
 from tests.unit.serve.test_tools import CALL, TEMPLATE, TOOL
 
-MAX_LENGTH = 512
 MESSAGES: Any = [{"role": "user", "content": "日本語で答えてください 🙂"}]
 CITIES = ("大阪市の天気は晴れ☀️", "東京🗼は雨")
-
-
-def key(name: str, **limits) -> ApiKey:
-    return ApiKey(name=name, sha256=hashlib.sha256(name.encode()).hexdigest(), **limits)
-
-
-class _Server(uvicorn.Server):
-    """Says when it listens."""
-
-    def __init__(self, app):
-        super().__init__(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=5))
-        self.listens = threading.Event()
-
-    async def startup(self, sockets=None) -> None:
-        await super().startup(sockets)
-        self.listens.set()
-
-
-@contextmanager
-def listening(app) -> Iterator[str]:
-    """The address of `app` while it is served."""
-    server = _Server(app)
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, args=([place],), daemon=True)
-        thread.start()
-        assert server.listens.wait(60)
-        try:
-            yield f"http://127.0.0.1:{place.getsockname()[1]}/v1"
-        finally:
-            server.should_exit = True
-            thread.join(60)
-
-
-class Engine:
-    """The embedded engine as a backend."""
-
-    def __init__(self, folder):
-        model, tokenizer = load_model(folder, "float32"), load_tokenizer(folder)
-        config = Native(max_batch_size=4, max_length=MAX_LENGTH)
-        told: Any = {"stop_token_ids": stop_token_ids(model, tokenizer), "threads": 1, "tokenizer": tokenizer}
-        self.engine = config.start(model, **told)
-
-    def stream(self, request: Request):
-        return self.engine.submit(request)
-
-    async def adapters(self) -> tuple[str, ...]:
-        return ()
-
-    async def ready(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +34,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(folder) -> Iterator[str]:
     settings = GatewaySettings("tiny", MAX_LENGTH, (key("mine"), key("once", requests_per_minute=1)))
-    backend = Engine(folder)
+    backend = EngineBackend(folder)
     try:
         with listening(make_app(backend, load_tokenizer(folder), settings)) as url:
             yield url
@@ -183,6 +125,31 @@ def test_a_schema_that_answers_cannot_be_held_to_is_refused(client, schema):
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model="tiny", messages=MESSAGES, response_format=form)
     assert refused.value.param == "response_format.json_schema.schema"
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_schema_that_names_itself_ends_in_the_engine_too(client, name):
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": LOOPS[name]}}
+    told = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "response_format": form}
+    try:
+        assert client.chat.completions.create(**told).choices[0].finish_reason in ("stop", "length")
+    except openai.BadRequestError as refused:
+        assert refused.code == "invalid_value"
+    assert client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=2).choices
+
+
+@pytest.mark.parametrize(
+    "fields", [{"seed": 2**63 - 200}, {"top_k": 10**12}, {"max_tokens": 10**12, "stop": "a"}], ids=str
+)
+def test_numbers_beyond_all_need_do_no_harm(client, fields):
+    told = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2, "n": 2, **fields}
+    assert len(client.chat.completions.create(**told).choices) == 2
+
+
+def test_a_bias_of_a_token_that_is_none_is_refused(client):
+    with pytest.raises(openai.BadRequestError, match="token 99999 is none of the model's"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, logit_bias={"99999": 1})
 
 
 def test_errors_are_those_that_the_client_knows(url, client):

@@ -21,6 +21,9 @@ from tests.unit.serve.fakes import FakeBackend
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
+STRING_TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "string"}}}
+OTHER = {"type": "function", "function": {"name": "wether"}}
+
 
 def called(arguments: str) -> dict:
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
@@ -158,7 +161,11 @@ def test_an_unknown_model_is_told_which_there_are(chat):
         ({"top_logprobs": 2}, "top_logprobs", "is given without `logprobs`"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"tools": [{"type": "function"}]}, "tools.0.function", "Field required"),
-        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "'none' or 'auto'"),
+        ({"tool_choice": "any"}, "tool_choice", "'none', 'auto' or 'required'"),
+        ({"tool_choice": "required"}, "tool_choice", "is `required` without `tools`"),
+        ({"tools": [TOOL], "tool_choice": OTHER}, "tool_choice", "not in `tools`\n  allowed: weather"),
+        ({"tools": [TOOL, TOOL]}, "tools", "two functions have one name"),
+        ({"tools": [STRING_TOOL]}, "tools.0.function.parameters", "no schema of an object"),
         ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format", "leaves no room for a call"),
         ({"tools": [TOOL]}, "tools", "chat template has no place for them"),
         ({"messages": [CALLED]}, "messages", "no place for `tool_calls`"),
@@ -211,6 +218,8 @@ def test_fields_that_change_nothing_are_accepted(chat):
         "best_of": 1,
         "user": "someone",
         "metadata": {"a": "b"},
+        "modalities": ["text"],
+        "an_unknown_one": None,
         "logprobs": False,
         "tools": [],
         "logit_bias": None,

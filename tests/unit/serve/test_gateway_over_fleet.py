@@ -54,7 +54,8 @@ def session(small, tokenizer):
         catalogue.refresh()
         replicas = Recording()
         fleet = Fleet(replicas, catalogue, Canaries(small.store, "endpoint"))
-        app = make_app(fleet, tokenizer, GatewaySettings("tiny", 256, keys=keys, sends_request_id=False))
+        told = {"aliases": lambda: catalogue.aliases, "keys": keys, "sends_request_id": False}
+        app = make_app(fleet, tokenizer, GatewaySettings("tiny", 256, **told))
         add_admin(app, fleet, plan_of(small, "*", admin_keys=("operator",)))
 
         async def main():
@@ -87,15 +88,28 @@ def test_rights_hold_for_names_whatever_version_they_stand_for(session, small):
         chat("few", "tiny:helper"),
         chat("few", "other"),
         chat("few", artifact.ref),
-        chat("few", "helper@production"),
+        chat("few", "other@production"),
         chat("few", other.ref),
-        chat("all", "helper@production"),
+        chat("all", "helper@staging"),
         chat("all", "waits"),
     )[0]
     assert [one["id"] for one in few.json()["data"]] == ["helper", "tiny:helper"]
     assert [one["id"] for one in all_.json()["data"]] == ["tiny", "helper", "tiny:helper", "other", "tiny:other"]
     assert [answer.status_code for answer in answers] == [200, 200, 403, 403, 403, 403, 404, 404]
     assert answers[0].json()["model"] == "helper"
+
+
+def test_a_name_with_the_stage_it_is_served_from_is_the_name(session, small):
+    small.keep("helper", stage="production")
+    card, *answers = session(
+        ("GET", "/v1/models/helper@production", "few", None),
+        chat("few", "helper@production"),
+        chat("few", "tiny:helper@production"),
+        chat("all", "tiny@production"),
+    )[0]
+    assert card.json()["parent"] == "tiny"
+    assert [answer.status_code for answer in answers] == [200, 200, 404]
+    assert answers[0].json()["model"] == "helper@production"
 
 
 def test_what_a_stage_moves_to_is_listed_and_counted_under_the_same_name(session, small):
