@@ -90,7 +90,7 @@ def prepare(job: ServeJob) -> ServePlan:
     model_name = found.folder.name if is_folder else job.model.source.removeprefix(ARTIFACT).partition("@")[0]
     plan = ServePlan(
         model_name=model_name,
-        source=_pinned(job.model.source, found),
+        source=_pinned(found),
         revision=job.model.revision,
         digest=found.digest,
         store=str(store.root),
@@ -103,7 +103,7 @@ def prepare(job: ServeJob) -> ServePlan:
         rope_scaling=job.model.rope_scaling,
         limits=job.http.limits,
         filters=job.filters,
-        draft=None if draft is None else PlannedDraft(_pinned(job.engine.draft, draft), draft.digest),
+        draft=None if draft is None else PlannedDraft(_pinned(draft), draft.digest),
     )
     named = _named_adapters(job, store, plan)
     adapters = StoredAdapters(store, plan.fit)
@@ -134,9 +134,9 @@ def _same(found: FoundModel, digest: str) -> Path:
     return found.folder
 
 
-def _pinned(source: str, found: FoundModel) -> str:
-    """What names the model `source` on every node, whatever a stage holds later."""
-    return str(found.folder) if Path(source).expanduser().exists() else found.source
+def _pinned(found: FoundModel) -> str:
+    """What names a model on every node, whatever a stage holds later."""
+    return str(found.folder) if Path(found.source).expanduser().exists() else found.source
 
 
 def load_empty_model(folder: Path, rope_scaling: RopeScaling | None = None) -> PreTrainedModel:
