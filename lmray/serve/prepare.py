@@ -101,7 +101,7 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
     model_name = found.folder.name if is_folder else job.model.source.removeprefix(ARTIFACT).partition("@")[0]
     plan = ServePlan(
         model_name=model_name,
-        source=_pinned(job.model.source, found),
+        source=_pinned(found),
         revision=job.model.revision,
         digest=found.digest,
         store=str(store.root),
@@ -117,7 +117,7 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         quantization=job.model.quantization,
         limits=job.http.limits,
         filters=job.filters,
-        draft=None if draft is None else PlannedDraft(_pinned(str(job.engine.draft), draft), draft.digest),
+        draft=None if draft is None else PlannedDraft(_pinned(draft), draft.digest),
         page=job.http.page,
         monitor=job.monitor,
     )
@@ -171,9 +171,9 @@ def _same(found: FoundModel, digest: str) -> Path:
     return found.folder
 
 
-def _pinned(source: str, found: FoundModel) -> str:
-    """What names the model `source` on every node, whatever a stage holds later."""
-    return str(found.folder) if Path(source).expanduser().exists() else found.source
+def _pinned(found: FoundModel) -> str:
+    """What names a model on every node, whatever a stage holds later."""
+    return str(found.folder) if Path(found.source).expanduser().exists() else found.source
 
 
 def check_port(host: str, port: int) -> None:
