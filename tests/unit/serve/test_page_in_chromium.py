@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from urllib.parse import urlsplit
 
@@ -26,6 +27,8 @@ from tests.unit.serve.test_envelope import KEYS
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives a browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 TIMEOUT_MS = 30_000
+HELD_TOKENS = 8
+"""Enough bytes for a character."""
 ADAPTERS = ("helper", "関数")
 HOSTILE = (
     '<img src="//elsewhere.example/x" onerror="document.title=1"><script>document.title=2</script>**太字** & 🙂 مرحبا'
@@ -33,7 +36,7 @@ HOSTILE = (
 
 
 class LocalEngine(EngineBackend):
-    """A request whose prompt holds `HOLD` stops after three tokens, until it is cancelled."""
+    """A request whose prompt holds `HOLD` stops after `HELD_TOKENS`, until it is cancelled."""
 
     HOLD = "待って"
 
@@ -49,7 +52,7 @@ class LocalEngine(EngineBackend):
                 async for event in events:
                     yield event
                     place += 1
-                    if held and place == 3:
+                    if held and place == HELD_TOKENS:
                         await asyncio.Event().wait()
         finally:
             if held:
@@ -101,7 +104,8 @@ def engine(tmp_path_factory) -> Iterator[LocalEngine]:
     adapters = {name: tiny_adapter_folder(folder, root / f"a{seed}", seed=seed) for seed, name in enumerate(ADAPTERS)}
     backend = LocalEngine(folder, adapters)
     yield backend
-    asyncio.run(backend.engine.close())
+    with ThreadPoolExecutor(1) as pool:  # the browser's driver has a running loop on this thread
+        pool.submit(asyncio.run, backend.engine.close()).result()
 
 
 @pytest.fixture(scope="module")
@@ -189,18 +193,19 @@ def test_two_adapters_side_by_side(browser, url):
 
 def test_stop_cancels_the_answer_and_the_load_is_live(browser, url, engine):
     with visiting(browser, url) as page:
-        expect, running = playwright.expect, page.locator("#running")
-        expect(running).to_have_text("0")
+        expect, waiting = playwright.expect, page.locator("#waiting")
+        settle(page)
+        expect(waiting).to_have_text("0")
         expect(page.locator("#replicas")).to_have_text("1")
         expect(page.locator("#adapters")).to_have_text("2")
         expect(page.locator("#blocks")).to_have_text("100%")
         say(page, f"{LocalEngine.HOLD} & write on")
-        expect(running).to_have_text("1")
+        expect(waiting).to_have_text("1")
         expect(page.locator(".running .text")).not_to_have_text("")
         page.get_by_role("button", name="Stop").click()
         expect(page.locator(".assistant .note")).to_contain_text("stopped")
         assert engine.cancelled.wait(60)
-        expect(running).to_have_text("0")
+        expect(waiting).to_have_text("0")
         say(page, "go on")
         page.keyboard.press("Escape")
         done(page)
