@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.registry import Collector
@@ -72,7 +72,7 @@ class Metrics:
         await asyncio.gather(*(look() for look in self._looks))
         return await asyncio.to_thread(generate_latest, self._registry)
 
-    def _make(self, kind: type[T], name: str, labels: Sequence[str], **told: Sequence[float]) -> T:
+    def _make(self, kind: type[T], name: str, labels: Sequence[str], **told: Any) -> T:
         """A metric of the list."""
         return kind(name.removesuffix("_total"), SERVE[name].help, labels, registry=self._registry, **told)
 
