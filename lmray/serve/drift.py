@@ -2,7 +2,7 @@
 
 Numbers only. A version's first answers, kept in the store, are the baseline; after them every full window is compared
 with it (`lmray.policies.drift`) and a new one begins. A change of the outcome is logged and kept as an event of the
-endpoint. Runs in the gateway; nothing here is called by two tasks at a time.
+endpoint. Runs in the gateway.
 """
 
 from __future__ import annotations
@@ -68,23 +68,15 @@ class Drift(Collector):
         self._folder = f"endpoints/{endpoint}"
         self._versions: OrderedDict[str, Watched] = OrderedDict()
         self._baselines: OrderedDict[str, Scored] = OrderedDict()
+        self._turn = asyncio.Lock()  # what is written last is what is known
         self.missed = 0
         """Sampled answers that nobody had time to score."""
 
     async def add(self, version: str, scores: Mapping[str, float]) -> None:
         """Takes an answer's scores by measure; compares where a window is full. Raises OSError where the store cannot
         be written to."""
-        watched = self._versions.get(version) or Watched(await self._baseline(version))
-        _remember(self._versions, version, watched)
-        watched.answers += 1
-        if watched.baseline.count < self._settings.window:
-            watched.baseline.add(scores)
-            if watched.baseline.count == self._settings.window:
-                await self._write(self._key(version), asdict(watched.baseline))
-            return
-        watched.window.add(scores)
-        if watched.window.count >= self._settings.window:
-            await self._judge(version, watched)
+        async with self._turn:
+            await self._add(version, scores)
 
     async def reset(self, version: str) -> None:
         """The baseline of `version` is learnt anew from its next answers. Raises DataError for an unknown one."""
@@ -92,12 +84,13 @@ class Drift(Collector):
             hint = did_you_mean(version, self._versions)
             allowed = ", ".join(self._versions) or "none has been answered yet"
             raise DataError(f"version `{version}`", "is not watched", allowed=allowed, hint=hint)
-        baseline = self._versions[version].baseline
-        baseline.count, baseline.values = 0, {}
-        for watched in self._versions.values():
-            if watched.baseline is baseline:
-                watched.window, watched.outcome, watched.differences = Scored(), "learning", {}
-        await self._write(self._key(version), asdict(baseline))
+        async with self._turn:
+            baseline = self._versions[version].baseline
+            baseline.count, baseline.values = 0, {}
+            for watched in self._versions.values():
+                if watched.baseline is baseline:
+                    watched.window, watched.outcome, watched.differences = Scored(), "learning", {}
+            await self._write(self._key(version), asdict(baseline))
 
     def report(self) -> list[dict[str, Any]]:
         """Every version that is watched; JSON types."""
@@ -128,6 +121,19 @@ class Drift(Collector):
         ]
         yield _family("lmray_serve_drift_distance", distances, ("model", "version", "measure"))
         yield _family("lmray_serve_drift_missed_total", [((), self.missed)], ())
+
+    async def _add(self, version: str, scores: Mapping[str, float]) -> None:
+        watched = self._versions.get(version) or Watched(await self._baseline(version))
+        _remember(self._versions, version, watched)
+        watched.answers += 1
+        if watched.baseline.count < self._settings.window:
+            watched.baseline.add(scores)
+            if watched.baseline.count == self._settings.window:
+                await self._write(self._key(version), asdict(watched.baseline))
+            return
+        watched.window.add(scores)
+        if watched.window.count >= self._settings.window:
+            await self._judge(version, watched)
 
     async def _judge(self, version: str, watched: Watched) -> None:
         """Compares a full window, and begins the next."""
