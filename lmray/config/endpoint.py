@@ -1,4 +1,4 @@
-"""What an endpoint lets in and out: limits of its requests, and filters of its texts."""
+"""How an endpoint is reached and scaled, and what it lets in and out."""
 
 from __future__ import annotations
 
@@ -50,4 +50,34 @@ class TextFilter(Config):
     def _replaces_in_answers(self):
         if self.replacement is not None and self.on != "answers":
             raise ValueError("a `replacement` is for answers; set `on: answers`, and another filter for prompts")
+        return self
+
+
+class Http(Config):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    api_keys_file: str | None = None
+    """File with one API key a line, or YAML with hashes and what each key may do (`lmray.serve.keys`). Empty: no key is
+    asked for, so keep `host` on loopback."""
+    admin_keys_file: str | None = None
+    """The same for `/admin`, with other keys. Empty: there is no `/admin`."""
+    page: bool = True
+    """Whether there is a page at `/` to chat with the models and to watch the load."""
+    limits: HttpLimits = HttpLimits()
+    stream_interval_s: Annotated[float, Field(ge=0.0, le=10.0)] = 0.1
+    """An answer's first token is sent at once, and then so often what came meanwhile: a message between the endpoint's
+    processes costs 2 to 3 ms of CPU time. 0: token by token."""
+
+
+class Autoscaling(Config):
+    preset: Literal["cheap", "balanced", "fast"] = "balanced"
+    """How fast replicas come and go; see `lmray.policies.autoscaling`."""
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    """0: while nothing is asked no replica runs, and the next request waits for one to start."""
+    max_replicas: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
         return self

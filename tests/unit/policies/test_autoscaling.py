@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmray import policies
-from lmray.job import Autoscaling
+from lmray.config.endpoint import Autoscaling
 from lmray.policies import autoscaling
 from lmray.policies.autoscaling import (
     PRESETS,
