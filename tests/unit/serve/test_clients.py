@@ -143,7 +143,7 @@ def test_a_schema_that_names_itself_ends_in_the_engine_too(client, name):
     "fields", [{"seed": 2**63 - 200}, {"top_k": 10**12}, {"max_tokens": 10**12, "stop": "a"}], ids=str
 )
 def test_numbers_beyond_all_need_do_no_harm(client, fields):
-    told = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2, "n": 2, **fields}
+    told: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 2, "n": 2, "extra_body": fields}
     assert len(client.chat.completions.create(**told).choices) == 2
 
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from lmray.models.load import load_model, load_tokenizer
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.testing.jobs import write_jsonl
-from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
+from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder, tiny_tokenizer
 from tests.unit.serve.servers import MAX_LENGTH, EngineBackend, listening
 
 for package in ("lm_eval", "tenacity"):
@@ -61,7 +61,8 @@ TASKS: dict[str, dict[str, Any]] = {
 def place(tmp_path_factory) -> Any:
     """The tasks, and folders of the model, an adapter, and the two merged."""
     root = tmp_path_factory.mktemp("lm_eval_client")
-    base = tiny_model_folder(root / "tiny")
+    # as wide as the tokenizer: the harness cuts a model with an adapter to that, which would change what is likely
+    base = tiny_model_folder(root / "tiny", vocab_size=len(tiny_tokenizer()))
     adapter = tiny_adapter_folder(base, root / "adapter", seed=3)
     merged: Any = PeftModel.from_pretrained(load_model(base, "float32"), str(adapter)).merge_and_unload()
     merged.save_pretrained(root / "merged")
