@@ -10,7 +10,7 @@ import typer
 from lmray.cli.output import Address, AsJson, Overrides, clean_stdout, emit, say, table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lmray.context import Result
     from lmray.on_ray.jobs import Run
@@ -20,20 +20,25 @@ EXIT_CODES = {"succeeded": 0, "already-done": 0, "failed": 1, "stopped": 130}
 
 
 def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Run a job to its end. On the cluster RAY_ADDRESS names, else on a local Ray started for it."""
+    """Run a job to its end. On the cluster RAY_ADDRESS names, else on a local Ray started for it.
+
+    An endpoint reads its file anew at a SIGUSR1, and changes without a lost request."""
     from lmray.job import load
 
+    def read() -> Any:
+        return load(config, *(overrides or ()))
+
     with clean_stdout(as_json):
-        result = ended(load(config, *(overrides or ())))
+        result = ended(read(), again=read)
     report(result, as_json=as_json)
 
 
-def ended(job: Any) -> Result:
-    """Runs `job` to its end, also to the one that Ctrl-C makes."""
+def ended(job: Any, *, again: Callable[[], Any] | None = None) -> Result:
+    """Runs `job` to its end, also to the one that Ctrl-C makes. `again`: see `lmray.on_ray.run.run`."""
     from lmray.on_ray.run import run as run_job
 
     try:
-        return run_job(job)
+        return run_job(job, again=again)
     except KeyboardInterrupt:
         return interrupted(job)
 

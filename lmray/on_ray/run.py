@@ -1,6 +1,7 @@
 """Runs a job of any kind to its end: hands it to its kind's adapter, which plans first and then connects to Ray.
 
-A SIGTERM (what `ray job stop`, Kubernetes and Slurm send) does what Ctrl-C does.
+A SIGTERM (what `ray job stop`, Kubernetes and Slurm send) does what Ctrl-C does; a SIGUSR1 has an endpoint read its job
+anew.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from queue import SimpleQueue
 from typing import Any
 
 from lmray.context import Result
+from lmray.errors import ConfigError, LmrayError
 from lmray.job import Job
 from lmray.on_ray.cluster import connected
 from lmray.on_ray.failures import unwrapped
@@ -24,14 +27,15 @@ ADAPTERS = {kind: (f"lmray.on_ray.{kind}", kind) for kind in ("train", "evaluate
 """Kind of job -> module and function that run it; a module is imported when its kind is run."""
 
 
-def run(job: Job, *, progress: bool = True) -> Result:
+def run(job: Job, *, progress: bool = True, again: Callable[[], Job] | None = None) -> Result:
     """Runs `job` on the cluster RAY_ADDRESS names, else on a local Ray started and stopped here.
 
-    `progress`: show it on stderr. Raises the LmrayError that stopped it, also when a worker raised it.
+    `progress`: show it on stderr. `again` gives the job as it is now, which an endpoint serves from a SIGUSR1 on.
+    Raises the LmrayError that stopped it, also when a worker raised it.
     """
     with unwrapped(), sigterm_as_interrupt():
         if job.kind == "serve":
-            return _serve(job)
+            return _serve(job, again or (lambda: job))
         module, function = ADAPTERS[job.kind]
         return getattr(import_module(module), function)(job, progress=progress)
 
@@ -64,15 +68,33 @@ def _handling(handlers: dict[int, Callable[..., Any]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _serve(job: Any) -> Result:
-    """Serves until SIGINT or SIGTERM, then takes the endpoint down."""
-    started, stop = time.monotonic(), threading.Event()
+def _serve(job: Any, again: Callable[[], Job]) -> Result:
+    """Serves until SIGINT or SIGTERM, then takes the endpoint down; from each SIGUSR1 on, what `again` gives."""
+    started, heard = time.monotonic(), SimpleQueue[int]()  # one that a signal's handler may put into
     prepare(job)  # what is wrong shows before Ray starts
-    with connected(), _handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM), lambda *_: stop.set())):
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    with connected(), _handling(dict.fromkeys(signals, lambda number, frame: heard.put(number))):
         service = import_module("lmray.on_ray.serve").serve(job)
         try:
-            print(f"{job.name}: serving at {service.url}; Ctrl-C stops it", file=sys.stderr, flush=True)
-            stop.wait()
+            _say(f"{job.name}: serving at {service.url}; Ctrl-C stops it")
+            while heard.get() == signal.SIGUSR1:
+                _update(service, again)
         finally:
             service.stop()
     return Result("stopped", run="", seconds=time.monotonic() - started, details={"url": service.url})
+
+
+def _update(service: Any, again: Callable[[], Job]) -> None:
+    try:
+        job = again()
+        if job.kind != "serve":
+            raise ConfigError("kind", f"is `{job.kind}` now", allowed="serve")
+        service.update(job)
+    except LmrayError as error:
+        _say(f"{service.name}: not updated; what ran goes on\n{error}")
+    else:
+        _say(f"{service.name}: updated")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

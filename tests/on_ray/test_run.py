@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from lmray.context import Result
-from lmray.errors import DataError
+from lmray.errors import ConfigError, DataError
 from lmray.on_ray import run as module
 from lmray.on_ray.run import run, sigterm_as_interrupt
 
@@ -81,6 +81,35 @@ def test_a_service_runs_until_a_signal_and_is_taken_down(ray_cluster, monkeypatc
     result = run(SimpleNamespace(kind="serve", name="x"))
     assert stopped == ["x"] and result.status == "stopped" and result.details == {"url": "http://127.0.0.1:8000"}
     assert "serving at http://127.0.0.1:8000" in capsys.readouterr().err
+
+
+def test_a_service_reads_its_job_anew_at_a_signal_and_goes_on_where_that_cannot_be_served(
+    ray_cluster, monkeypatch, capsys
+):
+    other = SimpleNamespace(kind="train", name="other")
+    jobs = iter((SimpleNamespace(kind="serve", name="new"), other, ConfigError("file.yaml: kind", "unknown kind")))
+    told, stopped = [], []
+
+    def again():
+        found = next(jobs)
+        if isinstance(found, Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise found
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return found
+
+    def serve(job):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        changed = {"update": lambda job: told.append(job.name), "stop": lambda: stopped.append(job.name)}
+        return SimpleNamespace(name=job.name, url="http://127.0.0.1:8000", **changed)
+
+    monkeypatch.setattr(module, "prepare", lambda job: None)
+    monkeypatch.setitem(sys.modules, "lmray.on_ray.serve", SimpleNamespace(serve=serve))
+    assert run(SimpleNamespace(kind="serve", name="old"), again=again).status == "stopped"
+    assert (told, stopped) == (["new"], ["old"])
+    said = capsys.readouterr().err
+    assert "old: updated" in said and "old: not updated; what ran goes on\nfile.yaml: kind: unknown kind" in said
+    assert "kind: is `train` now" in said
 
 
 def test_signals_are_left_alone_outside_the_main_thread(ray_cluster, adapter):
