@@ -341,6 +341,8 @@ class ServeJob(Job):
                     f"`model.{name}` is applied where the weights are, and engine `{self.engine.name}` has none; "
                     "hint: set it up at the server, or serve with `engine: {name: native}`"
                 )
+        if any(one.merged for one in self.adapters) and not self.engine.chooses_weights:
+            raise ValueError(f"engine `{self.engine.name}` asks a server for its own model; hint: leave out `merged`")
         return self
 
 

@@ -175,6 +175,8 @@ class EngineConfig(MemberConfig):
     needs_weights: ClassVar[bool] = True
     """Whether `start` takes a loaded model. Others run it elsewhere, from its folder (`model.name_or_path`), and are
     given one without weights."""
+    chooses_weights: ClassVar[bool] = True
+    """Whether it runs the model it is told to. Others ask a server that has one already."""
 
     @property
     def draft(self) -> str | None:

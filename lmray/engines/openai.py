@@ -25,6 +25,7 @@ class Openai(EngineConfig):
     """Asks a server that runs elsewhere."""
 
     needs_weights: ClassVar[bool] = False
+    chooses_weights: ClassVar[bool] = False
     url: str
     """With or without `/v1`."""
     model: str

@@ -275,6 +275,12 @@ def test_weights_that_are_elsewhere_cannot_be_changed_here(job, changes, engine)
         job.changed({"engine": engine, **changed})
 
 
+def test_a_server_with_a_model_of_its_own_serves_no_merged_one(job):
+    engine = {"name": "openai", "url": "http://x", "model": "m"}
+    with pytest.raises(ConfigError, match="asks a server for its own model"):
+        job.changed({"engine": engine, "adapters": [{"artifact": "helper", "merged": True}]})
+
+
 def test_an_engine_without_weights_is_planned_without_its_server(job, artifacts):
     engine = {"name": "openai", "url": "http://nowhere", "model": "m", "max_length": 512}
     plan = prepare(job.changed({"engine": engine}))
