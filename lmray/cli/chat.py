@@ -50,7 +50,7 @@ def chat(
     as_json: AsJson = False,
 ) -> None:
     """Talk to a model; answers go to stdout as they come. /help there lists what else can be typed."""
-    question = message if message is not None or sys.stdin.isatty() else sys.stdin.read()
+    question = message if message is not None or sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
     if question is not None and not question.strip():
         raise ConfigError("chat", "the message is empty", hint='lmray chat TARGET "hello"')
     if question is None and as_json:
@@ -63,7 +63,7 @@ def chat(
             if question is None:
                 talk.hold()
                 return
-            ended = talk.ask(question.strip(), _nothing if as_json else _print)
+            ended = talk.ask(question, _nothing if as_json else _print)
     _report(talk, ended, as_json=as_json)
 
 

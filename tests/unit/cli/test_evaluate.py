@@ -21,7 +21,7 @@ def here(monkeypatch, tmp_path):
     """Jobs run in this process; the list of them."""
     jobs = []
 
-    def run(job):
+    def run(job, again=None):
         jobs.append(job)
         return evaluate(job, LocalContext(run_folder(job), scratch=tmp_path / "scratch"))
 
@@ -97,7 +97,7 @@ def test_a_run_that_is_not_there(compared, cli, tmp_path):
 
 
 def test_an_interrupted_evaluation_leaves_as_a_run_does(cli, monkeypatch, tiny_data):
-    def interrupted(job):
+    def interrupted(job, again=None):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lmray.on_ray.run, "run", interrupted)

@@ -74,7 +74,7 @@ def runner(monkeypatch):
     def put(outcome):
         calls = []
 
-        def run(job):
+        def run(job, again=None):
             calls.append(job)
             print("a library talks")
             if isinstance(outcome, BaseException):

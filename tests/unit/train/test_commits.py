@@ -48,7 +48,8 @@ def saved(job) -> list[int]:
 
 
 def threads() -> list[str]:
-    return [one.name for one in threading.enumerate() if one.name.startswith("lmray-")]
+    """Of commits."""
+    return [one.name for one in threading.enumerate() if one.name.startswith("lmray-commit")]
 
 
 class Store:
