@@ -80,7 +80,7 @@ def _context() -> DataContext:
     context.execution_no_progress_timeout_s = -1
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # of shards a worker: it has one at a time
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+        if handler.name == "console":  # Ray Data's own
             handler.setLevel(logging.CRITICAL)  # what fails is raised
     return context
 
