@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from lmray.errors import ArtifactError
 from lmray.models.load import load_model, load_tokenizer
+from lmray.models.machine import is_out_of_memory
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
 
@@ -28,12 +30,13 @@ def write_merged(
     folder `adapter` (None: as it is) to folder `target`.
 
     Merged in float32 and rounded once to `dtype` (`float32`, `bfloat16`; `auto`: the base's own). The tokenizer is the
-    adapter's, where one lies beside it. Raises ArtifactError for an adapter that is no change of the weights.
+    adapter's, where one lies beside it. Raises ArtifactError for an adapter that is no change of the weights, does not
+    fit the base, or holds numbers that are none.
     """
     with quiet():
         model: Any = load_model(base, "float32", trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
         if adapter is not None:
-            model = _merged(PeftModel.from_pretrained(model, str(adapter)), adapter)
+            model = _merged(model, adapter)
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust_remote_code)
         model.to((config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)).save_pretrained(target)
         has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
@@ -41,8 +44,16 @@ def write_merged(
         load_tokenizer(tokenizer_from, chat=False, trust_remote_code=trust_remote_code).save_pretrained(target)
 
 
-def _merged(attached: PeftModel, adapter: Path) -> Any:
-    if attached.active_peft_config.is_prompt_learning:
-        found = "cannot be merged: its virtual tokens are no weights of the model"
-        raise ArtifactError(str(adapter), found, hint="`--format peft` exports it as it is")
-    return attached.merge_and_unload(safe_merge=True)
+def _merged(model: Any, adapter: Path) -> Any:
+    try:
+        attached = PeftModel.from_pretrained(model, str(adapter))
+        if not attached.active_peft_config.is_prompt_learning:
+            return attached.merge_and_unload(safe_merge=True)
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = "train it again, or serve another version"
+        raise ArtifactError(str(adapter), f"cannot be merged: {first[:200]}", hint=hint) from None
+    found = "cannot be merged: its virtual tokens are no weights of the model"
+    raise ArtifactError(str(adapter), found, hint="`--format peft` exports it as it is")

@@ -6,6 +6,7 @@ anew.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from lmray.context import Result
-from lmray.errors import ConfigError, LmrayError
+from lmray.errors import ConfigError, LmrayError, RemoteError
 from lmray.job import Job
 from lmray.on_ray.cluster import connected
 from lmray.on_ray.failures import unwrapped
@@ -25,6 +26,7 @@ from lmray.serve.prepare import prepare
 
 ADAPTERS = {kind: (f"lmray.on_ray.{kind}", kind) for kind in ("train", "evaluate", "sweep", "generate")}
 """Kind of job -> module and function that run it; a module is imported when its kind is run."""
+_LOG = logging.getLogger(__name__)
 
 
 def run(job: Job, *, progress: bool = True, again: Callable[[], Job] | None = None) -> Result:
@@ -70,14 +72,24 @@ def _handling(handlers: dict[int, Callable[..., Any]]) -> Iterator[None]:
 
 def _serve(job: Any, again: Callable[[], Job]) -> Result:
     """Serves until SIGINT or SIGTERM, then takes the endpoint down; from each SIGUSR1 on, what `again` gives."""
-    started, heard = time.monotonic(), SimpleQueue[int]()  # one that a signal's handler may put into
+    started, heard, ends = time.monotonic(), SimpleQueue[int](), list[int]()  # which a signal's handler may change
     prepare(job)  # what is wrong shows before Ray starts
-    signals = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-    with connected(), _handling(dict.fromkeys(signals, lambda number, frame: heard.put(number))):
-        service = import_module("lmray.on_ray.serve").serve(job)
+
+    def hear(number: int, frame: Any) -> None:
+        if number != signal.SIGUSR1:
+            ends.append(number)
+        heard.put(number)
+
+    with connected(), _handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), hear)):
+        try:
+            service = import_module("lmray.on_ray.serve").serve(job, ended=lambda: bool(ends))
+        except RemoteError:
+            if not ends:
+                raise
+            return Result("stopped", run="", seconds=time.monotonic() - started)
         try:
             _say(f"{job.name}: serving at {service.url}; Ctrl-C stops it")
-            while heard.get() == signal.SIGUSR1:
+            while not ends and heard.get() == signal.SIGUSR1:
                 _update(service, again)
         finally:
             service.stop()
@@ -91,7 +103,9 @@ def _update(service: Any, again: Callable[[], Job]) -> None:
             raise ConfigError("kind", f"is `{job.kind}` now", allowed="serve")
         service.update(job)
     except LmrayError as error:
-        _say(f"{service.name}: not updated; what ran goes on\n{error}")
+        _say(f"{service.name}: not updated; its job stays what it was\n{error}")
+    except Exception:  # a mistake of lmray's own ends no serving either
+        _LOG.exception("%s: not updated; its job stays what it was", service.name)
     else:
         _say(f"{service.name}: updated")
 

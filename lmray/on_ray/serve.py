@@ -9,18 +9,21 @@ import logging
 import re
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import ray
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from lmray.artifacts.served import ServedAdapter
-from lmray.errors import CapacityError, ConfigError, LmrayError, RemoteError
+from lmray.errors import CapacityError, ConfigError, RemoteError
 from lmray.job import ServeJob
 from lmray.on_ray.cluster import cluster_resources
 from lmray.on_ray.deployments import endpoint_application, engine_application, merged_application, num_models
@@ -28,6 +31,9 @@ from lmray.policies.autoscaling import shutdown_s
 from lmray.serve.catalogue import EVERY_S
 from lmray.serve.prepare import ServePlan, merged_plan, merged_source, prepare
 
+POLL_S = 0.1
+START_TIMEOUT_S = 600.0
+"""For a replica to find room and load its model, besides the answers that the one it replaces has begun."""
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 """For Ray Serve to end, besides the answers that were begun."""
@@ -39,46 +45,63 @@ _LOG = logging.getLogger(__name__)
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
+@dataclass(frozen=True)
+class _Serving:
+    """What an endpoint serves, or is to."""
+
+    job: ServeJob
+    plan: ServePlan
+    num_cpus: int
+    """Of each replica."""
+
+
 class Service:
     """A running endpoint."""
 
-    def __init__(self, job: ServeJob):
-        self._job = job
+    def __init__(self, serving: _Serving, *, ended: Callable[[], bool]):
+        job = serving.job
         self.name, self.url = job.name, f"http://{_reachable(job.http.host)}:{job.http.port}"
-        self._merged: dict[str, str] = {}
-        """Name in requests -> source of what is served, or was tried last; of merged models."""
+        self._serving, self._told_to_end = serving, ended
         self._turn, self._ends = threading.Lock(), threading.Event()
         self._follower = threading.Thread(target=self._follow, name="lmray-merged", daemon=True)
+        self._refused: dict[str, str] = {}
+        """Name of a merged model -> source of the version that its stage holds and that cannot be served."""
+        self._said: dict[str, str] = {}
+        """Name of a merged model -> what is wrong with it."""
 
-    def _start(self, job: ServeJob, plan: ServePlan, num_cpus: int) -> None:
-        """Returns once all replicas serve `plan`. Raises RemoteError where they do not start."""
-        for name in plan.merged:
-            self._deploy_merged(job, name, plan.merged[name], num_cpus)
-        _deploy(self.name, endpoint_application(job, plan, num_cpus), route_prefix="/")
-        for name in sorted(self._merged.keys() - plan.merged.keys()):
-            ray_serve.delete(merged_application(self.name, name), _blocking=False)
-            del self._merged[name]
-        self._job, self._plan = job, plan
-        if plan.merged and not self._follower.is_alive():
+    def _ended(self) -> bool:
+        return self._ends.is_set() or self._told_to_end()
+
+    def _start(self, new: _Serving, old: _Serving | None = None) -> None:
+        """Returns once all replicas serve `new`, and none `old`. Raises RemoteError where they do not start."""
+        for name in sorted(old.plan.merged.keys() - new.plan.merged.keys()) if old else ():
+            ray_serve.delete(merged_application(self.name, name), _blocking=False)  # what comes may need its room
+        for name, plan in new.plan.merged.items():
+            self._deploy_merged(new, name, plan)
+        self._deploy(new, self.name, endpoint_application(new.job, new.plan, new.num_cpus), route_prefix="/")
+        self._serving = new
+        if new.plan.merged and not self._follower.is_alive():
             self._follower.start()
 
     def update(self, job: ServeJob) -> None:
-        """Serves `job` instead, at the same address: another model, other keys, limits or bounds of its replicas.
+        """Serves `job` instead, at the same address: other adapters, keys, limits or bounds of its replicas.
 
-        Replicas are replaced one after another and end with their last answer, so no request is refused; where the
-        cluster has no room for one more meanwhile, requests wait for the first new one. Raises ConfigError for another
-        name or address, what `prepare` raises, and RemoteError where the new replicas do not start: then the old ones
-        go on.
+        Replicas are replaced one after another and end with their last answer, so no request is refused but for a
+        merged model that is left out; where the cluster has no room for one more meanwhile, requests wait for the first
+        new one. Replicas keep their number of CPUs unless `job` names another. Raises ConfigError for another name,
+        address or base model, what `prepare` raises, and RemoteError where the new replicas do not start: then what ran
+        has been started again, and the error says so where that failed too.
         """
         for field in ("name", "http.host", "http.port"):
-            old, new = (_field(one, field) for one in (self._job, job))
-            if old != new:
-                hint = "stop the endpoint and start it again"
-                raise ConfigError(field, f"is {new}, and a running endpoint keeps {old}", hint=hint)
+            _check_kept(field, *(_field(one, field) for one in (self._serving.job, job)))
         plan = prepare(job, listens=True)
-        num_cpus = _cpus_per_replica(job)
+        if plan.digest != self._serving.plan.digest:  # prompts are tokenised for one model, wherever they go
+            _check_kept("model.source", self._serving.job.model.source, f"`{job.model.source}`, with other weights")
+        new = _Serving(job, plan, _cpus_per_replica(job, running=self._serving.num_cpus))
         with self._turn:
-            self._start(job, plan, num_cpus)
+            old = self._serving
+            with self._or_again(lambda: self._start(old, new)):
+                self._start(new, old)
 
     def stop(self) -> None:
         """Takes the endpoint down, once the answers it has begun are done."""
@@ -86,9 +109,9 @@ class Service:
         with self._turn:
             for name in ray_serve.status().applications:
                 ray_serve.delete(name, _blocking=False)  # which would wait for a minute at most
-            deadline = time.monotonic() + shutdown_s(self._job.engine.max_length) + STOP_TIMEOUT_S
+            deadline = time.monotonic() + shutdown_s(self._serving.job.engine.max_length) + STOP_TIMEOUT_S
             while ray_serve.status().applications and time.monotonic() < deadline:
-                time.sleep(0.1)
+                time.sleep(POLL_S)
             _end_ray_serve()
 
     def __enter__(self) -> Service:
@@ -97,58 +120,99 @@ class Service:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def _deploy_merged(self, job: ServeJob, name: str, plan: ServePlan, num_cpus: int) -> None:
-        self._merged[name] = plan.source
-        application = engine_application(job, plan, num_cpus)
-        _deploy(merged_application(self.name, name), application, route_prefix=None)
+    @contextmanager
+    def _or_again(self, start: Callable[[], None]) -> Iterator[None]:
+        """Calls `start`, which starts what ran, where the block raises RemoteError; unless the endpoint ends."""
+        try:
+            yield
+        except RemoteError as error:
+            if not self._ended():
+                try:
+                    start()
+                except RemoteError as again:
+                    found = f"{error.found}\nand what ran does not start again: {again.found}"
+                    raise RemoteError(error.where, found, allowed=error.allowed, hint=error.hint) from None
+            raise
+
+    def _deploy_merged(self, serving: _Serving, name: str, plan: ServePlan) -> None:
+        application = engine_application(serving.job, plan, serving.num_cpus)
+        self._deploy(serving, merged_application(self.name, name), application, route_prefix=None)
+
+    def _deploy(
+        self, serving: _Serving, name: str, application: ray_serve.Application, *, route_prefix: str | None
+    ) -> None:
+        """Returns once all replicas of `application` are new. Raises RemoteError where they do not start, find no room
+        in time, or the endpoint ends before."""
+        limit_s = serving.job.autoscaling.max_replicas * (START_TIMEOUT_S + shutdown_s(serving.job.engine.max_length))
+        target = ray_serve.RunTarget(application, name=name, route_prefix=route_prefix, logging_config=_QUIET)
+        where, deadline = f"endpoint `{name}`", time.monotonic() + limit_s
+        try:
+            ray_serve.run_many([target], wait_for_applications_running=False)
+            while (found := ray_serve.status().applications[name]).status != ApplicationStatus.RUNNING:
+                if found.status == ApplicationStatus.DEPLOY_FAILED:
+                    raise RemoteError(where, f"did not start: {_why(found)}")
+                if self._ended():
+                    raise RemoteError(where, "was stopped before it answered")
+                if time.monotonic() > deadline:
+                    hint = "its replicas may find no room: lower `resources`, or stop the endpoint and start it again"
+                    raise RemoteError(where, f"did not start within {limit_s:.0f} s: {_why(found)}", hint=hint)
+                time.sleep(POLL_S)
+        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
+            raise RemoteError(where, f"did not start: {error}") from None
 
     def _follow(self) -> None:
         """Replaces the replicas of merged models whose stage has moved, until the endpoint stops."""
         while not self._ends.wait(EVERY_S):
-            with self._turn:
-                for served in [one for one in self._job.adapters if one.merged and not self._ends.is_set()]:
-                    self._look(served)
+            serving = self._serving
+            for served in [one for one in serving.job.adapters if one.merged and not self._ended()]:
+                self._look(served, serving)
 
-    def _look(self, served: ServedAdapter) -> None:
-        """A version that cannot be served is named in the log, and tried once; what was served goes on."""
-        name = served.artifact
+    def _look(self, served: ServedAdapter, serving: _Serving) -> None:
+        """A version that cannot be served is named in the log, and tried once until the stage moves; what was served
+        goes on."""
+        name, source, said = served.artifact, "", ""
         try:
-            source = merged_source(served, self._plan)
-            if source != self._merged[name]:
-                self._merged[name] = source
-                plan = merged_plan(served, self._plan)
-                self._deploy_merged(self._job, name, plan, _cpus_per_replica(self._job))
-        except (LmrayError, OSError) as error:
-            _LOG.warning("merged model `%s` stays as it is: %s", name, error)
+            source = merged_source(served, serving.plan)
+            if source == serving.plan.merged[name].source:
+                self._refused.pop(name, None)
+            elif source != self._refused.get(name):
+                self._replace(serving, name, merged_plan(served, serving.plan))
+        except Exception as error:  # whatever it is, this thread goes on
+            said = str(error) or type(error).__name__
+            if not isinstance(error, OSError):  # which pass: tried again
+                self._refused[name] = source
+        if said and said != self._said.get(name) and not self._ended():
+            _LOG.warning("merged model `%s` stays as it is: %s", name, said)
+        self._said[name] = said
+
+    def _replace(self, serving: _Serving, name: str, plan: ServePlan) -> None:
+        """Does nothing where the endpoint has been changed meanwhile: the next look is at that."""
+        with self._turn:
+            if self._serving is serving and not self._ended():
+                before = serving.plan.merged[name]
+                with self._or_again(lambda: self._deploy_merged(serving, name, before)):
+                    self._deploy_merged(serving, name, plan)
+                serving.plan.merged[name] = plan  # an update that fails goes back to this one
 
 
-def serve(job: ServeJob) -> Service:
-    """Starts `job` on the connected cluster and returns once it answers.
+def serve(job: ServeJob, *, ended: Callable[[], bool] = lambda: False) -> Service:
+    """Starts `job` on the connected cluster and returns once it answers. `ended` says whether to give up: it is asked
+    again and again while replicas start, now and in an update.
 
     Raises what `prepare` raises before anything starts, CapacityError where the smallest number of replicas does not
     fit or Ray Serve is taken, RemoteError where the endpoint does not come up.
     """
-    plan = prepare(job)
-    num_cpus = _cpus_per_replica(job)
+    service = Service(_Serving(job, prepare(job), _cpus_per_replica(job)), ended=ended)
     _check_free(job)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray_serve.start(http_options={"host": job.http.host, "port": job.http.port}, logging_config=_QUIET)
-    service = Service(job)
     try:
-        service._start(job, plan, num_cpus)
+        service._start(service._serving)
         _await_ready(service.url)
     except BaseException:
         service.stop()
         raise
     return service
-
-
-def _deploy(name: str, application: ray_serve.Application, *, route_prefix: str | None) -> None:
-    """Returns once all replicas of `application` are new. Raises RemoteError where they do not start."""
-    try:
-        ray_serve.run(application, name=name, route_prefix=route_prefix, logging_config=_QUIET)
-    except (RuntimeError, RayServeException) as error:
-        raise RemoteError(f"endpoint `{name}`", f"did not start: {_why(name, error)}") from None
 
 
 def _end_ray_serve() -> None:
@@ -162,13 +226,13 @@ def _end_ray_serve() -> None:
     ray_serve.shutdown()
 
 
-def _cpus_per_replica(job: ServeJob) -> int:
-    """Cores a replica reserves and computes with. Raises CapacityError where the fewest replicas do not fit."""
+def _cpus_per_replica(job: ServeJob, *, running: int = 0) -> int:
+    """Cores a replica reserves and computes with; `running`: those of the endpoint's replicas now. Raises CapacityError
+    where the fewest replicas do not fit."""
     offered = cluster_resources()
     smallest = min((node.cpus for node in offered.nodes), default=0.0)
-    num_cpus = job.resources.cpus_per_worker or max(
-        1, int(smallest) // (job.autoscaling.max_replicas * num_models(job))
-    )
+    share = int(smallest) // (job.autoscaling.max_replicas * num_models(job))
+    num_cpus = job.resources.cpus_per_worker or running or max(1, share)
     num_gpus, fewest = job.resources.gpus_per_worker, max(job.autoscaling.min_replicas, 1) * num_models(job)
     room = offered.room_for(cpus=num_cpus, gpus=num_gpus)
     if room < fewest:
@@ -186,15 +250,14 @@ def _check_free(job: ServeJob) -> None:
         raise CapacityError(f"endpoint `{job.name}`", f"Ray Serve already runs `{next(iter(running))}`", hint=hint)
 
 
-def _why(name: str, error: Exception) -> str:
-    """What a replica of application `name` raised while it started, else what Ray Serve says itself.
+def _why(application: ApplicationStatusOverview) -> str:
+    """What a replica of `application` raised while it started, else what Ray Serve says itself.
 
     Ray Serve hands on the text of a traceback only; its last entry is the exception with lmray's own lines below it.
     """
-    application = ray_serve.status().applications.get(name)
-    said = [one.message for one in application.deployments.values() if one.message] if application else []
+    said = [one.message for one in application.deployments.values() if one.message]
     raised = [entry for text in said for entry in _RAISED.findall(text)]
-    return raised[-1] if raised else str(error)
+    return (raised or said or [application.message])[-1]
 
 
 def _await_ready(url: str) -> None:
@@ -208,6 +271,12 @@ def _await_ready(url: str) -> None:
             said = f"HTTP {response.status_code}: {response.text[:200]}"
         time.sleep(0.1)
     raise RemoteError(url, f"is not ready after {READY_TIMEOUT_S:.0f} s; it said {said}")
+
+
+def _check_kept(field: str, old: object, new: object) -> None:
+    if old != new:
+        hint = "stop the endpoint and start it again"
+        raise ConfigError(field, f"is {new}, and a running endpoint keeps {old}", hint=hint)
 
 
 def _field(job: ServeJob, name: str) -> Any:

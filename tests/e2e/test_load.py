@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+import openai
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lmray.errors import RemoteError
 from lmray.on_ray.serve import serve
 from lmray.policies.autoscaling import PRESETS
+from lmray.testing.tiny import tiny_model_folder
 from lmray.testing.waiting import wait_until
 from tests.on_ray.endpoints import Load, ask, keep_version, kill_replica, make_job, replica_actors, resident_bytes
 from tests.on_ray.local import local_ray
@@ -67,14 +69,19 @@ def test_no_request_is_lost_nor_answered_by_another_adapter(ray_cluster, tmp_pat
     assert after - before < GROWTH_BYTES, told
 
 
-def test_an_update_that_fails_leaves_the_endpoint_as_it_was(ray_cluster, tmp_path):
-    root = tmp_path / "update"
+@pytest.mark.parametrize("cpus", [1, 4], ids=["beside the old replica", "in its place"])
+def test_an_update_that_fails_leaves_the_endpoint_as_it_was(ray_cluster, tmp_path, cpus):
+    root = tmp_path / f"update-{cpus}"
     root.mkdir()
-    job = make_job(root, NAMES[:1], **{"autoscaling.max_replicas": 1})
+    job = make_job(root, NAMES[:1], **{"autoscaling.max_replicas": 1, "resources.cpus_per_worker": cpus})
+    draft = tiny_model_folder(root / "draft")
+    weights = draft / "model.safetensors"
+    save_file({**load_file(weights), "model.norm.weight": torch.zeros(7)}, weights, metadata={"format": "pt"})
     with serve(job) as service:
         answers = ask(service.url, ("tiny", *NAMES[:1]))
-        weights = root / "tiny" / "model.safetensors"
-        save_file({**load_file(weights), "model.norm.weight": torch.zeros(7)}, weights, metadata={"format": "pt"})
-        with pytest.raises(RemoteError, match=r"did not start: model folder .* cannot be loaded"):
-            service.update(job.changed({"adapters": []}))
-        assert ask(service.url, ("tiny",))["tiny"] == answers["tiny"]
+        with pytest.raises(RemoteError, match=r"did not start: model folder .*draft: cannot be loaded"):
+            service.update(job.changed({"adapters": [], "engine.draft": str(draft)}))
+        assert ask(service.url, ("tiny", *NAMES[:1])) == answers
+        service.update(job.changed({"adapters": []}))
+        with pytest.raises(openai.NotFoundError):
+            ask(service.url, NAMES[:1])

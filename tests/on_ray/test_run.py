@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from lmray.context import Result
-from lmray.errors import ConfigError, DataError
+from lmray.errors import ConfigError, DataError, RemoteError
 from lmray.on_ray import run as module
 from lmray.on_ray.run import run, sigterm_as_interrupt
 
@@ -72,7 +72,7 @@ def test_sigterm_interrupts_where_sigint_is_ignored():
 def test_a_service_runs_until_a_signal_and_is_taken_down(ray_cluster, monkeypatch, capsys, number):
     stopped = []
 
-    def serve(job):
+    def serve(job, ended):
         threading.Thread(target=os.kill, args=(os.getpid(), number)).start()
         return SimpleNamespace(url="http://127.0.0.1:8000", stop=lambda: stopped.append(job.name))
 
@@ -84,21 +84,22 @@ def test_a_service_runs_until_a_signal_and_is_taken_down(ray_cluster, monkeypatc
 
 
 def test_a_service_reads_its_job_anew_at_a_signal_and_goes_on_where_that_cannot_be_served(
-    ray_cluster, monkeypatch, capsys
+    ray_cluster, monkeypatch, capsys, caplog
 ):
     other = SimpleNamespace(kind="train", name="other")
-    jobs = iter((SimpleNamespace(kind="serve", name="new"), other, ConfigError("file.yaml: kind", "unknown kind")))
+    mistakes = ConfigError("file.yaml: kind", "unknown kind"), ZeroDivisionError("by zero")
+    jobs = iter((SimpleNamespace(kind="serve", name="new"), other, *mistakes))
     told, stopped = [], []
 
     def again():
         found = next(jobs)
+        last = isinstance(found, ZeroDivisionError)
+        os.kill(os.getpid(), signal.SIGTERM if last else signal.SIGUSR1)
         if isinstance(found, Exception):
-            os.kill(os.getpid(), signal.SIGTERM)
             raise found
-        os.kill(os.getpid(), signal.SIGUSR1)
         return found
 
-    def serve(job):
+    def serve(job, ended):
         os.kill(os.getpid(), signal.SIGUSR1)
         changed = {"update": lambda job: told.append(job.name), "stop": lambda: stopped.append(job.name)}
         return SimpleNamespace(name=job.name, url="http://127.0.0.1:8000", **changed)
@@ -108,8 +109,31 @@ def test_a_service_reads_its_job_anew_at_a_signal_and_goes_on_where_that_cannot_
     assert run(SimpleNamespace(kind="serve", name="old"), again=again).status == "stopped"
     assert (told, stopped) == (["new"], ["old"])
     said = capsys.readouterr().err
-    assert "old: updated" in said and "old: not updated; what ran goes on\nfile.yaml: kind: unknown kind" in said
+    assert "old: updated" in said and "old: not updated; its job stays what it was\nfile.yaml: kind: unknown" in said
     assert "kind: is `train` now" in said
+    assert "ZeroDivisionError: by zero" in caplog.text
+
+
+def test_a_signal_ends_a_service_that_has_not_started_or_changed_yet(ray_cluster, monkeypatch):
+    def serve(job, ended):
+        assert not ended()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended(), "while the main thread is busy"
+        raise RemoteError("endpoint", "was stopped before it answered")
+
+    monkeypatch.setattr(module, "prepare", lambda job: None)
+    monkeypatch.setitem(sys.modules, "lmray.on_ray.serve", SimpleNamespace(serve=serve))
+    assert run(SimpleNamespace(kind="serve", name="x")).status == "stopped"
+
+
+def test_a_service_that_does_not_start_fails(ray_cluster, monkeypatch):
+    def serve(job, ended):
+        raise RemoteError("endpoint", "did not start")
+
+    monkeypatch.setattr(module, "prepare", lambda job: None)
+    monkeypatch.setitem(sys.modules, "lmray.on_ray.serve", SimpleNamespace(serve=serve))
+    with pytest.raises(RemoteError, match="did not start"):
+        run(SimpleNamespace(kind="serve", name="x"))
 
 
 def test_signals_are_left_alone_outside_the_main_thread(ray_cluster, adapter):
