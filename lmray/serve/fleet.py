@@ -60,7 +60,7 @@ class Fleet:
         the next request starts it, and is answered."""
         for name, told in (await self._look.told()).items():
             if not told and self._min_replicas > 0:
-                raise RemoteError(name, "no replica runs", hint="wait for one to start")
+                raise RemoteError(name or "endpoint", "no replica runs", hint="wait for one to start")
 
     async def adapters(self) -> tuple[str, ...]:
         """Names that requests may give; from memory, no replica is asked."""
@@ -71,6 +71,12 @@ class Fleet:
         """What each replica's engine told of itself with the last look at all of them, and `seen_s`, when that was.
         Raises LmrayError."""
         return [one for told in (await self._look.told()).values() for one in told]
+
+    async def merged(self) -> dict[str, list[str]]:
+        """What replicas of merged models serve: name -> `NAME@VERSION`, several while one replaces another, none while
+        no replica runs. Raises LmrayError."""
+        told = await self._look.told()
+        return {name: sorted({one["version"] for one in told[name]}) for name in self._merged}
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The tokens that continue `request`. Closing it early cancels the request.
@@ -112,9 +118,9 @@ class Fleet:
         chosen, compared = self.canaries.choose(name, line, keys)
         return list(dict.fromkeys((chosen.ref, line.current.ref))), compared
 
-    async def _stats(self) -> dict[str, list[dict[str, Any]]]:
-        """By model, of which the base model is `endpoint`."""
-        every = {"endpoint": self.replicas, **self._merged}
+    async def _stats(self) -> dict[str | None, list[dict[str, Any]]]:
+        """Of the base model under None, of the others under their names."""
+        every = {None: self.replicas, **self._merged}
         told = await asyncio.gather(*(replicas.everywhere("stats") for replicas in every.values()))
         seen_s = self._clock()
         return {name: [{**one, "seen_s": seen_s} for one in some] for name, some in zip(every, told, strict=True)}
