@@ -28,7 +28,7 @@ def answer(root, source, engine, **model) -> tuple[list[int], str]:
             asked = Request("request", PROMPT, Sampling(NUM_NEW))
             events = [event async for several in replica.stream(asked) for event in several]
             ids = [event.token_id for event in events if event.token_id is not None]
-            return ids, (await replica.stats())["forward"]
+            return ids, replica._live.stats()["forward"]
         finally:
             await replica._live.engine.close()
 
