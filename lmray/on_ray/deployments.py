@@ -17,6 +17,9 @@ from lmray.serve.prepare import ServePlan
 
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""
+SPARE_SLOTS = 8
+"""Calls that a replica takes besides requests for each row of its batch: those that ask every replica, of which a
+gateway has one at a time and operators some. They would wait for the end of an answer else."""
 HEALTH_S = 2.0
 """So soon Ray Serve learns of a dead replica and starts another; its own default is 10 s. Requests learn of it at
 once."""
@@ -48,11 +51,11 @@ def engine_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_ser
     """Replicas of one model, with the adapters of `plan` beside it."""
     rows, num_gpus = job.engine.max_batch_size, job.resources.gpus_per_worker
     router: dict[str, Any] = {"request_router_class": AdapterRouter}
-    router["request_router_kwargs"] = {"light": max(rows // 2, 1)}
+    router["request_router_kwargs"] = {"light": max(rows // 2, 1), "rows": rows}
     engines = ray_serve.deployment(
         EngineReplica,
         name=ENGINE,
-        max_ongoing_requests=rows,
+        max_ongoing_requests=rows + SPARE_SLOTS,
         max_queued_requests=rows * QUEUED_PER_ROW,
         autoscaling_config=_autoscaling(job),
         request_router_config=RequestRouterConfig(**router),

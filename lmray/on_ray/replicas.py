@@ -24,6 +24,7 @@ from lmray.engines.base import EngineConfig, Request, Sampling, TokenEvent
 from lmray.errors import CapacityError, LmrayError, RemoteError
 from lmray.models.load import load_tokenizer, stop_token_ids
 from lmray.models.precision import resolve_dtype
+from lmray.models.source import ARTIFACT
 from lmray.on_ray.failures import error_inside, reason
 from lmray.serve.admin import add_admin
 from lmray.serve.canaries import Canaries
@@ -46,7 +47,7 @@ class EngineReplica:
     """One engine in its own process. Where the engine ends the process does, and Ray Serve starts another."""
 
     async def __init__(self, plan: ServePlan, config: EngineConfig, dtype: str, num_cpus: int, num_gpus: int):
-        self._interval_s = plan.stream_interval_s
+        self._interval_s, self._version = plan.stream_interval_s, plan.source.removeprefix(ARTIFACT)
         folder, device = check_out(plan), "cuda" if num_gpus else "cpu"
         dtype, _ = resolve_dtype(dtype, device)  # type: ignore[arg-type]
         how: Any = {"quantization": plan.quantization, "rope_scaling": plan.rope_scaling}
@@ -69,7 +70,8 @@ class EngineReplica:
             raise
 
     async def stats(self) -> dict[str, Any]:
-        return {"replica": ray_serve.get_replica_context().replica_id.unique_id, **self._live.stats()}
+        replica = ray_serve.get_replica_context().replica_id.unique_id
+        return {"replica": replica, "version": self._version, **self._live.stats()}
 
     async def manage(self, action: str, handle: str) -> dict[str, Any]:
         found = await self._live.manage(action, handle)

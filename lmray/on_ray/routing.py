@@ -5,6 +5,7 @@ Runs wherever requests start, that is in the gateway. Requests without an adapte
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
@@ -17,9 +18,15 @@ class AdapterRouter(ConsistentHashRouter):
     """Tries replicas in the order of the request's adapter. Ray's own router of this kind keeps a request with the
     order that was chosen for it, however many wait, which Serve's default does not; its hash ring is not used."""
 
-    def initialize_state(self, *, light: int = 1, **told: Any) -> None:
+    def initialize_state(self, *, rows: int, light: int = 1, **told: Any) -> None:
+        """`rows`: requests that a replica gets at a time, fewer than calls of all kinds that it takes."""
         super().initialize_state(**told)
-        self._light = light
+        self._light, self._rows = light, rows
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        for replica in replicas:
+            replica.update_replica_info(replace(replica._replica_info, max_ongoing_requests=self._rows))
+        super().update_replicas(replicas)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -70,8 +70,8 @@ def replicas_for(demand: Demand, preset: Preset, *, max_batch_size: int) -> int:
 
 
 class TokenPolicy:
-    """`replicas_for` as Ray Serve calls it. Its replicas report `waiting_tokens`, `tokens_per_s`, `tokens_per_request`
-    and `first_token_s`."""
+    """`replicas_for` as Ray Serve calls it. Its replicas report `requests`, `waiting_tokens`, `tokens_per_s`,
+    `tokens_per_request` and `first_token_s`."""
 
     def __init__(self, preset: str, max_batch_size: int):
         self._preset, self._max_batch_size = PRESETS[preset], max_batch_size
@@ -90,7 +90,7 @@ def demand_of(
     reported: Mapping[str, Mapping[Any, float]], *, replicas: int, requests: float, unassigned: float
 ) -> Demand:
     """`reported`: metric -> replica -> value. `unassigned` requests wait for a replica; each counts with as many tokens
-    as requests had lately."""
+    as requests had lately. `requests`, which has looks at a replica in it as well, counts until a replica reports."""
 
     def values(name: str) -> list[float]:
         return [value for value in reported.get(name, {}).values() if value > 0]
@@ -99,7 +99,7 @@ def demand_of(
     size = sum(sizes) / len(sizes) if sizes else 0.0
     return Demand(
         replicas=replicas,
-        requests=requests,
+        requests=unassigned + sum(values("requests")) if "requests" in reported else requests,
         waiting_tokens=sum(values("waiting_tokens")) + unassigned * size,
         tokens_per_s=sum(speeds) / len(speeds) if speeds else 0.0,
         first_token_s=max(values("first_token_s"), default=0.0),

@@ -56,26 +56,30 @@ class _Admin:
         self._artifacts, self._pins = Artifacts(store), Pins(store, plan.endpoint)
 
     async def list(self, http: Request) -> Response:
-        """Every adapter that is served or refused, and what each replica holds."""
+        """Every adapter that is served or refused, and what each replica holds. A merged one is told of once for each
+        version that its replicas answer with."""
         if (refused := self._refused(http)) is not None:
             return refused
         await self._fleet.catalogue.look(now=True)
         catalogue, pinned = self._fleet.catalogue, await asyncio.to_thread(self._pins.names)
         adapters = [
-            {"name": name, "version": line.current.ref, "pinned": name in pinned, "refused": line.refused}
+            _entry(name, line.current.ref, pinned=name in pinned, refused=line.refused)
             for name in catalogue.names
             if (line := catalogue.line(name)) is not None and line.current is not None
         ]
         served = {entry["name"] for entry in adapters}
         adapters += [
-            {"name": name, "version": None, "pinned": name in pinned, "refused": why}
+            _entry(name, None, pinned=name in pinned, refused=why)
             for name, why in catalogue.refused.items()
             if name not in served
         ]
+        for name, versions in (await self._fleet.merged()).items():
+            adapters += [_entry(name, version, merged=True) for version in versions or [None]]
         return JSONResponse({"adapters": adapters, "replicas": await self._everywhere("list", "")})
 
     async def act(self, http: Request, reference: str, action: str) -> Response:
-        """Does `action` on every replica. 404 for an unknown adapter, 409 where no replica could do it."""
+        """Does `action` on every replica. 404 for an unknown adapter, 409 where no replica could do it, and for a
+        merged one."""
         if (refused := self._refused(http)) is not None:
             return refused
         if action not in ON_REPLICAS + ON_PINS:
@@ -83,6 +87,9 @@ class _Admin:
             found = f"unknown action `{action}`; there are: {', '.join(known)}"
             hint = did_you_mean(action, known)
             return _error(404, f"{found}; {hint}" if hint else found, code="unknown_action")
+        if (name := reference.partition("@")[0]) in self._plan.merged and action != "unpin":
+            found = f"`{name}` is merged: its replicas serve nothing else; promote the version that they are to serve"
+            return _error(409, found, code="not_done")
         if action in ON_PINS:
             return await self._pin(reference, pinned=action == "pin")
         artifact = await asyncio.to_thread(self._find, reference)
@@ -156,6 +163,12 @@ class _Admin:
             return None
         found = "wrong admin key" if key else "no admin key; send `Authorization: Bearer KEY`"
         return _error(401, found, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def _entry(
+    name: str, version: str | None, *, pinned: bool = False, refused: str | None = None, merged: bool = False
+) -> dict[str, Any]:
+    return {"name": name, "version": version, "pinned": pinned, "refused": refused, "merged": merged}
 
 
 def _error(status: int, message: str, *, code: str, headers: dict[str, str] | None = None) -> Response:

@@ -42,7 +42,8 @@ class Line:
 
 
 class Catalogue:
-    """The adapters of `store` that `served` names and that fit. `refresh` may run on another thread than the rest."""
+    """The adapters of `store` that `served` names and that fit, but for merged ones, which no pattern names either and
+    of which the other names alone are here. `refresh` may run on another thread than the rest."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class Catalogue:
         """`reserved`: the base model's name, which no adapter may take; `only`: look after these names alone."""
         self._store, self._artifacts, self._fit = store, Artifacts(store), fit
         self._served = sorted(served, key=lambda one: one.is_pattern)  # a name comes before patterns it fits
+        self._merged = tuple(one.artifact for one in served if one.merged)
         self._reserved, self._only, self._clock = reserved, only, clock
         self._lines: dict[str, Line] = {}
         self._names: tuple[str, ...] = ()
@@ -71,7 +73,7 @@ class Catalogue:
 
     @property
     def aliases(self) -> dict[str, str]:
-        """`NAME@STAGE` of names that are served from a stage, and the name."""
+        """`NAME@STAGE` of names that are served from a stage, merged or not, and the name."""
         return self._aliases
 
     @property
@@ -90,11 +92,12 @@ class Catalogue:
         lines: dict[str, Line] = {}
         for name in names:
             served = self._served_as(name)
-            if served is not None and name != self._reserved:
+            if served is not None and not served.merged and name != self._reserved:
                 lines[name] = self._line(name, served)
         self._lines = lines
         self._names = tuple(name for name, line in lines.items() if line.current is not None)
-        stages = {name: served.stage for name in self._names if (served := self._served_as(name)) is not None}
+        answering = (*self._names, *self._merged)
+        stages = {name: served.stage for name in answering if (served := self._served_as(name)) is not None}
         self._aliases = {f"{name}@{stage}": name for name, stage in stages.items() if stage in STAGES}
 
     async def look(self, *, now: bool = False) -> None:

@@ -5,6 +5,7 @@ A request names the version from here on, so every replica serves the same one, 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -15,6 +16,7 @@ from lmray.engines.base import Request, TokenEvent
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError, did_you_mean
 from lmray.serve.canaries import Canaries, Comparison, answer_of
 from lmray.serve.catalogue import Catalogue
+from lmray.serve.look import Look
 from lmray.serve.visitors import VISITOR
 
 MAX_ATTEMPTS = 2
@@ -51,13 +53,14 @@ class Fleet:
         self.replicas, self.catalogue, self.canaries = replicas, catalogue, canaries
         self._merged = dict(merged or {})
         self._min_replicas, self._clock = min_replicas, clock
+        self._look = Look(self._stats, clock=clock)
 
     async def ready(self) -> None:
         """Raises RemoteError while no replica can answer. An endpoint that may go down to none is ready without one:
         the next request starts it, and is answered."""
-        for name, replicas in {"endpoint": self.replicas, **self._merged}.items():
-            if not await replicas.everywhere("stats") and self._min_replicas > 0:
-                raise RemoteError(name, "no replica runs", hint="wait for one to start")
+        for name, told in (await self._look.told()).items():
+            if not told and self._min_replicas > 0:
+                raise RemoteError(name or "endpoint", "no replica runs", hint="wait for one to start")
 
     async def adapters(self) -> tuple[str, ...]:
         """Names that requests may give; from memory, no replica is asked."""
@@ -65,9 +68,15 @@ class Fleet:
         return tuple(sorted({*self.catalogue.names, *self._merged}))
 
     async def stats(self) -> list[dict[str, Any]]:
-        """What each replica's engine tells of itself. Raises LmrayError."""
-        every = self.replicas, *self._merged.values()
-        return [one for replicas in every for one in await replicas.everywhere("stats")]
+        """What each replica's engine told of itself with the last look at all of them, and `seen_s`, when that was.
+        Raises LmrayError."""
+        return [one for told in (await self._look.told()).values() for one in told]
+
+    async def merged(self) -> dict[str, list[str]]:
+        """What replicas of merged models serve: name -> `NAME@VERSION`, several while one replaces another, none while
+        no replica runs. Raises LmrayError."""
+        told = await self._look.told()
+        return {name: sorted({one["version"] for one in told[name]}) for name in self._merged}
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The tokens that continue `request`. Closing it early cancels the request.
@@ -108,6 +117,13 @@ class Fleet:
         keys = {"request": answer, "key": VISITOR.get() or answer}
         chosen, compared = self.canaries.choose(name, line, keys)
         return list(dict.fromkeys((chosen.ref, line.current.ref))), compared
+
+    async def _stats(self) -> dict[str | None, list[dict[str, Any]]]:
+        """Of the base model under None, of the others under their names."""
+        every = {None: self.replicas, **self._merged}
+        told = await asyncio.gather(*(replicas.everywhere("stats") for replicas in every.values()))
+        seen_s = self._clock()
+        return {name: [{**one, "seen_s": seen_s} for one in some] for name, some in zip(every, told, strict=True)}
 
     async def _watched(self, request: Request, compared: Comparison | None) -> AsyncGenerator[TokenEvent, None]:
         """Counts what happens to a request of an adapter with a canary."""

@@ -51,9 +51,11 @@ class ServePlan:
     endpoint: str
     """Name of the job."""
     served: tuple[ServedAdapter, ...]
+    """Merged ones too."""
     cache: AdapterCache
     adapters: dict[str, str]
-    """Of those that are named: name in requests -> version id of the artifact, when the endpoint was prepared."""
+    """Of those that are named and not merged: name in requests -> version id of the artifact, when the endpoint was
+    prepared."""
     keys: tuple[ApiKey, ...]
     admin_keys: tuple[ApiKey, ...] = ()
     """Empty: the endpoint has no admin calls."""
@@ -106,7 +108,7 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         digest=found.digest,
         store=str(store.root),
         endpoint=job.name,
-        served=tuple(one for one in job.adapters if not one.merged),
+        served=job.adapters,
         cache=job.adapter_cache,
         adapters={},
         keys=keys,
@@ -122,7 +124,7 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         monitor=job.monitor,
     )
     every = _named_adapters(job, store, plan)
-    named = {one.artifact: every[one.artifact] for one in plan.served if not one.is_pattern}
+    named = {one.artifact: every[one.artifact] for one in job.adapters if not one.is_pattern and not one.merged}
     adapters = StoredAdapters(store, plan.fit)
     folders = {name: adapters.find(artifact.ref).folder for name, artifact in named.items()}
     model = load_empty_model(found.folder, rope_scaling=job.model.rope_scaling)

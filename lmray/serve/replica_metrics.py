@@ -1,14 +1,12 @@
 """What the engine replicas tell of themselves, as Prometheus reads it; one label, the replica.
 
-They are asked at most every `EVERY_S`, however often somebody reads the page. Each has series of its own: a sum over
-replicas would fall when one goes, which Prometheus takes for a counter that began anew.
+Each has series of its own: a sum over replicas would fall when one goes, which Prometheus takes for a counter that
+began anew.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +16,6 @@ from prometheus_client.registry import Collector
 from lmray.errors import LmrayError
 from lmray.metrics.names import SERVE
 
-EVERY_S = 5.0
-PATIENCE_S = 1.0
-"""Replicas that take longer to answer are not waited for: the page tells what they told before."""
 _LOG = logging.getLogger(__name__)
 Stats = Mapping[str, Any]
 READ: dict[str, Callable[[Stats], float | None]] = {
@@ -48,34 +43,24 @@ READ: dict[str, Callable[[Stats], float | None]] = {
 class ReplicaMetrics(Collector):
     """What all replicas told last."""
 
-    def __init__(self, ask: Callable[[], Awaitable[Sequence[Stats]]], *, clock: Callable[[], float] = time.monotonic):
-        """`ask`: what every replica tells; raises LmrayError."""
-        self._ask_replicas, self._clock = ask, clock
+    def __init__(self, ask: Callable[[], Awaitable[Sequence[Stats]]]):
+        """`ask`: what every replica tells, which must not take long; raises LmrayError."""
+        self._ask = ask
         self._told: Sequence[Stats] = []
-        self._looked = float("-inf")
-        self._looking: asyncio.Future[None] | None = None
 
     async def look(self) -> None:
-        """Asks the replicas where the last look was `EVERY_S` ago, one look at a time."""
-        running = self._looking is not None and not self._looking.done()
-        if not running and self._clock() - self._looked >= EVERY_S:
-            self._looked = self._clock()
-            self._looking = asyncio.ensure_future(self._ask())
-        if self._looking is not None:
-            await asyncio.wait({self._looking}, timeout=PATIENCE_S)
+        """What the page tells next. Replicas that fail to answer are left out."""
+        try:
+            self._told = await self._ask()
+        except LmrayError as error:
+            self._told = []
+            _LOG.warning("the replicas do not tell their numbers: %s", error)
 
     def collect(self) -> Iterator[Metric]:
         yield _family("lmray_serve_replicas", [((), len(self._told))])
         for name, read in READ.items():
             values = [((str(stats.get("replica", place)),), read(stats)) for place, stats in enumerate(self._told)]
             yield _family(name, [(labels, value) for labels, value in values if value is not None], ["replica"])
-
-    async def _ask(self) -> None:
-        try:
-            self._told = await self._ask_replicas()
-        except LmrayError as error:
-            self._told = []
-            _LOG.warning("the replicas do not tell their numbers: %s", error)
 
 
 def _family(name: str, values: list[tuple[tuple[str, ...], float]], labels: list[str] | None = None) -> Metric:

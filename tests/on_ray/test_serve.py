@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 
+import httpx
 import openai
 import pytest
 import torch
@@ -114,18 +115,24 @@ def test_errors_come_back_through_serve_in_openais_shape(service, client):
         stranger.models.list()
 
 
-def test_a_client_that_leaves_ends_its_request_in_the_replica(client, job):
+def test_a_full_batch_keeps_no_look_waiting_and_a_client_that_leaves_ends_its_request(service, client, job):
     told = {"model": "tiny", "messages": MESSAGES, "temperature": 0}
     length = client.chat.completions.create(**told).usage.completion_tokens
     assert length > 800, "too short to be left before its end"
     engine = ray_serve.get_deployment_handle("engine", job.name)
     before = engine.stats.remote().result()["generated_tokens"]
-    stream = client.chat.completions.create(**told, stream=True)
-    next(iter(stream))
-    stream.close()
+    rows = job.engine.max_batch_size
+    streams = [client.chat.completions.create(**told, stream=True) for _ in range(rows)]
+    for stream in streams:
+        next(iter(stream))
+    assert httpx.get(f"{service.url}/ready", timeout=60).status_code == 200
+    [told_meanwhile] = engine.broadcast("stats").results(timeout_s=60)
+    assert told_meanwhile["running"] == rows, "it waited for the end of an answer"
+    for stream in streams:
+        stream.close()
     while (stats := engine.stats.remote().result())["running"]:
         pass
-    assert stats["generated_tokens"] - before < length / 2, "it was generated to its end"
+    assert stats["generated_tokens"] - before < rows * length / 2, "they were generated to their end"
 
 
 def test_an_adapter_promoted_while_the_endpoint_runs_is_served_and_rolled_back(client, job, texts, tmp_path):

@@ -6,7 +6,6 @@ style alone, to speak to this server alone, and to make no HTML of text: what a 
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import re
@@ -22,22 +21,23 @@ from lmray.serve.answer import Backend
 from lmray.serve.metrics import Metrics
 
 FILE = Path(__file__).with_name("index.html")
-FRESH_S = 1.0
-"""A look at all replicas serves everybody who asks for so long."""
 
 
 def add_page(app: FastAPI, backend: Backend, metrics: Metrics, check: Callable[[Request], object]) -> None:
     """Adds `/` and `/load` to `app`. `check` raises for a request that may not see the load; the page tells nothing of
     the endpoint and is for everyone who reaches it."""
     html = FILE.read_text(encoding="utf-8")
-    headers, load = headers_of(html), Load(backend, metrics)
+    headers = headers_of(html)
 
     async def page() -> Response:
         return HTMLResponse(html, headers=headers)
 
     async def load_now(http: Request) -> Response:
         check(http)
-        return JSONResponse(await load.now(), headers={"Cache-Control": "no-store"})
+        engines = await backend.stats()
+        running = [sample.value for family in metrics.running.collect() for sample in family.samples]
+        load = load_of(engines, num_requests=int(sum(running)))
+        return JSONResponse(load, headers={"Cache-Control": "no-store"})
 
     app.add_api_route("/", page, methods=["GET"], include_in_schema=False)
     app.add_api_route("/load", load_now, methods=["GET"], include_in_schema=False)
@@ -70,29 +70,9 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-class Load:
-    """How busy an endpoint is. However many ask, the replicas are looked at once in `FRESH_S`."""
-
-    def __init__(self, backend: Backend, metrics: Metrics):
-        self._backend, self._metrics = backend, metrics
-        self._looking = asyncio.Lock()
-        self._seen: list[dict[str, Any]] = []
-        self._seen_s = -FRESH_S
-
-    async def now(self) -> dict[str, Any]:
-        """As `load_of` gives it, with `seen_s`, which tells two looks apart. Raises LmrayError where the replicas do
-        not answer."""
-        async with self._looking:
-            if time.monotonic() - self._seen_s >= FRESH_S:
-                self._seen = await self._backend.stats()
-                self._seen_s = time.monotonic()
-        samples = [sample for family in self._metrics.running.collect() for sample in family.samples]
-        num_requests = int(sum(sample.value for sample in samples))
-        return {**load_of(self._seen, num_requests=num_requests), "seen_s": self._seen_s}
-
-
 def load_of(engines: Sequence[Mapping[str, Any]], *, num_requests: int) -> dict[str, Any]:
-    """All replicas in one: `replicas running waiting generated_tokens adapters free_blocks num_blocks`.
+    """All replicas in one: `replicas running waiting generated_tokens adapters free_blocks num_blocks`, and `seen_s`,
+    which tells two looks apart.
 
     `engines` are the engines' stats, `num_requests` the requests that the gateway has not answered to their end: of
     those some wait before the engines, for a replica or for a place in one.
@@ -101,7 +81,7 @@ def load_of(engines: Sequence[Mapping[str, Any]], *, num_requests: int) -> dict[
     def total(name: str) -> int:
         return sum(int(engine.get(name, 0)) for engine in engines)
 
-    running = total("running")
+    running, now_s = total("running"), time.monotonic()
     return {
         "replicas": len(engines),
         "running": running,
@@ -110,4 +90,5 @@ def load_of(engines: Sequence[Mapping[str, Any]], *, num_requests: int) -> dict[
         "adapters": sorted({handle for engine in engines for handle in engine.get("adapters", ())}),
         "free_blocks": total("free_blocks"),
         "num_blocks": total("num_blocks"),
+        "seen_s": max((engine.get("seen_s", now_s) for engine in engines), default=now_s),
     }

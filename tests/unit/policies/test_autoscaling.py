@@ -78,6 +78,13 @@ def test_requests_without_a_replica_count_with_the_tokens_that_requests_have():
     assert demand_of({}, replicas=0, requests=1.0, unassigned=1.0) == Demand(0, 1.0)
 
 
+def test_looks_at_replicas_are_no_requests():
+    idle = {"requests": {"a": 0.0, "b": 0.0}}
+    assert demand_of(idle, replicas=2, requests=1.5, unassigned=0.0).requests == 0.0
+    assert demand_of(idle, replicas=2, requests=3.5, unassigned=2.0).requests == 2.0
+    assert demand_of({"requests": {"a": 4.0, "b": 1.0}}, replicas=2, requests=7.0, unassigned=1.0).requests == 6.0
+
+
 def test_the_policy_travels_by_value_and_needs_nothing_but_python(tmp_path):
     cloudpickle.register_pickle_by_value(autoscaling)
     try:

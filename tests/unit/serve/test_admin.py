@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from lmray.artifacts.served import ServedAdapter
 from lmray.serve import catalogue as module
 from lmray.serve.admin import add_admin
 from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
-from lmray.serve.fleet import Fleet
+from lmray.serve.fleet import Fleet, Replicas
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.live import LiveEngine
 from lmray.serve.pins import Pins
@@ -28,7 +30,19 @@ class HereReplicas:
         self.engines = engines
 
     async def everywhere(self, method: str, *arguments):
-        return [await getattr(engine, method)(*arguments) for engine in self.engines]
+        found = [getattr(engine, method)(*arguments) for engine in self.engines]
+        return [await one if asyncio.iscoroutine(one) else one for one in found]
+
+
+class Merged:
+    """Replicas of a merged model, that serve `versions`."""
+
+    def __init__(self, *versions: str):
+        self.versions = versions
+
+    async def everywhere(self, method: str, *arguments):
+        assert method == "stats", "it has no adapters"
+        return [{"version": version} for version in self.versions]
 
 
 @pytest.fixture
@@ -42,15 +56,23 @@ def small(tmp_path, monkeypatch) -> SmallStore:
 def visit(small, tokenizer):
     """Makes calls one after another on a running endpoint with two replicas."""
 
-    def calls(*told: tuple, key: str = KEY, admin_keys: tuple[str, ...] = (KEY,)) -> list[httpx.Response]:
+    def calls(
+        *told: tuple, key: str = KEY, admin_keys: tuple[str, ...] = (KEY,), merged: dict[str, list[str]] | None = None
+    ) -> list[httpx.Response]:
+        """`merged`: name -> versions that replicas of its own tell."""
+        names = merged or {}
+
         async def main():
             plan = plan_of(small, "*", admin_keys=admin_keys)
+            own = tuple(ServedAdapter(artifact=name, stage="production", merged=True) for name in names)
+            plan = replace(plan, served=(*plan.served, *own), merged=dict.fromkeys(names, plan))
             engines = [LiveEngine(FakeEngine(), plan) for _ in range(2)]
             for engine in engines:
                 await engine.start()
             catalogue = Catalogue(small.store, plan.served, plan.fit, reserved="tiny")
             catalogue.refresh()
-            fleet = Fleet(HereReplicas(*engines), catalogue, Canaries(small.store, "endpoint"))
+            told_by: dict[str, Replicas] = {name: Merged(*versions) for name, versions in names.items()}
+            fleet = Fleet(HereReplicas(*engines), catalogue, Canaries(small.store, "endpoint"), merged=told_by)
             app: FastAPI = make_app(fleet, tokenizer, GatewaySettings("tiny", 64))
             add_admin(app, fleet, plan)
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -91,9 +113,29 @@ def test_adapters_are_listed_with_what_is_wrong_with_them(visit, small):
     small.keep("other-base", base={"source": "other", "digest": "e" * 64}, stage="production")
     (response,) = visit(("GET", "/adapters"))
     good_one, bad = response.json()["adapters"]
-    assert good_one == {"name": "good", "version": good.ref, "pinned": False, "refused": None}
+    assert good_one == {"name": "good", "version": good.ref, "pinned": False, "refused": None, "merged": False}
     assert bad["version"] is None and "was trained on `other`" in bad["refused"]
     assert held(response) == [[], []]
+
+
+def test_a_merged_one_is_listed_with_what_answers_and_has_nothing_to_load(visit, small):
+    for name in ("fast", "helper"):
+        small.keep(name, stage="production")
+    Pins(small.store, "endpoint").change("fast", pinned=True)
+    listed, loaded, pinned, unpinned = visit(
+        ("GET", "/adapters"),
+        ("POST", "/adapters/fast@production/load"),
+        ("POST", "/adapters/fast/pin"),
+        ("POST", "/adapters/fast/unpin"),
+        merged={"fast": ["fast@1", "fast@2"], "none": []},
+    )
+    found = [(one["name"], one["version"], one["merged"]) for one in listed.json()["adapters"]][1:]
+    assert found == [("fast", "fast@1", True), ("fast", "fast@2", True), ("none", None, True)]
+    assert held(listed) == [[], []], "not even what was pinned before it was merged"
+    for refused in (loaded, pinned):
+        assert refused.status_code == 409
+        assert "`fast` is merged: its replicas serve nothing else" in refused.json()["error"]["message"]
+    assert unpinned.json()["pinned"] == []
 
 
 def test_a_version_is_loaded_on_every_replica_ahead_of_its_promotion_and_unloaded(visit, small):

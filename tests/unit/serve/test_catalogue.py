@@ -51,6 +51,17 @@ def test_a_name_comes_before_a_pattern_and_patterns_leave_others_out(small):
     assert current(catalogue)["team-a"] == newest.id
 
 
+def test_a_merged_one_is_beside_no_base_whatever_pattern_it_fits_and_has_its_stages_name(small):
+    small.keep("fast", stage="staging")
+    beside = small.keep("beside", stage="staging")
+    merged = ServedAdapter(artifact="fast", stage="production", merged=True)
+    newest = ServedAdapter(artifact="other", merged=True)
+    catalogue = Catalogue(small.store, [ServedAdapter(artifact="*", stage="staging"), merged, newest], FIT)
+    catalogue.refresh()
+    assert current(catalogue) == {"beside": beside.id} and catalogue.refused == {}
+    assert catalogue.aliases == {"beside@staging": "beside", "fast@production": "fast"}
+
+
 def test_promotions_and_rollbacks_show_and_new_names_too(small):
     first = small.keep("helper", "one", stage="production")
     catalogue = make(small)

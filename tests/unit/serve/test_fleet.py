@@ -139,6 +139,17 @@ def test_a_merged_model_has_replicas_of_its_own_that_know_no_adapter(small):
     base.running = [{"failure": None}]
     with pytest.raises(RemoteError, match="fast: no replica runs"):
         asyncio.run(fleet.ready())
+    assert asyncio.run(fleet.merged()) == {"fast": []}
+    own.running = [{"version": "fast@2"}, {"version": "fast@1"}, {"version": "fast@2"}]
+    assert asyncio.run(fleet.merged()) == {"fast": ["fast@1", "fast@2"]}
+
+
+def test_a_merged_model_hides_no_other_whatever_it_is_called(small):
+    base, own = FakeReplicas(), FakeReplicas()
+    own.running = [{"version": "endpoint@1"}]
+    fleet = make(small, base, merged={"endpoint": own})
+    with pytest.raises(RemoteError, match="no replica runs"):
+        asyncio.run(fleet.ready())
 
 
 @pytest.fixture

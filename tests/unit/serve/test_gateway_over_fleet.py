@@ -48,12 +48,16 @@ def small(tmp_path) -> SmallStore:
 def session(small, tokenizer):
     """Requests one after another: `(method, path, key, body)` each; what came, and what the replicas were asked."""
 
-    def run(*asked, canary: Canary | None = None, keys=KEYS) -> tuple[list[httpx.Response], Recording]:
+    def run(
+        *asked, canary: Canary | None = None, keys=KEYS, merged: tuple[str, ...] = ()
+    ) -> tuple[list[httpx.Response], Recording]:
         served = [ServedAdapter(artifact="*", stage="production", canary=canary)]
+        served += [ServedAdapter(artifact=name, stage="staging", merged=True) for name in merged]
         catalogue = Catalogue(small.store, served, FIT, reserved="tiny")
         catalogue.refresh()
         replicas = Recording()
-        fleet = Fleet(replicas, catalogue, Canaries(small.store, "endpoint"))
+        own = {name: Recording() for name in merged}
+        fleet = Fleet(replicas, catalogue, Canaries(small.store, "endpoint"), merged=own)
         told = {"aliases": lambda: catalogue.aliases, "keys": keys, "sends_request_id": False}
         app = make_app(fleet, tokenizer, GatewaySettings("tiny", 256, **told))
         add_admin(app, fleet, plan_of(small, "*", admin_keys=("operator",)))
@@ -110,6 +114,18 @@ def test_a_name_with_the_stage_it_is_served_from_is_the_name(session, small):
     assert card.json()["parent"] == "tiny"
     assert [answer.status_code for answer in answers] == [200, 200, 404]
     assert answers[0].json()["model"] == "helper@production"
+
+
+def test_a_merged_model_is_asked_by_its_stage_too_and_by_no_other(session, small):
+    small.keep("fast", stage="production")
+    small.keep("fast", "two", stage="staging")
+    answers, replicas = session(
+        *[chat("all", name) for name in ("fast", "fast@staging", "tiny:fast@staging", "fast@production")],
+        chat("few", "fast@staging"),
+        merged=("fast",),
+    )
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 404, 403]
+    assert replicas.requests == [], "its own replicas answer"
 
 
 def test_what_a_stage_moves_to_is_listed_and_counted_under_the_same_name(session, small):

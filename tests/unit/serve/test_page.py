@@ -14,7 +14,6 @@ from lmray.errors import RemoteError
 from lmray.serve import page
 from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
-from lmray.serve.metrics import Metrics
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import FakeBackend
 from tests.unit.serve.test_envelope import KEYS
@@ -98,19 +97,9 @@ def test_replicas_that_do_not_answer_are_an_error(call):
     assert call(backend, "GET", "/load").status_code == 503
 
 
-def test_however_many_look_the_replicas_are_asked_once(tokenizer, monkeypatch):
-    backend, now_s = FakeBackend(), [100.0]
-    monkeypatch.setattr(page.time, "monotonic", lambda: now_s[0])
-    load = page.Load(backend, Metrics())
-
-    async def main() -> None:
-        assert await asyncio.gather(*(load.now() for _ in range(5))) == [IDLE | {"seen_s": 100.0}] * 5
-        assert backend.looks == 1
-        now_s[0] += page.FRESH_S
-        assert (await load.now())["seen_s"] == now_s[0]
-
-    asyncio.run(main())
-    assert backend.looks == 2
+def test_a_load_tells_when_the_replicas_told_it():
+    told = {"running": 1, "seen_s": 100.0}
+    assert page.load_of([told, told], num_requests=2)["seen_s"] == 100.0
 
 
 def test_what_waits_for_a_replica_is_seen_by_the_gateway_alone():
@@ -125,7 +114,6 @@ def test_a_running_request_is_in_the_load(tokenizer, ids, monkeypatch):
     """While no replica runs it waits for one."""
     backend = FakeBackend(ids("ab"))
     backend.hangs_after = 1
-    monkeypatch.setattr(page, "FRESH_S", 0.0)
     app = make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH))
 
     async def none_runs() -> list:
@@ -146,7 +134,7 @@ def test_a_running_request_is_in_the_load(tokenizer, ids, monkeypatch):
     assert asyncio.run(main()) == [0, 1]
 
 
-def test_a_fleet_asks_every_replica():
+def test_one_look_at_all_replicas_is_for_everyone_who_asks():
     asked = []
 
     class Replicas:
@@ -154,6 +142,11 @@ def test_a_fleet_asks_every_replica():
             asked.append((method, *arguments))
             return [{"running": 1}, {"running": 2}]
 
-    fleet = Fleet(Replicas(), None, None)  # type: ignore[arg-type]  # neither is looked at
-    assert asyncio.run(fleet.stats()) == [{"running": 1}, {"running": 2}]
+    fleet = Fleet(Replicas(), None, None, clock=lambda: 100.0)  # type: ignore[arg-type]  # neither is looked at
+
+    async def main() -> list[list[dict]]:
+        await fleet.ready()
+        return await asyncio.gather(*(fleet.stats() for _ in range(5)))
+
+    assert asyncio.run(main()) == [[{"running": 1, "seen_s": 100.0}, {"running": 2, "seen_s": 100.0}]] * 5
     assert asked == [("stats",)]

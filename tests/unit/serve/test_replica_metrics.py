@@ -1,16 +1,13 @@
-"""What replicas tell of themselves on the page of metrics, and what asking them costs."""
+"""What replicas tell of themselves on the page of metrics."""
 
 from __future__ import annotations
 
 import asyncio
 from functools import partial
 
-import pytest
-
 from lmray.errors import RemoteError
-from lmray.serve import replica_metrics
 from lmray.serve.metrics import Metrics
-from lmray.serve.replica_metrics import EVERY_S, ReplicaMetrics
+from lmray.serve.replica_metrics import ReplicaMetrics
 from tests.unit.serve.test_envelope import metrics as samples_of
 
 PAGED = {
@@ -40,31 +37,21 @@ class Replicas:
     """Tells `stats`, or raises it."""
 
     def __init__(self, *stats):
-        self.stats, self.calls = list(stats), 0
-        self.holds: asyncio.Event | None = None
+        self.stats = list(stats)
 
     async def everywhere(self, method, *arguments):
         assert (method, arguments) == ("stats", ())
-        self.calls += 1
-        if self.holds is not None:
-            await self.holds.wait()
         for one in self.stats:
             if isinstance(one, Exception):
                 raise one
         return list(self.stats)
 
 
-@pytest.fixture
-def clock():
-    now = [100.0]
-    return now
-
-
-def pages(replicas: Replicas, clock: list[float], *before):
+def pages(replicas: Replicas, *before):
     """A page after each of `before`, which change something."""
 
     async def main():
-        metrics, numbers = Metrics(), ReplicaMetrics(partial(replicas.everywhere, "stats"), clock=lambda: clock[0])
+        metrics, numbers = Metrics(), ReplicaMetrics(partial(replicas.everywhere, "stats"))
         metrics.add(numbers, numbers.look)
         found = []
         for change in before or (lambda: None,):
@@ -75,8 +62,8 @@ def pages(replicas: Replicas, clock: list[float], *before):
     return asyncio.run(main())
 
 
-def test_each_replica_has_a_series_of_all_that_its_engine_tells(clock):
-    [found] = pages(Replicas(PAGED, PLAIN), clock)
+def test_each_replica_has_a_series_of_all_that_its_engine_tells():
+    [found] = pages(Replicas(PAGED, PLAIN))
     assert found["lmray_serve_replicas"] == 2
     told = {name.partition("{")[0]: value for name, value in found.items() if 'replica="x1"' in name}
     assert told == {
@@ -102,38 +89,16 @@ def test_each_replica_has_a_series_of_all_that_its_engine_tells(clock):
     assert 'lmray_serve_kv_blocks{replica="x2"}' not in found
 
 
-def test_replicas_are_asked_once_in_a_while_however_often_the_page_is_read(clock):
-    replicas = Replicas(PAGED)
-
-    def later():
-        clock[0] += EVERY_S
-
-    pages(replicas, clock, *[lambda: None] * 20, later, lambda: None)
-    assert replicas.calls == 2
-
-
-def test_replicas_that_are_gone_or_fail_are_not_told_of(clock, caplog):
+def test_replicas_that_are_gone_or_fail_are_not_told_of(caplog):
     replicas = Replicas(PAGED)
 
     def fail():
-        replicas.stats, clock[0] = [RemoteError("endpoint", "no replica answered")], clock[0] + EVERY_S
+        replicas.stats = [RemoteError("endpoint", "no replica answered")]
 
     def gone():
-        replicas.stats, clock[0] = [], clock[0] + EVERY_S
+        replicas.stats = []
 
-    there, failed, none = pages(replicas, clock, lambda: None, fail, gone)
+    there, failed, none = pages(replicas, lambda: None, fail, gone)
     assert [one["lmray_serve_replicas"] for one in (there, failed, none)] == [1, 0, 0]
     assert not any("replica=" in name for name in {**failed, **none})
     assert "no replica answered" in caplog.text
-
-
-def test_a_page_does_not_wait_for_replicas_that_do_not_answer(clock, monkeypatch):
-    monkeypatch.setattr(replica_metrics, "PATIENCE_S", 0.01)
-    replicas = Replicas(PAGED)
-
-    def hold():
-        replicas.holds, clock[0] = asyncio.Event(), clock[0] + EVERY_S
-
-    before, during, again = pages(replicas, clock, lambda: None, hold, hold)
-    assert before == during == again
-    assert replicas.calls == 2, "one look at a time"
