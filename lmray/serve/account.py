@@ -6,7 +6,6 @@ import logging
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from lmray.engines.base import TokenEvent
 from lmray.serve.metrics import Metrics
@@ -33,24 +32,28 @@ class Account:
     asked_s: float = 0.0
     leaving: AsyncExitStack = field(default_factory=AsyncExitStack)
     """What is closed when the request ends."""
+    _is_used: bool = field(default=False, init=False)
+    """Whether it counted as a use of its model and key."""
 
     @property
     def num_tokens(self) -> int:
         return self.num_prompt_tokens + self.num_answer_tokens
 
-    @cached_property
+    @property
     def _labels(self) -> tuple[str, str]:
-        """Of the model and the key, the same from the first count to the last; both are known by then."""
+        """Of the model and the key, as they are now; both are known by the first count, which makes a use of them."""
+        if not self._is_used:
+            self._is_used = True
+            self.metrics.use(self.model, self.key)
         return self.metrics.labels(self.model, self.key)
 
     def ask(self, num_prompt_tokens: int) -> None:
         """The engine is asked now; until `close` the request counts as running."""
         self.asked_s, self.num_prompt_tokens = time.perf_counter(), num_prompt_tokens
-        running = self.metrics.running.labels(self._labels[0])
+        model, _ = self._labels
+        running = self.metrics.running.labels(model)  # the same one at the end, also where it was dropped meanwhile
         running.inc()
-        self._between_tokens_s = self.metrics.between_tokens_s.labels(
-            self._labels[0]
-        )  # looked up once, not for every token
+        self._between_tokens_s = self.metrics.between_tokens_s.labels(model)  # looked up once, not for every token
         self.leaving.callback(running.dec)
 
     def take(self, event: TokenEvent, before_s: float | None) -> float:
@@ -60,9 +63,10 @@ class Account:
         if before_s is not None:
             self._between_tokens_s.observe(now_s - before_s)
             return now_s
-        self.metrics.first_token_s.labels(self._labels[0]).observe(now_s - self.asked_s)
+        model, _ = self._labels
+        self.metrics.first_token_s.labels(model).observe(now_s - self.asked_s)
         if event.prefill_s is not None:
-            self.metrics.queue_s.labels(self._labels[0]).observe(max(0.0, now_s - self.asked_s - event.prefill_s))
+            self.metrics.queue_s.labels(model).observe(max(0.0, now_s - self.asked_s - event.prefill_s))
         return now_s
 
     async def close(self) -> None:
@@ -70,9 +74,10 @@ class Account:
         await self.leaving.aclose()
         if not self.path:
             return
-        self.metrics.requests.labels(self.path, *self._labels, str(self.status)).inc()
-        self.metrics.prompt_tokens.labels(*self._labels).inc(self.num_prompt_tokens)
-        self.metrics.answer_tokens.labels(*self._labels).inc(self.num_answer_tokens)
+        model, key = self._labels
+        self.metrics.requests.labels(self.path, model, key, str(self.status)).inc()
+        self.metrics.prompt_tokens.labels(model, key).inc(self.num_prompt_tokens)
+        self.metrics.answer_tokens.labels(model, key).inc(self.num_answer_tokens)
         _LOG.info(
             "request=%s path=%s model=%s key=%s status=%d prompt_tokens=%d answer_tokens=%d seconds=%.3f",
             self.request_id,

@@ -13,9 +13,8 @@ from lmray.config.endpoint import HttpLimits
 from lmray.serve.failures import AnswerError, RequestError, error_body
 
 
-async def read_body(http: Request, limits: HttpLimits) -> Any:
-    """The decoded body of `http`. Raises AnswerError (413, 408) for one that is too long or too slow, RequestError for
-    what is no JSON."""
+async def read_body(http: Request, limits: HttpLimits) -> bytes:
+    """The body of `http`. Raises AnswerError (413, 408) for one that is too long or too slow."""
     declared = http.headers.get("content-length", "")
     if declared.isascii() and declared.isdecimal():
         _check_length(int(declared[:20]), limits)
@@ -28,10 +27,10 @@ async def read_body(http: Request, limits: HttpLimits) -> Any:
     except TimeoutError:
         found = f"the body was not there after {limits.body_timeout_s:g} s"
         raise AnswerError(408, error_body(found, code="timeout")) from None
-    return decode(content)
+    return bytes(content)
 
 
-def decode(content: bytes | bytearray) -> Any:
+def decode(content: bytes) -> Any:
     """JSON in UTF-8. Raises RequestError for anything else, and for what `json` reads although it is none or says two
     things at once: NaN and infinities, numbers beyond all range, half a character, a name that is given twice."""
     try:

@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -138,7 +139,8 @@ class Drift(Collector):
     async def _judge(self, version: str, watched: Watched) -> None:
         """Compares a full window, and begins the next."""
         window, watched.window = watched.window, Scored()
-        found = compare(watched.baseline.values, window.values, false_alarms=self._settings.false_alarms)
+        told = partial(compare, watched.baseline.values, window.values, false_alarms=self._settings.false_alarms)
+        found = await asyncio.to_thread(told)  # of large windows that takes a while
         drifted = {name: one for name, one in found.items() if one.drifted}
         before, watched.outcome = watched.outcome, "alert" if drifted else "ok"
         watched.differences = found

@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, M
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -26,7 +25,7 @@ from lmray.engines.base import Request as EngineRequest
 from lmray.errors import LmrayError, did_you_mean
 from lmray.serve.account import Account
 from lmray.serve.answer import Backend, Piece, Question
-from lmray.serve.body import read_body
+from lmray.serve.body import decode, read_body
 from lmray.serve.disconnect import ClientGoneError, unless_gone, until_gone
 from lmray.serve.envelope import CLIENT_CLOSED, answer_failures
 from lmray.serve.failures import AnswerError, RequestError, error_body, failure_of
@@ -48,7 +47,7 @@ Pieces = AsyncGenerator[tuple[int, Piece], None]
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 """Ends of lines to clients that split a stream as Python splits text, and none to the protocol."""
 READERS = 4
-"""Prompts that are tokenised at a time; more wait."""
+"""Bodies and prompts that are read at a time; more wait."""
 MAX_NAMED = 20
 """Models that an error names."""
 
@@ -144,25 +143,22 @@ class _Gateway:
         return self._card(name, self._adapter(name, await self._names(key), key))
 
     async def chat(self, http: Request) -> Response:
-        key = self._key(http)
-        asked = read_request(ChatRequest, await read_body(http, self._settings.limits))
-        return await self._answer(http, key, Chat(asked, self._tokenizer))
+        return await self._answer(http, lambda body: Chat(read_request(ChatRequest, body), self._tokenizer))
 
     async def complete(self, http: Request) -> Response:
-        key = self._key(http)
-        asked = read_request(CompletionRequest, await read_body(http, self._settings.limits))
-        return await self._answer(http, key, Completion(asked, self._tokenizer))
+        return await self._answer(http, lambda body: Completion(read_request(CompletionRequest, body), self._tokenizer))
 
-    async def _answer(self, http: Request, key: ApiKey | None, form: Form) -> Response:
-        """Reads what is asked and answers it. The key's requests count before its prompts are tokenised, on another
-        thread, and its tokens after that."""
-        account, limits = _account(http), self._settings.limits
+    async def _answer(self, http: Request, form_of: Callable[[Any], Form]) -> Response:
+        """Reads what is asked and answers it. The key's requests count before the body is there; another thread
+        decodes it and tokenises its prompts; then its tokens count."""
+        key, account, limits = self._key(http), _account(http), self._settings.limits
+        take = account.leaving.enter_context(self._quotas.using(key, lambda: account.num_answer_tokens))
+        content = await read_body(http, limits)
+        form = await self._beside(http, lambda: form_of(decode(content)))
         adapter = self._adapter(form.asked.model, await self._names(key), key)
         account.model = adapter or self._settings.model
-        take = account.leaving.enter_context(self._quotas.using(key, lambda: account.num_answer_tokens))
         salt = key.name if key is not None else ""  # or a key could find out what others asked, by how fast it is read
-        reading = asyncio.get_running_loop().run_in_executor(self._readers, partial(self._read, form, adapter, salt))
-        requests = await unless_gone(http, reading)
+        requests = await self._beside(http, lambda: self._read(form, adapter, salt))
         num_prompt_tokens = sum(len(request.prompt_ids) for request, _ in requests) // form.asked.n
         take(num_prompt_tokens)
         account.ask(num_prompt_tokens)
@@ -179,6 +175,10 @@ class _Gateway:
         first = await anext(pieces)  # what fails before the first token is answered with a status, not in the stream
         events = _events(head, form, len(answers), _with(first, pieces), account)
         return StreamingResponse(events, media_type="text/event-stream")
+
+    async def _beside(self, http: Request, work: Callable[[], T]) -> T:
+        """What `work` gives, of a reader's thread. Raises ClientGoneError once the client has left."""
+        return await unless_gone(http, asyncio.get_running_loop().run_in_executor(self._readers, work))
 
     def _read(self, form: Form, adapter: str | None, salt: str) -> list[tuple[EngineRequest, Question]]:
         """What the engine is asked. Takes as long as the prompts are; raises RequestError and AnswerError."""

@@ -56,10 +56,21 @@ class Metrics:
         )
         self._looks: list[Look] = []
 
+    def use(self, model: str, key: str) -> None:
+        """Counts a use of `model` with `key`, either maybe empty."""
+        if model:
+            self._models.use(model)
+        if key:
+            self._pairs.use((self._named(model), key))
+
     def labels(self, model: str, key: str) -> tuple[str, str]:
-        """How a request that asked `model` with `key`, either maybe empty, is labelled; counts as a use of both."""
-        model = model if not model or self._models.use(model) else OTHER
-        return model, key if not key or self._pairs.use((model, key)) else OTHER
+        """How a request that asked `model` with `key` is labelled now. Its next count may need others: what lost its
+        place meanwhile has no series, and labels of it would make them anew for good."""
+        model = self._named(model)
+        return model, key if not key or (model, key) in self._pairs else OTHER
+
+    def _named(self, model: str) -> str:
+        return model if not model or model in self._models else OTHER
 
     def add(self, collector: Collector, look: Look | None = None) -> None:
         """Puts more on the page: what `collector` gives once `look`, which must not take long, is done."""

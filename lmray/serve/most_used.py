@@ -21,6 +21,10 @@ class MostUsed(Generic[T]):
         self._top: dict[T, None] = {}  # in the order they came: ties fall alike every time
         self._num_uses = 0
 
+    def __contains__(self, name: T) -> bool:
+        """Whether `name` is one of the most used now."""
+        return name in self._top
+
     def use(self, name: T) -> bool:
         """Counts a use of `name`; whether it is one of the most used now."""
         self._num_uses += 1

@@ -17,7 +17,7 @@ from lmray.engines.base import MIN_TEMPERATURE, REPETITION_PENALTIES, Sampling
 from lmray.errors import did_you_mean
 from lmray.serve.failures import RequestError
 from lmray.serve.guided import ResponseFormat, check_format, check_schema, grammar_of
-from lmray.serve.messages import ChatMessage, NamedTool, Tool, Wire
+from lmray.serve.messages import ChatMessage, Items, NamedTool, Tool, Wire
 from lmray.serve.tools import call_grammar
 
 MAX_CHOICES = 128
@@ -29,6 +29,8 @@ MAX_NAME = 512
 MAX_STOP_LENGTH = 1000
 """Characters."""
 MAX_TOOLS = 128
+MAX_PROBLEMS = 1000
+"""Of one request, beyond which none is named."""
 MAX_SEED = 2**63 - 1 - MAX_CHOICES
 """Seeds and those that count on from them are 64 bits wide."""
 NO_EFFECT = frozenset(("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"))
@@ -142,12 +144,12 @@ class GenerationRequest(Wire):
 class ChatRequest(GenerationRequest):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     max_tokens: NumTokens | None = None
     max_completion_tokens: NumTokens | None = None
     logprobs: bool = False
     top_logprobs: NumLogprobs = 0
-    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tools: Items[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     """Whether the model is told of `tools` (all but `none`), and made to call one, or this one."""
     parallel_tool_calls: bool = True
@@ -277,6 +279,8 @@ def read_request(kind: type[R], body: Any) -> R:
         elif key not in kind.model_fields:
             known = sorted({*kind.model_fields, *NEUTRAL, *NO_EFFECT})
             raise RequestError(key, "unknown field", allowed=", ".join(known), hint=did_you_mean(key, known))
+        elif key == "logit_bias" and isinstance(value, dict) and len(value) > MAX_BIASES:  # else each is looked at
+            raise RequestError(key, f"has {len(value)} items", allowed=f"at most {MAX_BIASES} items")
         else:
             fields[key] = value
     try:
@@ -291,6 +295,8 @@ def read_request(kind: type[R], body: Any) -> R:
 
 def _request_error(error: ValidationError) -> RequestError:
     """The problem that says most: where a field may be a text or a list, the one about what was given."""
+    if error.error_count() > MAX_PROBLEMS:
+        return RequestError(None, f"{error.error_count()} things are wrong in the body")
 
     def depth(problem: Any) -> tuple[bool, int]:
         return problem["type"] not in ("string_type", "list_type"), len(problem["loc"])

@@ -12,6 +12,7 @@ import json
 import logging
 import random
 import time
+import traceback
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -184,11 +185,18 @@ class SampledReplicas:
                 await self._drift.add(sample.version, scores)
                 if self._kept is not None:
                     await asyncio.to_thread(self._kept.keep, self._facts(sample, scores))
-            except (LmrayError, OSError) as error:
+            except Exception as error:  # whatever one answer runs into, the watch goes on
                 self._drift.missed += 1
-                _LOG.warning("an answer of `%s` is not scored: %s", sample.version, error)
+                _LOG.warning("an answer of `%s` is not scored: %s", sample.version, _told(error))
 
     def _facts(self, sample: Sample, scores: dict[str, float]) -> dict[str, Any]:
         prompt = self._scorer.text(sample.prompt_ids, special=True)
         facts = {"version": sample.version, "prompt": prompt, "answer": self._scorer.text(sample.answer_ids)}
         return {**facts, "scores": scores, "time": round(time.time(), 3)}
+
+
+def _told(error: Exception) -> str:
+    """What is logged of `error`; of one that is not ours no message, which may quote the answer."""
+    if isinstance(error, LmrayError | OSError):
+        return str(error)
+    return f"{type(error).__name__}\n" + "".join(traceback.format_tb(error.__traceback__))

@@ -11,9 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from lmray.serve.forms import MAX_TOLD
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.serve.openai import MAX_BIASES, MAX_PROBLEMS, ChatRequest
 from lmray.serve.openapi import openapi_document
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import FakeBackend
@@ -185,6 +187,41 @@ def test_what_is_too_much_is_refused(call, path, fields, param):
     error = check_refused(call(backend, "POST", path, json={**VALID[path], **fields}))
     assert error["param"].startswith(param) and len(error["param"]) <= 200
     assert backend.requests == []
+
+
+MANY = 20_000
+CALLS = {"role": "assistant", "tool_calls": [0] * MANY}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [0] * MANY}, "messages.0"),
+        ({"messages": [{"role": "user", "content": [0] * MANY}]}, "messages.0.content.0"),
+        ({"messages": [CALLS]}, "messages.0.tool_calls.0"),
+        ({"tools": [0] * 128}, "tools.0"),
+    ],
+)
+def test_of_many_items_that_are_wrong_one_is_looked_at(call, fields, param):
+    body = {**VALID["/v1/chat/completions"], **fields}
+    with pytest.raises(ValidationError) as found:
+        ChatRequest.model_validate_json(json.dumps(body))
+    assert found.value.error_count() <= 2  # as a text, and as a list
+    assert check_refused(call(FakeBackend(), "POST", "/v1/chat/completions", json=body))["param"] == param
+
+
+def test_of_too_many_biases_none_is_looked_at(call, monkeypatch):
+    monkeypatch.setattr(ChatRequest, "model_validate_json", None)
+    body = {**VALID["/v1/chat/completions"], "logit_bias": {f"x{place}": "x" for place in range(MAX_BIASES + 1)}}
+    error = check_refused(call(FakeBackend(), "POST", "/v1/chat/completions", json=body))
+    assert error["param"] == "logit_bias" and "has 301 items\n  allowed: at most 300 items" in error["message"]
+
+
+def test_of_too_many_problems_only_their_number_is_told(call):
+    options = {f"x{place}": 0 for place in range(MAX_PROBLEMS + 1)}
+    body = {**VALID["/v1/chat/completions"], "stream": True, "stream_options": options}
+    error = check_refused(call(FakeBackend(), "POST", "/v1/chat/completions", json=body))
+    assert error["param"] is None and "1001 things are wrong in the body" in error["message"]
 
 
 def test_more_log_probabilities_than_a_gateway_can_hold_are_refused(tokenizer, monkeypatch):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import random
+import threading
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -13,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from lmray.artifacts.file_store import FileStore
 from lmray.config.monitor import Monitor
 from lmray.errors import DataError
+from lmray.policies.drift import compare
 from lmray.serve import drift as module
 from lmray.serve.drift import Drift
 from tests.unit.serve.test_envelope import metrics as samples_of
@@ -83,6 +85,28 @@ def test_answers_that_stay_what_they_were_raise_no_alert(store):
     for seed in range(40):
         feed(drift, ONE, WINDOW, seed=seed)
     assert outcome(drift) == "ok" and drift.report()[0]["alerts"] == 0 and events(store) == []
+
+
+def test_a_comparison_that_takes_long_keeps_nobody_waiting(store, monkeypatch):
+    drift, entered, opened = drift_of(store), threading.Event(), threading.Event()
+    feed(drift, ONE, 2 * WINDOW - 1)
+
+    def held(*values, **settings):
+        entered.set()
+        assert opened.wait(20)
+        return compare(*values, **settings)
+
+    monkeypatch.setattr(module, "compare", held)
+
+    async def main():
+        comparing = asyncio.ensure_future(drift.add(ONE, {"length": 50.0}))
+        await asyncio.to_thread(entered.wait)
+        assert not comparing.done()
+        opened.set()
+        await comparing
+
+    asyncio.run(main())
+    assert outcome(drift) == "ok"
 
 
 def test_a_baseline_outlives_the_gateway(store):

@@ -67,7 +67,7 @@ def test_a_key_asks_only_what_it_may_and_learns_of_nothing_else(session, ids):
         chat("few", model="nothing"),
         chat("few", model="tiny:helper"),
         ("GET", "/v1/models/tiny", "few", None),
-        keys=KEYS,
+        keys=(api_key("few", models=("helper",)),),
     )
     assert [one["id"] for one in listed.json()["data"]] == ["helper", "tiny:helper"]
     assert (forbidden.status_code, unknown.status_code, card.status_code) == (403, 403, 403)
@@ -102,7 +102,7 @@ def test_requests_tokens_and_times_are_counted_by_model_and_key(session, ids):
     found = metrics(page.text)
     path, num = "/v1/chat/completions", len(backend.requests[0].prompt_ids)
     assert found[f'lmray_serve_requests_total{{key="all",model="tiny",path="{path}",status="200"}}'] == 2
-    assert found[f'lmray_serve_requests_total{{key="few",model="helper",path="{path}",status="429"}}'] == 1
+    assert found[f'lmray_serve_requests_total{{key="few",model="",path="{path}",status="429"}}'] == 1
     assert found[f'lmray_serve_requests_total{{key="",model="",path="{path}",status="401"}}'] == 1
     assert found['lmray_serve_prompt_tokens_total{key="all",model="tiny"}'] == 2 * num
     assert found['lmray_serve_generated_tokens_total{key="all",model="tiny"}'] == 9

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from lmray.engines.base import TokenEvent
 from lmray.metrics.names import SERVE
 from lmray.serve.account import Account
@@ -63,6 +65,33 @@ def test_an_adapter_that_is_asked_much_gets_a_series_of_its_own_and_the_rest_nev
     other = f'lmray_serve_generated_tokens_total{{key="k",model="{OTHER}"}}'
     assert found[other] >= before[other] > 0
     assert total(found, "lmray_serve_time_to_first_token_seconds_count", 'model="late"') == 3  # after it was let in
+
+
+@pytest.mark.parametrize("taken", ["model", "pair"])
+def test_what_lost_its_place_while_a_request_ran_has_no_series_again(taken):
+    metrics = Metrics()
+
+    async def main():
+        account = Account(metrics, "id", path=PATH, model="lost", key="lost-key", status=200)
+        account.ask(7)
+        for place in range(MAX_MODELS if taken == "model" else MAX_PAIRS):
+            for _ in range(3):
+                other = Account(
+                    metrics, "id", path=PATH, model=f"a{place}" if taken == "model" else "lost", key=f"k{place}"
+                )
+                other.ask(7)
+                await other.close()
+        between_s = account.take(TokenEvent("r", 5, prefill_s=0.0), None)
+        account.take(TokenEvent("r", 6, "length"), between_s)
+        await account.close()
+
+    asyncio.run(main())
+    found = page(metrics)
+    lost = 'model="lost"' if taken == "model" else 'key="lost-key"'
+    assert not [one for one in found if lost in one]
+    model = OTHER if taken == "model" else "lost"
+    assert found[f'lmray_serve_generated_tokens_total{{key="{OTHER}",model="{model}"}}'] == 2
+    assert all(value == 0 for one, value in found.items() if one.startswith("lmray_serve_running_requests"))
 
 
 def test_many_keys_leave_a_models_sums_right():

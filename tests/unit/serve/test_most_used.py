@@ -16,6 +16,7 @@ def test_the_first_names_have_places_and_later_ones_only_where_they_are_used_cle
     assert dropped == []
     assert most.use("c") and dropped == ["a"]
     assert [most.use(name) for name in "cba"] == [True, True, False]
+    assert [name in most for name in "abc"] == [False, True, True]
 
 
 def test_names_that_are_used_alike_do_not_take_turns():

@@ -1,16 +1,17 @@
-"""What happens to a prompt before the engine: its key's requests count first, then it is read beside the event loop,
-then its tokens count."""
+"""What happens to a request before the engine: its key's requests count first, then its body and its prompts are read
+beside the event loop, then its tokens count."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
 
+from lmray.serve import gateway
 from lmray.serve.gateway import READERS, GatewaySettings, make_app
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import FakeBackend
@@ -76,6 +77,54 @@ def test_a_prompt_that_takes_long_to_read_keeps_nobody_else_waiting(gate, ids):
         return health.status_code, other.status_code, (await slow).status_code
 
     assert with_client(app, main) == (200, 200, 200)
+
+
+def test_a_body_that_takes_long_to_read_keeps_nobody_else_waiting(tokenizer, ids, monkeypatch):
+    app = make_app(FakeBackend(ids("x")), tokenizer, GatewaySettings("tiny", MAX_LENGTH))
+    entered, opened, read = threading.Event(), threading.Event(), gateway.read_request
+
+    def held(kind: Any, body: Any) -> Any:
+        entered.set()
+        assert opened.wait(20)
+        return read(kind, body)
+
+    monkeypatch.setattr(gateway, "read_request", held)
+
+    async def main(client: httpx.AsyncClient):
+        slow = asyncio.ensure_future(completion(client, "x"))
+        await asyncio.to_thread(entered.wait)
+        health = await client.get("/health")
+        opened.set()
+        return health.status_code, (await slow).status_code
+
+    assert with_client(app, main) == (200, 200)
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"model": "tiny"}', b'{"model": "other", "prompt": "x"}'])
+def test_a_request_that_is_wrong_counts_too(tokenizer, ids, body):
+    settings = GatewaySettings("tiny", MAX_LENGTH, keys=(key("one", requests_per_minute=1),))
+    app = make_app(FakeBackend(ids("x")), tokenizer, settings)
+
+    async def main(client: httpx.AsyncClient):
+        wrong = await client.post("/v1/completions", content=body, headers={"Authorization": "Bearer one"})
+        return wrong.status_code, (await completion(client, "x", "one")).status_code
+
+    assert with_client(app, main) in ((400, 429), (404, 429))
+
+
+def test_a_key_beyond_its_requests_is_refused_before_its_body_is_there(tokenizer, ids):
+    settings = GatewaySettings("tiny", MAX_LENGTH, keys=(key("one", requests_per_minute=1),))
+    app = make_app(FakeBackend(ids("x")), tokenizer, settings)
+
+    async def body() -> AsyncIterator[bytes]:
+        raise AssertionError("waited for although it is not answered")
+        yield b""
+
+    async def main(client: httpx.AsyncClient):
+        await completion(client, "x", "one")
+        return await client.post("/v1/completions", content=body(), headers={"Authorization": "Bearer one"})
+
+    assert with_client(app, main).status_code == 429
 
 
 def test_so_many_prompts_are_read_at_a_time_and_no_more(gate, ids):

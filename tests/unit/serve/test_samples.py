@@ -279,3 +279,28 @@ def test_a_store_that_cannot_be_written_to_does_not_stop_the_watch(place, ids, c
         assert len(here.scores) == 2 and caplog.text.count("No space left on device") == 2
 
     asyncio.run(main())
+
+
+def test_a_failure_that_nobody_expected_is_told_without_the_answer_and_the_watch_goes_on(
+    place, ids, caplog, monkeypatch
+):
+    async def main():
+        replicas = Replicas(ids("abc"))
+        here = place(replicas, perplexity=False)
+        score = here.sampled._scorer.score
+
+        async def fail(sample):
+            monkeypatch.setattr(here.sampled._scorer, "score", score)
+            raise ValueError(SECRET)
+
+        monkeypatch.setattr(here.sampled._scorer, "score", fail)
+        replicas.begins.clear()
+        waits = [asyncio.ensure_future(here.ask()) for _ in range(2)]
+        await asyncio.sleep(0)
+        replicas.begins.set()
+        await asyncio.gather(*waits)
+        await here.sampled.settle()
+        assert (len(here.scores), here.drift.missed) == (1, 1), "one task scores both"
+        assert f"an answer of `{VERSION}` is not scored: ValueError" in caplog.text and SECRET not in caplog.text
+
+    asyncio.run(main())
