@@ -98,15 +98,17 @@ class RemoteEngine:
                 self._num_generated += outcome.token_id is not None
                 yield outcome
         finally:
-            if finished:  # to its last byte, so that the next request may use the same connection
-                await asyncio.wait({asking}, timeout=LAST_BYTES_S)
-            del self._streams[request.id]
-            asking.cancel()  # hangs up, which is how a server learns of it
+            try:
+                if finished:  # to its last byte, so that the next request may use the same connection
+                    await asyncio.wait({asking}, timeout=LAST_BYTES_S)
+            finally:  # at once, also where the caller does not wait for that
+                del self._streams[request.id]
+                asking.cancel()  # hangs up, which is how a server learns of it
+                if adapter is not None:
+                    adapter.num_requests -= 1
+                    if not adapter.num_requests:
+                        adapter.idle.set()
             await asyncio.gather(asking, return_exceptions=True)
-            if adapter is not None:
-                adapter.num_requests -= 1
-                if not adapter.num_requests:
-                    adapter.idle.set()
 
     async def _ask(
         self, dialect: Dialect, adapter: _Adapter | None, stream: asyncio.Queue[TokenEvent | LmrayError]
