@@ -178,6 +178,9 @@ class EngineConfig(MemberConfig):
     chooses_weights: ClassVar[bool] = True
     """Whether it runs the model it is told to. Others ask a server that has one already."""
 
+    decides_nothing: ClassVar[frozenset[str]] = frozenset({"max_batch_size", "max_adapters"})
+    """Fields without a say in what is answered: how fast, where, and how long it may take."""
+
     @property
     def draft(self) -> str | None:
         """A second model that it runs, written like `model.source`; None: there is none."""

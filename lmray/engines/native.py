@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -35,6 +35,11 @@ from lmray.registry import SPECULATIONS
 class Native(EngineConfig):
     """Runs the model in this process."""
 
+    decides_nothing: ClassVar[frozenset[str]] = EngineConfig.decides_nothing | {
+        "max_prefill_tokens",
+        "cache_tokens",
+        "speculation",
+    }
     max_prefill_tokens: Annotated[int, Field(ge=1)] = 512
     """Prompt tokens read in a step, beside one token for each request that generates. Lower: running answers pause
     less."""

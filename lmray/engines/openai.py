@@ -26,6 +26,11 @@ class Openai(EngineConfig):
 
     needs_weights: ClassVar[bool] = False
     chooses_weights: ClassVar[bool] = False
+    decides_nothing: ClassVar[frozenset[str]] = EngineConfig.decides_nothing | {
+        "api_key_file",
+        "connect_timeout_s",
+        "read_timeout_s",
+    }
     url: str
     """With or without `/v1`."""
     model: str

@@ -113,7 +113,8 @@ def _fields(job: GenerateJob) -> dict[str, Any]:
     tree = dump(job)
     found = {"adapter": tree["adapter"]}
     found |= {f"{part}.{name}": value for part in ("model", "data", "sampling") for name, value in tree[part].items()}
-    found |= {f"engine.{name}": tree["engine"][name] for name in ("name", "max_length")}
+    engine = {name: value for name, value in tree["engine"].items() if name not in job.engine.decides_nothing}
+    found |= {f"engine.{name}": value for name, value in engine.items()}
     return found | {f"output.{name}": tree["output"][name] for name in ("format", "shard_size")}
 
 

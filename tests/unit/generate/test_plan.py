@@ -55,6 +55,40 @@ def test_placement_is_no_part_of_the_run_and_what_is_asked_is(job, artifacts):
     assert key(adapter="helper@production") != before
 
 
+OPENAI = {"name": "openai", "url": "http://x", "model": "m", "max_length": 128}
+
+
+@pytest.mark.parametrize(
+    ("engine", "same", "other"),
+    [
+        (
+            {"name": "native", "max_length": 128},
+            ({"cache_tokens": 999}, {"max_prefill_tokens": 9}, {"speculation": {"name": "prompt_lookup"}}),
+            ({"max_length": 127},),
+        ),
+        (
+            OPENAI,
+            ({"api_key_file": "key"}, {"read_timeout_s": 9.0}, {"max_batch_size": 9}),
+            ({"url": "http://y"}, {"model": "n"}, {"tokens": "text"}, {"adapters": "{name}"}),
+        ),
+        (
+            {"name": "vllm", "max_length": 128},
+            ({"python": "/there/python"}, {"max_loras": 1}, {"max_lora_rank": 8}, {"start_timeout_s": 9.0}),
+            ({"arguments": ["--quantization", "fp8"]}, {"max_length": 99}),
+        ),
+    ],
+    ids=["native", "openai", "vllm"],
+)
+def test_what_of_an_engine_decides_answers_is_part_of_the_run(job, engine, same, other):
+    ready = prepare(job())
+
+    def key(changes) -> str:
+        return make_plan(job(engine={**engine, **changes}), ready).run_key
+
+    assert {key(one) for one in ({}, *same)} == {key({})}
+    assert len({key(one) for one in ({}, *other)}) == 1 + len(other)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
