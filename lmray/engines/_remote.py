@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,10 @@ class RemoteEngine:
         if request.id in self._streams:
             raise DataError(f"request {request.id}", "is running already", hint="give every request its own id")
         check_request(request, self.capabilities, tuple(sorted(self._adapters)))
-        dialect, adapter = self._remote.dialect(request), self._adapters.get(request.adapter or "")
+        room = self.capabilities.max_length - len(request.prompt_ids)  # servers refuse to be asked for more
+        sampling = replace(request.sampling, max_tokens=min(request.sampling.max_tokens, room))
+        dialect = self._remote.dialect(replace(request, sampling=sampling))
+        adapter = self._adapters.get(request.adapter or "")
         stream = self._streams[request.id] = asyncio.Queue()
         if adapter is not None:
             adapter.num_requests += 1

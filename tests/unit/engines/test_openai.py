@@ -33,6 +33,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "read": {"prompt_logprobs": 2, "logprobs": 1, "max_tokens": 3},
     "only read": {"prompt_logprobs": 0, "max_tokens": 0},
     "one": {"max_tokens": 1},
+    "more than fits": {"max_tokens": MAX_LENGTH - 1},
 }
 
 
