@@ -10,8 +10,9 @@ import pytest
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.files import write_json
 from lmray.artifacts.store import open_store, run_folder
-from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError
+from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError, LmrayError
 from lmray.generate.plan import answers_folder, check_begin, make_plan, prepare
+from lmray.generate.program import in_this_process
 from lmray.generate.worker import Worker
 from lmray.models.source import find_model
 from lmray.testing.jobs import write_jsonl
@@ -42,6 +43,10 @@ def test_the_plan_names_versions_and_counts(job, artifacts):
     assert json.loads(json.dumps(plan.to_json())) == plan.to_json()
 
 
+OPENAI = {"name": "openai", "url": "http://x", "model": "m", "max_length": 128}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
 def test_placement_is_no_part_of_the_run_and_what_is_asked_is(job, artifacts):
     def key(**changes) -> str:
         return make_plan(job(**changes), prepare(job(**changes))).run_key
@@ -53,9 +58,6 @@ def test_placement_is_no_part_of_the_run_and_what_is_asked_is(job, artifacts):
     before = key(adapter="helper@production")
     artifacts.promote(artifacts.find("helper@staging").ref, "production")
     assert key(adapter="helper@production") != before
-
-
-OPENAI = {"name": "openai", "url": "http://x", "model": "m", "max_length": 128}
 
 
 @pytest.mark.parametrize(
@@ -190,6 +192,22 @@ def test_answers_go_to_a_folder_of_their_own(job, run, tmp_path):
     three = job(name="three", output__folder=str(tmp_path / "file"))
     with pytest.raises(CapacityError, match="is a file"):
         check_begin(three, make_plan(three, prepare(three)))
+
+
+def test_no_run_goes_on_into_the_answers_of_another(job, run, tmp_path):
+    folder = tmp_path / "answers"
+    cut = job(output__folder=str(folder))
+    with pytest.raises(LmrayError, match="ended without 2 of 3 shards"):
+        run(cut, lambda job, plan, shards: in_this_process(job, plan, shards[:1]))
+    run(job(name="two", sampling__max_tokens=4))
+    two = job(name="two", sampling__max_tokens=4, output__folder=str(folder))
+    with pytest.raises(ConfigError, match=r"output.folder: .* holds part-000000.jsonl, run.json already"):
+        check_begin(two, make_plan(two, prepare(two)))
+    assert run(cut).status == "succeeded"
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / ".run.json.node-1-ab.tmp").write_text("left by a writer that was killed", encoding="utf-8")
+    moved = job(output__folder=str(tmp_path / "moved"))
+    assert run(moved).metrics["generate.rows"] == 10 and (tmp_path / "moved" / "manifest.json").is_file()
 
 
 def test_a_worker_refuses_what_was_not_planned(job, tiny_model, questions, tmp_path):
