@@ -182,6 +182,11 @@ class EngineConfig(MemberConfig):
     """Fields without a say in what is answered: how fast, where, and how long it may take."""
 
     @property
+    def has_grammars(self) -> bool:
+        """Whether it can hold answers to grammars at all; a tokenizer may be in the way."""
+        return True
+
+    @property
     def draft(self) -> str | None:
         """A second model that it runs, written like `model.source`; None: there is none."""
         return None
@@ -198,8 +203,9 @@ class EngineConfig(MemberConfig):
 
     @abstractmethod
     def start(self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None) -> Engine:
-        """A running engine over a loaded `transformers` causal model, plain or with PEFT adapters attached.
-        `tokenizer` tells grammars what tokens say; without it answers are held to none."""
+        """A running engine over a loaded `transformers` causal model, plain or with PEFT adapters attached, which it
+        consumes: afterwards its weights may lie elsewhere, and nobody else can run it. `tokenizer` tells grammars what
+        tokens say, and engines that are told text its tokens; without it answers are held to no grammar."""
         raise NotImplementedError
 
 

@@ -211,6 +211,9 @@ def _check_schema(job: GenerateJob, tokenizer: Any) -> None:
     where = "sampling.json_schema"
     if job.sampling.json_schema is None:
         return
+    if not job.engine.has_grammars:
+        found = f"engine `{job.engine.name}` holds answers to none, as it is set up"
+        raise ConfigError(where, found, hint="set `engine.tokens: ids`, or `engine: {name: native}`")
     if find_spec("llguidance") is None:
         raise ConfigError(where, "answers are held to none here", hint="install `lmray[guided]`")
     if not getattr(tokenizer, "is_fast", False):

@@ -124,7 +124,8 @@ def _start_engine(job: GenerateJob, ready: Ready, *, device: str, threads: int) 
     how: Any = {"trust_remote_code": job.model.trust_remote_code, "rope_scaling": job.model.rope_scaling}
     model = load_for(job.engine, ready.model.folder, dtype=dtype, device=device, **how)
     stops = stop_token_ids(model, ready.tokenizer)
-    tokenizer = None if job.sampling.json_schema is None else ready.tokenizer  # read for grammars alone
+    needs_none = job.engine.needs_weights and job.sampling.json_schema is None  # such read it for grammars alone
+    tokenizer = None if needs_none else ready.tokenizer
     return job.engine.start(model, stop_token_ids=stops, threads=threads, tokenizer=tokenizer)
 
 

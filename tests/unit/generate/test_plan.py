@@ -169,6 +169,12 @@ def test_a_schema_needs_the_extra_and_a_fast_tokenizer(job, monkeypatch):
         prepare(one)
 
 
+def test_an_engine_that_is_told_text_holds_answers_to_no_schema(job):
+    changes = {"engine": OPENAI, "engine__tokens": "text", "sampling__json_schema": {"type": "object"}}
+    with pytest.raises(ConfigError, match=r"sampling.json_schema: engine `openai` holds answers to none"):
+        prepare(job(**changes))
+
+
 def test_a_run_of_the_same_name_with_other_content_is_told(job, run, artifacts):
     run(job())
     other = job(sampling__max_tokens=9, adapter="helper")

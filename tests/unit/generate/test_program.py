@@ -23,6 +23,8 @@ from lmray.models.load import load_model
 from lmray.testing.jobs import write_jsonl
 from lmray.testing.kills import Killed
 from lmray.testing.tiny import tiny_adapter_folder, tiny_tokenizer
+from tests.unit.engines.remote import Scripted, chunk
+from tests.unit.engines.vllm_server import NAME, listening
 from tests.unit.generate.conftest import QUESTIONS, parts, rows_of, texts_of
 
 DRAWN = {"sampling__temperature": 1.0, "sampling__n": 2, "sampling__seed": 7}
@@ -239,6 +241,14 @@ def test_what_the_server_refuses_of_a_row_is_its_error(job, run, failing):
     failing(DataError("the model's server", "refused the request: too odd"))
     run(job())
     assert [row["error"] for row in rows_of(job())] == [None] * 5 + ["refused the request: too odd"] + [None] * 4
+
+
+def test_a_server_that_tells_text_alone_answers_too(job, run):
+    server = Scripted(chunk(text="赤です", finish_reason="stop"))
+    engine = {"name": "openai", "model": NAME, "tokens": "text", "max_length": 128}
+    with listening(server.app()) as url:
+        run(job(engine={**engine, "url": url}))
+    assert texts_of(job()) == ["赤です"] * len(QUESTIONS)
 
 
 def test_an_answer_that_breaks_off_is_its_rows_error(job, run, monkeypatch):
