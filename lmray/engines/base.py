@@ -16,6 +16,7 @@ from pydantic import Field
 from lmray.config import MemberConfig
 from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError, did_you_mean
 from lmray.models.rope import num_positions
+from lmray.models.spec import ModelSpec
 
 FinishReason = Literal["stop", "length"]
 MIN_TEMPERATURE = 1e-4
@@ -194,6 +195,15 @@ class EngineConfig(MemberConfig):
     def with_draft(self, folder: Path) -> EngineConfig:
         """The same with that model as a folder of this machine, as `check` and `start` want it."""
         return self
+
+    def check_spec(self, model: ModelSpec) -> None:
+        """Raises ValueError for what a job wants of its model that this engine does not do."""
+        for name in ("quantization", "rope_scaling"):
+            if getattr(model, name) and not self.needs_weights:
+                raise ValueError(
+                    f"`model.{name}` is applied where the weights are, and engine `{self.name}` has none; "
+                    "hint: set it up at the server, or take `engine: {name: native}`"
+                )
 
     @abstractmethod
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:

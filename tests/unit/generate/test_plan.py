@@ -116,6 +116,7 @@ def test_what_cannot_be_answered_with_is_told_before(job, artifacts, changes, er
         ({"sampling__n": 2}, "`n: 2` greedy answers are one and the same"),
         ({"sampling__max_tokens": 128}, "leaves no room for a prompt"),
         ({"model__quantization": "nf4"}, "generates with a quantised model"),
+        ({"engine": OPENAI, "model__rope_scaling": LINEAR}, "is applied where the weights are"),
         ({"sampling__top_p": 0}, "sampling.top_p"),
         ({"output__shard_size": 0}, "output.shard_size"),
         ({"sampling__stop": [""]}, "sampling.stop"),
