@@ -335,12 +335,7 @@ class ServeJob(Job):
 
     @model_validator(mode="after")
     def _read_elsewhere(self):
-        for name in ("quantization", "rope_scaling"):
-            if getattr(self.model, name) and not self.engine.needs_weights:
-                raise ValueError(
-                    f"`model.{name}` is applied where the weights are, and engine `{self.engine.name}` has none; "
-                    "hint: set it up at the server, or serve with `engine: {name: native}`"
-                )
+        self.engine.check_spec(self.model)
         if any(one.merged for one in self.adapters) and not self.engine.chooses_weights:
             raise ValueError(f"engine `{self.engine.name}` asks a server for its own model; hint: leave out `merged`")
         return self
@@ -361,6 +356,7 @@ class GenerateJob(Job):
     def _leaves_room(self):
         if self.model.quantization:
             raise ValueError("generates with a quantised model; hint: `quantization` is for training and evaluation")
+        self.engine.check_spec(self.model)
         if self.sampling.max_tokens >= self.engine.max_length:
             found = f"`sampling.max_tokens` {self.sampling.max_tokens} leaves no room for a prompt"
             raise ValueError(f"{found}; hint: raise `engine.max_length`, which is {self.engine.max_length}")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from lmray.artifacts.files import folder_digests, sha256_json
 from lmray.engines._adapter_folder import AdapterFolder, read_adapter_folder
 from lmray.engines._completions import Dialect
 from lmray.engines._server import Server, failure, refusal
@@ -19,6 +20,8 @@ from lmray.errors import ArtifactError, DataError, LmrayError, RemoteError
 
 LAST_BYTES_S = 1.0
 """For what a server sends behind the end of an answer."""
+DIGITS = 12
+"""Of the digest in an adapter's name: what was in its folder before, and what the server keeps of it, has another."""
 METRICS_AGE_S = 2.0
 """How old the server's own figures may be before they are asked for again."""
 METRICS = {
@@ -45,7 +48,7 @@ class Remote:
     """The base model's name at the server."""
     dialect: Callable[[Request], Dialect]
     adapter_name: str | None = None
-    """Template of an adapter's name there. None: adapters are loaded there by path, under their handles."""
+    """Template of an adapter's name there. None: adapters are loaded there by path, under names of the engine's."""
     max_rank: int | None = None
 
 
@@ -83,7 +86,10 @@ class RemoteEngine:
         if request.id in self._streams:
             raise DataError(f"request {request.id}", "is running already", hint="give every request its own id")
         check_request(request, self.capabilities, tuple(sorted(self._adapters)))
-        dialect, adapter = self._remote.dialect(request), self._adapters.get(request.adapter or "")
+        room = self.capabilities.max_length - len(request.prompt_ids)  # servers refuse to be asked for more
+        sampling = replace(request.sampling, max_tokens=min(request.sampling.max_tokens, room))
+        dialect = self._remote.dialect(replace(request, sampling=sampling))
+        adapter = self._adapters.get(request.adapter or "")
         stream = self._streams[request.id] = asyncio.Queue()
         if adapter is not None:
             adapter.num_requests += 1
@@ -98,15 +104,17 @@ class RemoteEngine:
                 self._num_generated += outcome.token_id is not None
                 yield outcome
         finally:
-            if finished:  # to its last byte, so that the next request may use the same connection
-                await asyncio.wait({asking}, timeout=LAST_BYTES_S)
-            del self._streams[request.id]
-            asking.cancel()  # hangs up, which is how a server learns of it
+            try:
+                if finished:  # to its last byte, so that the next request may use the same connection
+                    await asyncio.wait({asking}, timeout=LAST_BYTES_S)
+            finally:  # at once, also where the caller does not wait for that
+                del self._streams[request.id]
+                asking.cancel()  # hangs up, which is how a server learns of it
+                if adapter is not None:
+                    adapter.num_requests -= 1
+                    if not adapter.num_requests:
+                        adapter.idle.set()
             await asyncio.gather(asking, return_exceptions=True)
-            if adapter is not None:
-                adapter.num_requests -= 1
-                if not adapter.num_requests:
-                    adapter.idle.set()
 
     async def _ask(
         self, dialect: Dialect, adapter: _Adapter | None, stream: asyncio.Queue[TokenEvent | LmrayError]
@@ -147,8 +155,9 @@ class RemoteEngine:
             check_rank(found, self._remote.max_rank)
             template = self._remote.adapter_name
             if template is None:
-                await self._load(handle, folder)
-                self._adapters[handle] = _Adapter(handle, folder)
+                name = f"{handle}-{(await asyncio.to_thread(_digest, folder))[:DIGITS]}"
+                await self._load(name, folder)
+                self._adapters[handle] = _Adapter(name, folder)
             else:
                 self._adapters[handle] = _Adapter(await self._find(handle, template), None)
         except BaseException:
@@ -190,11 +199,11 @@ class RemoteEngine:
             await asyncio.gather(self._asking, return_exceptions=True)
         await self._server.close()
 
-    async def _load(self, handle: str, folder: Path) -> None:
+    async def _load(self, name: str, folder: Path) -> None:
         """Has the server read the adapter itself; another process may have done so before."""
-        where, path = f"adapter `{handle}`", str(folder.resolve())
-        response = await self._server.post("/v1/load_lora_adapter", {"lora_name": handle, "lora_path": path})
-        if response.status_code == 200 or (await self._server.models()).get(handle, {}).get("root") == path:
+        where, path = f"adapter `{name}`", str(folder.resolve())
+        response = await self._server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        if response.status_code == 200 or (await self._server.models()).get(name, {}).get("root") == path:
             return
         said = refusal(response.status_code, response.content, self._server.address.url).found
         hint = "vLLM does, started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, where it sees the path"
@@ -233,3 +242,7 @@ def check_rank(found: AdapterFolder, max_rank: int | None) -> None:
     if max_rank is not None and rank > max_rank:
         hint = f"set `engine.max_lora_rank` to {rank} or the next allowed value"
         raise ArtifactError(str(found.path), f"has rank {rank}", allowed=f"up to {max_rank}", hint=hint)
+
+
+def _digest(folder: Path) -> str:
+    return sha256_json(folder_digests(folder))

@@ -16,6 +16,7 @@ from pydantic import Field
 from lmray.config import MemberConfig
 from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError, did_you_mean
 from lmray.models.rope import num_positions
+from lmray.models.spec import ModelSpec
 
 FinishReason = Literal["stop", "length"]
 MIN_TEMPERATURE = 1e-4
@@ -178,6 +179,14 @@ class EngineConfig(MemberConfig):
     chooses_weights: ClassVar[bool] = True
     """Whether it runs the model it is told to. Others ask a server that has one already."""
 
+    decides_nothing: ClassVar[frozenset[str]] = frozenset({"max_batch_size", "max_adapters"})
+    """Fields without a say in what is answered: how fast, where, and how long it may take."""
+
+    @property
+    def has_grammars(self) -> bool:
+        """Whether it can hold answers to grammars at all; a tokenizer may be in the way."""
+        return True
+
     @property
     def draft(self) -> str | None:
         """A second model that it runs, written like `model.source`; None: there is none."""
@@ -187,6 +196,15 @@ class EngineConfig(MemberConfig):
         """The same with that model as a folder of this machine, as `check` and `start` want it."""
         return self
 
+    def check_spec(self, model: ModelSpec) -> None:
+        """Raises ValueError for what a job wants of its model that this engine does not do."""
+        for name in ("quantization", "rope_scaling"):
+            if getattr(model, name) and not self.needs_weights:
+                raise ValueError(
+                    f"`model.{name}` is applied where the weights are, and engine `{self.name}` has none; "
+                    "hint: set it up at the server, or take `engine: {name: native}`"
+                )
+
     @abstractmethod
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
         """Raises ConfigError for a model and ArtifactError for a PEFT folder that this engine cannot run. `model` needs
@@ -195,8 +213,9 @@ class EngineConfig(MemberConfig):
 
     @abstractmethod
     def start(self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None) -> Engine:
-        """A running engine over a loaded `transformers` causal model, plain or with PEFT adapters attached.
-        `tokenizer` tells grammars what tokens say; without it answers are held to none."""
+        """A running engine over a loaded `transformers` causal model, plain or with PEFT adapters attached, which it
+        consumes: afterwards its weights may lie elsewhere, and nobody else can run it. `tokenizer` tells grammars what
+        tokens say, and engines that are told text its tokens; without it answers are held to no grammar."""
         raise NotImplementedError
 
 

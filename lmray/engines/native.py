@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -29,12 +29,18 @@ from lmray.engines._stepper import Stepper, check_model
 from lmray.engines._worker import NativeEngine
 from lmray.engines.base import Capabilities, EngineConfig, Request, Sampling, check_request
 from lmray.errors import ConfigError, LmrayError
+from lmray.models.spec import ModelSpec
 from lmray.registry import SPECULATIONS
 
 
 class Native(EngineConfig):
     """Runs the model in this process."""
 
+    decides_nothing: ClassVar[frozenset[str]] = EngineConfig.decides_nothing | {
+        "max_prefill_tokens",
+        "cache_tokens",
+        "speculation",
+    }
     max_prefill_tokens: Annotated[int, Field(ge=1)] = 512
     """Prompt tokens read in a step, beside one token for each request that generates. Lower: running answers pause
     less."""
@@ -86,6 +92,11 @@ class Native(EngineConfig):
         if self.cache_tokens is not None:
             num_blocks = max(self.cache_tokens // BLOCK_SIZE, per_request)
         return Limits(self.max_batch_size, self.max_length, num_blocks, BLOCK_SIZE, self.max_prefill_tokens)
+
+    def check_spec(self, model: ModelSpec) -> None:
+        super().check_spec(model)
+        if model.quantization and self.speculation is not None:
+            raise ValueError("cannot speculate with quantised weights; hint: leave `engine.speculation` out")
 
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
         check_model(model, self.max_length)

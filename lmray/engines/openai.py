@@ -26,6 +26,11 @@ class Openai(EngineConfig):
 
     needs_weights: ClassVar[bool] = False
     chooses_weights: ClassVar[bool] = False
+    decides_nothing: ClassVar[frozenset[str]] = EngineConfig.decides_nothing | {
+        "api_key_file",
+        "connect_timeout_s",
+        "read_timeout_s",
+    }
     url: str
     """With or without `/v1`."""
     model: str
@@ -55,6 +60,10 @@ class Openai(EngineConfig):
         if not differs:
             raise ValueError("names every adapter alike; it must hold {name}")
         return template
+
+    @property
+    def has_grammars(self) -> bool:
+        return self.tokens == "ids"
 
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
         check_length(model, self.max_length)
@@ -87,8 +96,7 @@ class Openai(EngineConfig):
     def capabilities(self, model: Any) -> Capabilities:
         vocab_size = int(model.get_input_embeddings().weight.shape[0])
         sizes = self.max_batch_size, self.max_adapters, self.max_length, vocab_size
-        exact = self.tokens == "ids"
-        return Capabilities(*sizes, has_grammars=exact, exact_tokens=exact)
+        return Capabilities(*sizes, has_grammars=self.has_grammars, exact_tokens=self.tokens == "ids")
 
     def _dialect(self, stop_token_ids: tuple[int, ...], tokenizer: Any) -> Any:
         def exact(request: Request) -> Dialect:

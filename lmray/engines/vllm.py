@@ -42,6 +42,13 @@ class Vllm(EngineConfig):
     """Starts vLLM from its own environment and asks it over HTTP."""
 
     needs_weights: ClassVar[bool] = False
+    decides_nothing: ClassVar[frozenset[str]] = EngineConfig.decides_nothing | {
+        "python",
+        "max_lora_rank",
+        "max_loras",
+        "start_timeout_s",
+        "read_timeout_s",
+    }
     python: str | None = None
     """Interpreter of the environment that has vLLM, like `/opt/vllm/bin/python`, on every node that may run a replica.
     Empty: the command `vllm` is on their `PATH`. vLLM 0.32 calls the first way deprecated; but packages of it under

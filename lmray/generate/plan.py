@@ -21,6 +21,8 @@ from lmray.models.load import load_empty_model, load_tokenizer
 from lmray.models.source import FoundModel, model_of
 
 PLAN = "plan.json"
+OWNER = "run.json"
+"""Beside the answers, before the first of them: whose they are."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class GeneratePlan:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def owner(self) -> dict[str, str]:
+        """What the folder of the answers says of whose they are."""
+        return {"run": self.name, "run_key": self.run_key}
 
     def lines(self) -> list[str]:
         """For people: one fact a line."""
@@ -113,7 +120,8 @@ def _fields(job: GenerateJob) -> dict[str, Any]:
     tree = dump(job)
     found = {"adapter": tree["adapter"]}
     found |= {f"{part}.{name}": value for part in ("model", "data", "sampling") for name, value in tree[part].items()}
-    found |= {f"engine.{name}": tree["engine"][name] for name in ("name", "max_length")}
+    engine = {name: value for name, value in tree["engine"].items() if name not in job.engine.decides_nothing}
+    found |= {f"engine.{name}": value for name, value in engine.items()}
     return found | {f"output.{name}": tree["output"][name] for name in ("format", "shard_size")}
 
 
@@ -130,15 +138,21 @@ def check_same(plan: GeneratePlan, here: GeneratePlan) -> None:
 def check_begin(job: GenerateJob, plan: GeneratePlan) -> None:
     """Raises ConfigError where the run folder holds another run under this name, or the folder for the answers
     something else; CapacityError where one cannot be written."""
-    folder, answers = run_folder(job), answers_folder(job)
-    check_writable(folder)
-    check_writable(answers)
+    check_writable(run_folder(job))
+    check_writable(answers_folder(job))
+    _check_run(run_folder(job), plan)
+    answers = answers_folder(job)
+    there = sorted(one.name for one in answers.glob("[!.]*"))[:3]  # what killed writers left is hidden
+    hint = "set `output.folder` to one that is empty or not there yet"
+    owned = (answers / OWNER).is_file() and read_json(answers / OWNER, hint=hint) == plan.owner
+    if there and not owned:
+        raise ConfigError("output.folder", f"{answers} holds {', '.join(there)} already", hint=hint)
+
+
+def _check_run(folder: Path, plan: GeneratePlan) -> None:
+    """Raises ConfigError where `folder` holds another run than `plan` is of."""
     path = folder / PLAN
     if not path.is_file():
-        there = sorted(one.name for one in answers.glob("*"))[:3] if answers.is_dir() else []
-        if there:
-            hint = "set `output.folder` to one that is empty or not there yet"
-            raise ConfigError("output.folder", f"{answers} holds {', '.join(there)} already", hint=hint)
         return
     hint = f"give the job another `name`, or remove {folder} to start over"
     before = read_json(path, hint=hint)
@@ -197,6 +211,9 @@ def _check_schema(job: GenerateJob, tokenizer: Any) -> None:
     where = "sampling.json_schema"
     if job.sampling.json_schema is None:
         return
+    if not job.engine.has_grammars:
+        found = f"engine `{job.engine.name}` holds answers to none, as it is set up"
+        raise ConfigError(where, found, hint="set `engine.tokens: ids`, or `engine: {name: native}`")
     if find_spec("llguidance") is None:
         raise ConfigError(where, "answers are held to none here", hint="install `lmray[guided]`")
     if not getattr(tokenizer, "is_fast", False):

@@ -15,7 +15,7 @@ from lmray.artifacts.store import run_folder
 from lmray.config import dump
 from lmray.context import Result
 from lmray.errors import LmrayError
-from lmray.generate.plan import PLAN, GeneratePlan, answers_folder
+from lmray.generate.plan import OWNER, PLAN, GeneratePlan, answers_folder
 from lmray.generate.shards import ShardRecord, busy_seconds
 from lmray.generate.worker import Worker, shards_of
 from lmray.job import GenerateJob
@@ -47,13 +47,14 @@ def finished(job: GenerateJob, plan: GeneratePlan) -> Result | None:
 
 def generate(job: GenerateJob, plan: GeneratePlan, workers: Workers, *, display: Display | None = None) -> Result:
     """Has every shard of `job` answered that is not done yet; writes `job.yaml`, `plan.json` and `events.jsonl` into
-    the run folder, and beside the answers, last, `manifest.json`. Raises what the workers raise: what they finished
-    before stays, and the same job goes on from there."""
+    the run folder, and beside the answers `run.json`, first, and `manifest.json`, last. Raises what the workers raise:
+    what they finished before stays, and the same job goes on from there."""
     started, folder = time.time(), run_folder(job)
     shards = shards_of(job, plan)
     write_atomic(folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
     write_json(folder / PLAN, plan.to_json())
     shards.tidy()
+    write_json(answers_folder(job) / OWNER, plan.owner)
     done = shards.done()
     told = _Told(folder, plan, done, display)
     remaining = [index for index in range(plan.num_shards) if index not in done]

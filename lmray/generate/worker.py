@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from contextlib import aclosing
-from typing import Any
+from collections.abc import Coroutine, Iterable, Mapping
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,13 +17,17 @@ from lmray.data.prompts import Question
 from lmray.data.tokenise import prompt_ids
 from lmray.engines._loading import load_for
 from lmray.engines.base import Engine, Request
-from lmray.errors import DataError, LmrayError
+from lmray.errors import CapacityError, DataError, LmrayError
 from lmray.generate.plan import GeneratePlan, Ready, answers_folder, check_same, make_plan, make_sampling, prepare
 from lmray.generate.shards import Answered, ShardRecord, Shards
 from lmray.job import GenerateJob
 from lmray.models.load import stop_token_ids
 from lmray.models.machine import keep_few_products
 from lmray.models.precision import resolve_dtype
+
+T = TypeVar("T")
+PAUSES_S = (1.0, 5.0, 15.0, 45.0)
+"""Before a server that is busy is asked again."""
 
 
 class Worker:
@@ -41,7 +45,8 @@ class Worker:
 
     def answer(self, index: int) -> ShardRecord:
         """Answers shard `index` and keeps the answers. Raises LmrayError where the engine fails, or too many workers
-        before this one died of it; a row that cannot be answered has an error in the place of its answers."""
+        before this one died of it; RemoteError, ArtifactError or CapacityError where a server does not do its part. A
+        row that cannot be answered has an error in the place of its answers."""
         self._shards.begin(index, max_failures=self._job.resources.max_failures)
         began = time.time()
         rows = {row: self._ready.questions[row] for row in self._shards.rows(index)}
@@ -61,9 +66,7 @@ class Worker:
         """Prompts are encoded before the first is asked, so that the engine gets them together. Only rows of a shard
         share what the engine keeps of common beginnings: an answer does not depend on the shards before."""
         encoded = {row: _encoded(self._ready.tokenizer, question.prompt) for row, question in rows.items()}
-        return await asyncio.gather(
-            *(self._row(row, question, encoded[row], salt) for row, question in rows.items()),
-        )
+        return await _all(self._row(row, question, encoded[row], salt) for row, question in rows.items())
 
     async def _row(self, row: int, question: Question, ids: tuple[int, ...] | DataError, salt: str) -> Answered:
         named = question.adapter or self._job.adapter
@@ -77,9 +80,10 @@ class Worker:
                 Request(f"{row}-{place}", ids, make_sampling(self._job, row, place), adapter, cache_salt=salt)
                 for place in range(self._job.sampling.n)
             ]
-            said = await _all_or_first_error([self._choice(request) for request in requests])
+            said = await _all(self._choice(request) for request in requests)
         except LmrayError as error:
-            if self._engine.stats()["failure"] is not None:
+            is_the_rows = isinstance(error, DataError) or type(error) is LmrayError
+            if not is_the_rows or self._engine.stats()["failure"] is not None:
                 raise
             return answered | {"usage": usage, "error": _one_line(error)}
         choices = [{"index": place, "text": text, "finish_reason": why} for place, (text, why, _) in enumerate(said)]
@@ -87,6 +91,14 @@ class Worker:
         return answered | {"choices": choices, "usage": usage, "error": None}
 
     async def _choice(self, request: Request) -> tuple[str, str, int]:
+        """As `_asked`; a server that is busy is given time."""
+        for pause_s in PAUSES_S:
+            with suppress(CapacityError):
+                return await self._asked(request)
+            await asyncio.sleep(pause_s)
+        return await self._asked(request)
+
+    async def _asked(self, request: Request) -> tuple[str, str, int]:
         """Text, finish reason and number of tokens of one answer."""
         tokenizer, pieces, count = self._ready.tokenizer, list[str](), 0
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -112,7 +124,8 @@ def _start_engine(job: GenerateJob, ready: Ready, *, device: str, threads: int) 
     how: Any = {"trust_remote_code": job.model.trust_remote_code, "rope_scaling": job.model.rope_scaling}
     model = load_for(job.engine, ready.model.folder, dtype=dtype, device=device, **how)
     stops = stop_token_ids(model, ready.tokenizer)
-    tokenizer = None if job.sampling.json_schema is None else ready.tokenizer  # read for grammars alone
+    needs_none = job.engine.needs_weights and job.sampling.json_schema is None  # such read it for grammars alone
+    tokenizer = None if needs_none else ready.tokenizer
     return job.engine.start(model, stop_token_ids=stops, threads=threads, tokenizer=tokenizer)
 
 
@@ -127,13 +140,15 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, .
         return DataError(prompt.where, f"cannot be put to the model: {first[:200]}")
 
 
-async def _all_or_first_error(asked: list[Any]) -> list[Any]:
-    """What all of `asked` give; where some raise, the first of these errors, once all have ended."""
-    found = await asyncio.gather(*asked, return_exceptions=True)
-    for one in found:
-        if isinstance(one, BaseException):
-            raise one
-    return found
+async def _all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all of `asked` give; where one raises, its error, once the others have been ended."""
+    tasks = [asyncio.ensure_future(one) for one in asked]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _one_line(error: LmrayError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +33,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "read": {"prompt_logprobs": 2, "logprobs": 1, "max_tokens": 3},
     "only read": {"prompt_logprobs": 0, "max_tokens": 0},
     "one": {"max_tokens": 1},
+    "more than fits": {"max_tokens": MAX_LENGTH - 1},
 }
 
 
@@ -115,7 +117,7 @@ def test_adapters_come_by_path_and_go_when_their_last_request_is_done(vllm, empt
             await engine.remove_adapter("a@1")
         with pytest.raises(ArtifactError, match="is loaded already"):
             await engine.add_adapter("a@1", adapter_folders["a"])
-        assert "a@1" in server.adapters
+        assert named(server) == ["a@1"]
         got += [event.token_id async for event in answer if event.token_id is not None]
         await leaving
         return got
@@ -124,14 +126,36 @@ def test_adapters_come_by_path_and_go_when_their_last_request_is_done(vllm, empt
     assert server.adapters == {}
 
 
+def named(server: VllmServer) -> list[str]:
+    """The handles of the adapters there, without what the engine adds to them."""
+    return [name.rpartition("-")[0] for name in server.adapters]
+
+
+def test_a_folder_that_was_trained_into_again_is_another_adapter(
+    model_folder, empty, adapter_folders, prompts, expected, tmp_path
+):
+    folder = tmp_path / "out"
+
+    async def ask(engine):  # and the server keeps it
+        await engine.add_adapter(str(folder), folder)
+        return [event.token_id for event in await events(engine, request(prompts[0], adapter=str(folder)))]
+
+    found = {}
+    with listening(VllmServer(model_folder, STOP).app()) as url:
+        for name in ("a", "b"):
+            shutil.copytree(adapter_folders[name], folder, dirs_exist_ok=True)
+            found[name] = [token_id for token_id in run(url, empty, ask) if token_id is not None]
+    assert found == {name: expected[name][0] for name in ("a", "b")}
+
+
 def test_an_adapter_that_the_server_forgot_is_loaded_again(vllm, empty, adapter_folders, prompts, expected):
     server, url = vllm
 
     async def ask(engine):
         await engine.add_adapter("a", adapter_folders["a"])
         async with httpx.AsyncClient() as client:
-            await client.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": "a"})
-        assert "a" not in server.adapters
+            await client.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": next(iter(server.adapters))})
+        assert not server.adapters
         answer = await events(engine, request(prompts[0], adapter="a"))
         await engine.remove_adapter("a")
         return [event.token_id for event in answer if event.token_id is not None]
@@ -149,12 +173,15 @@ def test_adapters_that_cannot_be_served_are_refused(vllm, empty, adapter_folders
         with pytest.raises(CapacityError, match="1 adapters are loaded already"):
             await engine.add_adapter("b", adapter_folders["b"])
         await engine.remove_adapter("a")
-        server.adapters["b"] = "another place"
+        await engine.add_adapter("b", adapter_folders["b"])
+        (name,) = server.adapters
+        await engine.remove_adapter("b")
+        server.adapters[name] = "another place"
         with pytest.raises(ArtifactError, match="has already been loaded"):
             await engine.add_adapter("b", adapter_folders["b"])
-        server.adapters["b"] = str(adapter_folders["b"])
+        server.adapters[name] = str(adapter_folders["b"])
         await engine.add_adapter("b", adapter_folders["b"])  # by a process before this one
-        del server.adapters["b"]
+        del server.adapters[name]
         await engine.remove_adapter("b")
         return engine.stats()["adapters"]
 

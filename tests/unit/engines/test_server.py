@@ -36,6 +36,30 @@ def test_closing_the_generator_hangs_up_and_frees_the_place(empty):
         assert server.left.wait(60)
 
 
+def test_an_answer_that_nobody_waits_for_after_its_last_token_leaves_nothing_behind(empty, adapter_folders):
+    server = Scripted(chunk(token_ids=[70], finish_reason="length"), hangs=True)
+
+    async def ask(engine):
+        await engine.add_adapter("helper@1", adapter_folders["a"])
+        came = asyncio.Event()
+
+        async def take():
+            async for _ in engine.submit(request(adapter="helper@1")):
+                came.set()
+
+        taking = asyncio.ensure_future(take())
+        await came.wait()
+        taking.cancel()  # while the rest of the answer is waited for
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+        await asyncio.wait_for(engine.remove_adapter("helper@1"), 10)
+        return engine.stats()
+
+    with listening(server.app()) as url:
+        stats = run(url, empty, ask, adapters="{name}")
+    assert (stats["running"], stats["waiting"], stats["adapters"]) == (0, 0, [])
+
+
 def test_closing_the_engine_ends_its_requests(empty):
     async def ask(engine):
         answer = engine.submit(request())

@@ -108,6 +108,8 @@ class VllmServer:
             return _error(400, f"unknown fields {odd}")
         if body["model"] not in (NAME, *self.adapters):
             return _error(404, f"The model `{body['model']}` does not exist.")
+        if len(body["prompt"]) + body["max_tokens"] > self.engine.capabilities.max_length:
+            return _error(400, "'max_tokens' is too large: this model's maximum context length is shorter.")
         if body["stream"] and body.get("prompt_logprobs"):
             return _error(400, "`prompt_logprobs` are not available when `stream=True`.")
         self.num += 1

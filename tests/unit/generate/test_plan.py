@@ -10,8 +10,9 @@ import pytest
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.files import write_json
 from lmray.artifacts.store import open_store, run_folder
-from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError
+from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError, LmrayError
 from lmray.generate.plan import answers_folder, check_begin, make_plan, prepare
+from lmray.generate.program import in_this_process
 from lmray.generate.worker import Worker
 from lmray.models.source import find_model
 from lmray.testing.jobs import write_jsonl
@@ -42,6 +43,10 @@ def test_the_plan_names_versions_and_counts(job, artifacts):
     assert json.loads(json.dumps(plan.to_json())) == plan.to_json()
 
 
+OPENAI = {"name": "openai", "url": "http://x", "model": "m", "max_length": 128}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
 def test_placement_is_no_part_of_the_run_and_what_is_asked_is(job, artifacts):
     def key(**changes) -> str:
         return make_plan(job(**changes), prepare(job(**changes))).run_key
@@ -53,6 +58,37 @@ def test_placement_is_no_part_of_the_run_and_what_is_asked_is(job, artifacts):
     before = key(adapter="helper@production")
     artifacts.promote(artifacts.find("helper@staging").ref, "production")
     assert key(adapter="helper@production") != before
+
+
+@pytest.mark.parametrize(
+    ("engine", "same", "other"),
+    [
+        (
+            {"name": "native", "max_length": 128},
+            ({"cache_tokens": 999}, {"max_prefill_tokens": 9}, {"speculation": {"name": "prompt_lookup"}}),
+            ({"max_length": 127},),
+        ),
+        (
+            OPENAI,
+            ({"api_key_file": "key"}, {"read_timeout_s": 9.0}, {"max_batch_size": 9}),
+            ({"url": "http://y"}, {"model": "n"}, {"tokens": "text"}, {"adapters": "{name}"}),
+        ),
+        (
+            {"name": "vllm", "max_length": 128},
+            ({"python": "/there/python"}, {"max_loras": 1}, {"max_lora_rank": 8}, {"start_timeout_s": 9.0}),
+            ({"arguments": ["--quantization", "fp8"]}, {"max_length": 99}),
+        ),
+    ],
+    ids=["native", "openai", "vllm"],
+)
+def test_what_of_an_engine_decides_answers_is_part_of_the_run(job, engine, same, other):
+    ready = prepare(job())
+
+    def key(changes) -> str:
+        return make_plan(job(engine={**engine, **changes}), ready).run_key
+
+    assert {key(one) for one in ({}, *same)} == {key({})}
+    assert len({key(one) for one in ({}, *other)}) == 1 + len(other)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +116,7 @@ def test_what_cannot_be_answered_with_is_told_before(job, artifacts, changes, er
         ({"sampling__n": 2}, "`n: 2` greedy answers are one and the same"),
         ({"sampling__max_tokens": 128}, "leaves no room for a prompt"),
         ({"model__quantization": "nf4"}, "generates with a quantised model"),
+        ({"engine": OPENAI, "model__rope_scaling": LINEAR}, "is applied where the weights are"),
         ({"sampling__top_p": 0}, "sampling.top_p"),
         ({"output__shard_size": 0}, "output.shard_size"),
         ({"sampling__stop": [""]}, "sampling.stop"),
@@ -133,6 +170,12 @@ def test_a_schema_needs_the_extra_and_a_fast_tokenizer(job, monkeypatch):
         prepare(one)
 
 
+def test_an_engine_that_is_told_text_holds_answers_to_no_schema(job):
+    changes = {"engine": OPENAI, "engine__tokens": "text", "sampling__json_schema": {"type": "object"}}
+    with pytest.raises(ConfigError, match=r"sampling.json_schema: engine `openai` holds answers to none"):
+        prepare(job(**changes))
+
+
 def test_a_run_of_the_same_name_with_other_content_is_told(job, run, artifacts):
     run(job())
     other = job(sampling__max_tokens=9, adapter="helper")
@@ -156,6 +199,22 @@ def test_answers_go_to_a_folder_of_their_own(job, run, tmp_path):
     three = job(name="three", output__folder=str(tmp_path / "file"))
     with pytest.raises(CapacityError, match="is a file"):
         check_begin(three, make_plan(three, prepare(three)))
+
+
+def test_no_run_goes_on_into_the_answers_of_another(job, run, tmp_path):
+    folder = tmp_path / "answers"
+    cut = job(output__folder=str(folder))
+    with pytest.raises(LmrayError, match="ended without 2 of 3 shards"):
+        run(cut, lambda job, plan, shards: in_this_process(job, plan, shards[:1]))
+    run(job(name="two", sampling__max_tokens=4))
+    two = job(name="two", sampling__max_tokens=4, output__folder=str(folder))
+    with pytest.raises(ConfigError, match=r"output.folder: .* holds part-000000.jsonl, run.json already"):
+        check_begin(two, make_plan(two, prepare(two)))
+    assert run(cut).status == "succeeded"
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / ".run.json.node-1-ab.tmp").write_text("left by a writer that was killed", encoding="utf-8")
+    moved = job(output__folder=str(tmp_path / "moved"))
+    assert run(moved).metrics["generate.rows"] == 10 and (tmp_path / "moved" / "manifest.json").is_file()
 
 
 def test_a_worker_refuses_what_was_not_planned(job, tiny_model, questions, tmp_path):

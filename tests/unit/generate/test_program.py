@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from lmray.artifacts.store import run_folder
 from lmray.data.tokenise import prompt_ids
+from lmray.engines._worker import NativeEngine
 from lmray.engines.native import generate as engine_generate
-from lmray.errors import LmrayError
+from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError
+from lmray.generate import worker as worker_module
 from lmray.generate.plan import answers_folder, make_plan, prepare
 from lmray.generate.program import finished, in_this_process
 from lmray.generate.worker import Worker
@@ -21,6 +23,8 @@ from lmray.models.load import load_model
 from lmray.testing.jobs import write_jsonl
 from lmray.testing.kills import Killed
 from lmray.testing.tiny import tiny_adapter_folder, tiny_tokenizer
+from tests.unit.engines.remote import Scripted, chunk
+from tests.unit.engines.vllm_server import NAME, listening
 from tests.unit.generate.conftest import QUESTIONS, parts, rows_of, texts_of
 
 DRAWN = {"sampling__temperature": 1.0, "sampling__n": 2, "sampling__seed": 7}
@@ -193,6 +197,58 @@ def test_an_engine_that_fails_ends_the_run_and_not_its_rows(job, run, monkeypatc
     with pytest.raises(LmrayError, match="a step failed"):
         run(job())
     assert parts(job()) == {}
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Has the engine raise `error` for row 5 so many times, or always."""
+    submit = NativeEngine.submit
+
+    def failing(error: LmrayError, times: int = 10**9) -> None:
+        left = iter(range(times))
+
+        async def submit_or_fail(self, request):
+            if request.id == "5-0" and next(left, None) is not None:
+                raise error
+            async for event in submit(self, request):
+                yield event
+
+        monkeypatch.setattr(NativeEngine, "submit", submit_or_fail)
+        monkeypatch.setattr(worker_module, "PAUSES_S", (0.0, 0.0))
+
+    return failing
+
+
+@pytest.mark.parametrize(("kind", "times"), [(RemoteError, 1), (ArtifactError, 1), (CapacityError, 3)])
+def test_a_server_that_does_not_do_its_part_ends_the_run_which_then_goes_on(job, run, failing, kind, times):
+    run(job(name="whole"))
+    failing(kind("http://there", "HTTP 500: no words"), times)
+    with pytest.raises(kind, match="no words"):
+        run(job())
+    assert [*parts(job())] == ["part-000000.jsonl"], "the shard of that row is not done"
+    assert run(job()).status == "succeeded"
+    assert parts(job()) == parts(job(name="whole"))
+
+
+def test_a_server_that_is_busy_is_asked_again(job, run, failing):
+    run(job(name="whole"))
+    failing(CapacityError("the model's server", "is busy"), times=2)
+    assert run(job()).metrics["generate.errors"] == 0
+    assert parts(job()) == parts(job(name="whole"))
+
+
+def test_what_the_server_refuses_of_a_row_is_its_error(job, run, failing):
+    failing(DataError("the model's server", "refused the request: too odd"))
+    run(job())
+    assert [row["error"] for row in rows_of(job())] == [None] * 5 + ["refused the request: too odd"] + [None] * 4
+
+
+def test_a_server_that_tells_text_alone_answers_too(job, run):
+    server = Scripted(chunk(text="赤です", finish_reason="stop"))
+    engine = {"name": "openai", "model": NAME, "tokens": "text", "max_length": 128}
+    with listening(server.app()) as url:
+        run(job(engine={**engine, "url": url}))
+    assert texts_of(job()) == ["赤です"] * len(QUESTIONS)
 
 
 def test_an_answer_that_breaks_off_is_its_rows_error(job, run, monkeypatch):

@@ -275,6 +275,12 @@ def test_weights_that_are_elsewhere_cannot_be_changed_here(job, changes, engine)
         job.changed({"engine": engine, **changed})
 
 
+@pytest.mark.parametrize("speculation", [{"name": "prompt_lookup"}, {"name": "draft", "model": "/nowhere"}])
+def test_nobody_speculates_for_quantised_weights(job, speculation):
+    with pytest.raises(ConfigError, match="cannot speculate with quantised weights"):
+        job.changed({"model.quantization": "int8", "engine.speculation": speculation})
+
+
 def test_a_server_with_a_model_of_its_own_serves_no_merged_one(job):
     engine = {"name": "openai", "url": "http://x", "model": "m"}
     with pytest.raises(ConfigError, match="asks a server for its own model"):
