@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -30,6 +31,8 @@ class ServerProcess:
         """Raises RemoteError where it cannot be started."""
         self.name = name
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        flags = fcntl.fcntl(self._log, fcntl.F_GETFL)
+        fcntl.fcntl(self._log, fcntl.F_SETFL, flags | os.O_APPEND)  # at its end, also where its beginning was cut off
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(WATCH), *command],
             stdin=subprocess.PIPE,

@@ -109,6 +109,7 @@ class Vllm(EngineConfig):
         command += ["--max-num-seqs", str(self.max_batch_size), "--max-model-len", str(self.max_length)]
         command += ["--dtype", str(model.dtype).removeprefix("torch.")]
         command += ["--generation-config", "vllm"]  # else the folder's own defaults go for what a request leaves out
+        command += ["--disable-uvicorn-access-log"]  # the endpoint has its own
         if self.max_adapters:
             command += ["--enable-lora", "--max-loras", str(min(self.max_loras, self.max_adapters))]
             command += ["--max-cpu-loras", str(self.max_adapters), "--max-lora-rank", str(self.max_lora_rank)]

@@ -80,7 +80,7 @@ def test_an_update_that_fails_leaves_the_endpoint_as_it_was(ray_cluster, tmp_pat
     with serve(job) as service:
         answers = ask(service.url, ("tiny", *NAMES[:1]))
         with pytest.raises(RemoteError, match=r"did not start: model folder .*draft: cannot be loaded"):
-            service.update(job.changed({"adapters": [], "engine.draft": str(draft)}))
+            service.update(job.changed({"adapters": [], "engine.speculation": {"name": "draft", "model": str(draft)}}))
         assert ask(service.url, ("tiny", *NAMES[:1])) == answers
         service.update(job.changed({"adapters": []}))
         with pytest.raises(openai.NotFoundError):

@@ -12,11 +12,13 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from lmray.engines import _process
 from lmray.engines._process import ServerProcess
 from lmray.engines.base import Request, Sampling
 from lmray.engines.vllm import Vllm
@@ -82,8 +84,8 @@ def test_it_is_started_with_the_jobs_sizes_and_a_key_that_no_command_line_shows(
     assert told["arguments"] == [
         "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_folder), "--served-model-name", "lmray-base",
         "--host", "127.0.0.1", "--port", port, "--max-num-seqs", "3", "--max-model-len", "64", "--dtype", "float32",
-        "--generation-config", "vllm", "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2",
-        "--max-lora-rank", "8", "--enforce-eager",
+        "--generation-config", "vllm", "--disable-uvicorn-access-log", "--enable-lora", "--max-loras", "2",
+        "--max-cpu-loras", "2", "--max-lora-rank", "8", "--enforce-eager",
     ]  # fmt: skip
     environment = told["environment"]
     assert "PYTHONPATH" not in environment and environment["OMP_NUM_THREADS"] == "2"
@@ -167,6 +169,7 @@ time.sleep(600)
 """
 PARENT = """
 import os, sys
+from lmray.engines import _process
 from lmray.engines._process import ServerProcess
 process = ServerProcess([sys.executable, "-c", sys.argv[1]], os.environ, name="test")
 while not (said := os.pread(process._log.fileno(), 99, 0)).endswith(b"\\n"):
@@ -205,3 +208,38 @@ def test_a_process_that_ignores_its_end_is_killed():
     assert process.failure() is None
     process.close()
     assert process.failure() is not None
+
+
+TALKATIVE = """
+import os, sys, time
+os.write(1, "".join(f"{line}\\n" for line in range(5000)).encode())
+open(sys.argv[1]).read()
+os.write(1, b"more\\n")
+time.sleep(600)
+"""
+
+
+def test_of_a_log_that_grows_the_end_is_kept(tmp_path, monkeypatch):
+    source = _process.WATCH.read_text(encoding="utf-8")
+    for long, short in {"LOOK_S = 60.0": "LOOK_S = 0.01", "4_000_000, 100_000": "2000, 500"}.items():
+        assert long in source
+        source = source.replace(long, short)
+    monkeypatch.setattr(_process, "WATCH", tmp_path / "watch.py")
+    _process.WATCH.write_text(source, encoding="utf-8")
+    os.mkfifo(tmp_path / "go")
+    process = ServerProcess([sys.executable, "-c", TALKATIVE, str(tmp_path / "go")], os.environ, name="test")
+
+    def said(last: bytes) -> bytes:
+        deadline = time.monotonic() + 60
+        while True:
+            log = os.pread(process._log.fileno(), 10**6, 0)
+            if log.endswith(last) and len(log) <= 2000:
+                return log
+            assert time.monotonic() < deadline, f"{len(log)} bytes"
+
+    try:
+        assert len(said(b"4999\n")) == 500
+        (tmp_path / "go").write_text("")
+        assert len(said(b"4999\nmore\n")) == 505, "it goes on where the log ends now"
+    finally:
+        process.close()
