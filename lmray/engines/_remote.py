@@ -16,7 +16,7 @@ from lmray.engines._adapter_folder import AdapterFolder, read_adapter_folder
 from lmray.engines._completions import Dialect
 from lmray.engines._server import Server, failure, refusal
 from lmray.engines.base import Capabilities, Request, TokenEvent, check_loaded, check_new, check_request
-from lmray.errors import ArtifactError, DataError, LmrayError, RemoteError
+from lmray.errors import ArtifactError, LmrayError, RemoteError
 
 LAST_BYTES_S = 1.0
 """For what a server sends behind the end of an answer."""
@@ -83,9 +83,7 @@ class RemoteEngine:
     async def submit(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         if self._end is not None:
             raise self._end
-        if request.id in self._streams:
-            raise DataError(f"request {request.id}", "is running already", hint="give every request its own id")
-        check_request(request, self.capabilities, tuple(sorted(self._adapters)))
+        check_request(request, self.capabilities, self._adapters, running=self._streams)
         room = self.capabilities.max_length - len(request.prompt_ids)  # servers refuse to be asked for more
         sampling = replace(request.sampling, max_tokens=min(request.sampling.max_tokens, room))
         dialect = self._remote.dialect(replace(request, sampling=sampling))

@@ -19,7 +19,7 @@ import torch
 from lmray.engines._adapter_folder import AdapterFolder, read_adapter_folder
 from lmray.engines._core import Adapters, Core, Outcome
 from lmray.engines.base import Request, TokenEvent, check_loaded, check_new, check_request
-from lmray.errors import ArtifactError, DataError, LmrayError
+from lmray.errors import ArtifactError, LmrayError
 
 WHERE = "engine `native`"
 
@@ -44,9 +44,7 @@ class NativeEngine:
     async def submit(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         if self._end is not None:
             raise self._end
-        if request.id in self._streams:
-            raise DataError(f"request {request.id}", "is running already", hint="give every request its own id")
-        check_request(request, self.capabilities, tuple(sorted(self._adapters)))
+        check_request(request, self.capabilities, self._adapters, running=self._streams)
         self._loop = asyncio.get_running_loop()
         stream = self._streams[request.id] = asyncio.Queue()
         self._inbox.put(partial(self._stepper.add, request))

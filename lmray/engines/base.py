@@ -244,11 +244,15 @@ def check_loaded(handle: str, loaded: Collection[str]) -> None:
         raise ArtifactError(f"adapter `{handle}`", "is not loaded", allowed=allowed, hint=did_you_mean(handle, loaded))
 
 
-def check_request(request: Request, capabilities: Capabilities, adapters: tuple[str, ...]) -> None:
-    """Raises DataError or ArtifactError for a request that an engine cannot run."""
+def check_request(
+    request: Request, capabilities: Capabilities, adapters: Collection[str], *, running: Collection[str] = ()
+) -> None:
+    """Raises DataError or ArtifactError for a request that an engine cannot run. `running`: ids of those it runs."""
     where, num_tokens = f"request {request.id}", len(request.prompt_ids)
+    if request.id in running:
+        raise DataError(where, "is running already", hint="give every request its own id")
     if request.adapter is not None and request.adapter not in adapters:
-        allowed = ", ".join(adapters) or "only the base model"
+        allowed = ", ".join(sorted(adapters)) or "only the base model"
         hint = did_you_mean(request.adapter, adapters)
         raise ArtifactError(where, f"unknown adapter `{request.adapter}`", allowed=allowed, hint=hint)
     if num_tokens == 0:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmray.artifacts.files import check_writable, read_json, sha256_json
+from lmray.artifacts.same_plan import check_same_plan
 from lmray.artifacts.store import run_folder
 from lmray.config import dump
 from lmray.data.prompts import Questions, read_questions
@@ -158,18 +159,7 @@ def _check_run(folder: Path, plan: GeneratePlan) -> None:
     before = read_json(path, hint=hint)
     if not isinstance(before, dict) or not {"run_key", "fields", "model", "adapters", "data"} <= before.keys():
         raise ArtifactError(str(path), "is no plan of batch inference", hint=hint)
-    if before["run_key"] == plan.run_key:
-        return
-    keys, was = sorted({*before["fields"], *plan.fields}), before["fields"]
-    changed = [
-        f"{key}: {was.get(key)} -> {plan.fields.get(key)}" for key in keys if was.get(key) != plan.fields.get(key)
-    ]
-    changed += [
-        f"{part} digest" for part in ("model", "data") if before[part]["digest"] != getattr(plan, part)["digest"]
-    ]
-    changed += ["adapters"] if before["adapters"] != plan.adapters else []
-    found = "is already there with other content: " + "; ".join(changed)
-    raise ConfigError(f"run `{plan.name}`", found, hint=hint)
+    check_same_plan(before, plan.to_json(), folder, others=["adapters"])
 
 
 def make_sampling(job: GenerateJob, row: int, place: int) -> Sampling:

@@ -65,7 +65,7 @@ class Fleet:
     async def adapters(self) -> tuple[str, ...]:
         """Names that requests may give; from memory, no replica is asked."""
         await self.catalogue.look()
-        return tuple(sorted({*self.catalogue.names, *self._merged}))
+        return tuple(sorted((*self.catalogue.names, *self._merged)))
 
     async def stats(self) -> list[dict[str, Any]]:
         """What each replica's engine told of itself with the last look at all of them, and `seen_s`, when that was.

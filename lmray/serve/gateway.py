@@ -140,7 +140,7 @@ class _Gateway:
 
     async def model(self, http: Request, name: str) -> dict[str, Any]:
         key = self._key(http)
-        return self._card(name, self._adapter(name, await self._names(key), key))
+        return self._card(name, await self._adapter(name, key))
 
     async def chat(self, http: Request) -> Response:
         return await self._answer(http, lambda body: Chat(read_request(ChatRequest, body), self._tokenizer))
@@ -155,7 +155,7 @@ class _Gateway:
         take = account.leaving.enter_context(self._quotas.using(key, lambda: account.num_answer_tokens))
         content = await read_body(http, limits)
         form = await self._beside(http, lambda: form_of(decode(content)))
-        adapter = self._adapter(form.asked.model, await self._names(key), key)
+        adapter = await self._adapter(form.asked.model, key)
         account.model = adapter or self._settings.model
         salt = key.name if key is not None else ""  # or a key could find out what others asked, by how fast it is read
         requests = await self._beside(http, lambda: self._read(form, adapter, salt))
@@ -208,14 +208,16 @@ class _Gateway:
         names: dict[str, str | None] = {base: None}
         for adapter in await self._backend.adapters():
             names |= {adapter: adapter, f"{base}:{adapter}": adapter}
-        if key is None or not key.models:
-            return names
-        return {name: adapter for name, adapter in names.items() if (adapter or base).partition("@")[0] in key.models}
+        return {name: adapter for name, adapter in names.items() if key is None or key.may_ask(adapter or base)}
 
-    def _adapter(self, model: str, names: Mapping[str, str | None], key: ApiKey | None) -> str | None:
-        plain = self._settings.aliases().get(model.removeprefix(f"{self._settings.model}:"), model)
-        if plain in names:
-            return names[plain]
+    async def _adapter(self, model: str, key: ApiKey | None) -> str | None:
+        """The adapter behind `model` in a request with `key`; None is the base model. Raises AnswerError."""
+        base, adapters = self._settings.model, await self._backend.adapters()  # which brings aliases up to date as well
+        plain = model.removeprefix(f"{base}:")
+        adapter = None if model == base else self._settings.aliases().get(plain, plain)
+        if (adapter is None or adapter in adapters) and (key is None or key.may_ask(adapter or base)):
+            return adapter
+        names = await self._names(key)
         if key is not None and key.models:  # whether there is one of that name is not this key's to know
             found = f"this key may not ask `{model}`; it may ask: {_listed(names) or 'none that is served'}"
             raise AnswerError(403, error_body(found, code="model_not_allowed", param="model"))

@@ -38,6 +38,10 @@ class ApiKey(Config):
     metrics: bool = False
     """Whether it may read `/metrics`, which tells of all keys."""
 
+    def may_ask(self, name: str) -> bool:
+        """Whether it may ask the model or adapter `name`, in whatever version (`NAME@VERSION`)."""
+        return not self.models or name.partition("@")[0] in self.models
+
 
 class KeyFile(Config):
     keys: Annotated[tuple[ApiKey, ...], Field(min_length=1)]

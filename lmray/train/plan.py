@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from lmray.artifacts.files import read_json, sha256_json
+from lmray.artifacts.same_plan import check_same_plan
 from lmray.config import dump
-from lmray.errors import ArtifactError, ConfigError
+from lmray.errors import ArtifactError
 from lmray.job import TrainJob
 from lmray.models.precision import resolve_dtype
 from lmray.models.rope import RopeScaling
@@ -254,19 +255,8 @@ def _model_facts(job: TrainJob, ready: Prepared, shape: ModelShape) -> dict[str,
 def check_same_run(plan: Plan, folder: Path) -> None:
     """Raises ConfigError where `folder` holds another run under the same name, naming what differs."""
     before = _earlier(folder)
-    if before is None or before["run_key"] == plan.run_key:
-        return
-    keys = sorted(set(before["fields"]) | set(plan.fields))
-    changed = [
-        f"{key}: {before['fields'].get(key)} -> {plan.fields.get(key)}"
-        for key in keys
-        if before["fields"].get(key) != plan.fields.get(key)
-    ]
-    changed += [
-        f"{part} digest" for part in ("model", "data") if before[part]["digest"] != getattr(plan, part)["digest"]
-    ]
-    hint = f"give the job another `name`, or remove {folder} to start over"
-    raise ConfigError(f"run `{plan.name}`", "is already there with other content: " + "; ".join(changed), hint=hint)
+    if before is not None:
+        check_same_plan(before, plan.to_json(), folder)
 
 
 def continued(plan: Plan, folder: Path) -> Plan:
