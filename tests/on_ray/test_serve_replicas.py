@@ -91,11 +91,17 @@ def break_engine(job: ServeJob) -> None:
             live.engine._stepper.step = fail
         return live is not None
 
-    for actor in replica_actors(job):  # the others start, or end
-        with suppress(ValueError, RayActorError):
-            if ray.get(ray.get_actor(actor, namespace="serve").__ray_call__.remote(spoil)):
-                return wait_until(lambda actor=actor: actor not in replica_actors(job), "the replica's end")
-    raise AssertionError("none is running")
+    def spoilt() -> list[str]:
+        """The first that runs: the others start, or end."""
+        for actor in replica_actors(job):
+            with suppress(ValueError, RayActorError):
+                if ray.get(ray.get_actor(actor, namespace="serve").__ray_call__.remote(spoil)):
+                    return [actor]
+        return []
+
+    found: list[str] = []
+    wait_until(lambda: found.extend(spoilt()) or found, "a replica that runs")
+    wait_until(lambda: found[0] not in replica_actors(job), "the replica's end")
 
 
 def test_an_endpoint_goes_down_to_no_replica_and_comes_back_when_asked(job, monkeypatch):
