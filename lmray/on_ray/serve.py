@@ -43,6 +43,8 @@ _RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
 """An exception as a traceback ends with it, with the lines `allowed:` and `hint:` below."""
 _LOG = logging.getLogger(__name__)
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
+_PATIENT = {"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{READY_TIMEOUT_S:.0f}"}}}
+"""Of Ray Serve's controller, which else kills a proxy that takes 5 s to start, as one does on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -205,14 +207,24 @@ def serve(job: ServeJob, *, ended: Callable[[], bool] = lambda: False) -> Servic
     service = Service(_Serving(job, prepare(job), _cpus_per_replica(job)), ended=ended)
     _check_free(job)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray_serve.start(http_options={"host": job.http.host, "port": job.http.port}, logging_config=_QUIET)
     try:
+        _start_ray_serve(job)
         service._start(service._serving)
         _await_ready(service.url)
     except BaseException:
         service.stop()
         raise
     return service
+
+
+def _start_ray_serve(job: ServeJob) -> None:
+    """Raises RemoteError where it cannot, as where the port is taken."""
+    http = {"host": job.http.host, "port": job.http.port}
+    try:
+        ray_serve.start(http_options=http, logging_config=_QUIET, controller_options=_PATIENT)
+    except (RayError, RuntimeError, TimeoutError) as error:
+        found = f"Ray Serve did not start: {str(error).strip().splitlines()[-1]}"
+        raise RemoteError(f"endpoint `{job.name}`", found, hint="is the port free, and the machine idle?") from None
 
 
 def _end_ray_serve() -> None:

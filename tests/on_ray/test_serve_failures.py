@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray import serve as ray_serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
@@ -49,6 +50,20 @@ def test_weights_that_cannot_be_read_are_named_with_the_replicas_own_words(job, 
     assert f"did not start: model folder {tmp_path / 'tiny'}: cannot be loaded" in str(caught.value)
     assert "hint: download or convert it again" in str(caught.value)
     assert ray_serve.status().applications == {}
+
+
+def test_ray_serve_that_does_not_start_is_named_and_ended(job, monkeypatch):
+    begin = ray_serve.start
+
+    def late(**told):
+        begin(**told)
+        raise TimeoutError("HTTP proxies not available after 60s.")
+
+    monkeypatch.setattr(ray_serve, "start", late)
+    with pytest.raises(RemoteError, match="Ray Serve did not start: HTTP proxies not available"):
+        serve(job)
+    with pytest.raises(ValueError, match="Failed to look up actor"):
+        ray.get_actor(module.CONTROLLER, module.NAMESPACE)
 
 
 def test_replicas_that_can_never_be_placed_are_refused(job):
