@@ -11,9 +11,10 @@ from fastapi.responses import Response
 
 from lmray.engines.openai import Openai
 from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError, LmrayError, RemoteError
+from lmray.testing.listening import listening
 from tests.unit.engines.conftest import STOP
 from tests.unit.engines.remote import Running, Scripted, chunk, events, request, run
-from tests.unit.engines.vllm_server import NAME, VllmServer, listening
+from tests.unit.engines.vllm_server import NAME, VllmServer
 
 
 def test_closing_the_generator_hangs_up_and_frees_the_place(empty):
