@@ -12,13 +12,15 @@ from typing import Any
 import uvicorn
 
 STARTS_S = 120.0
+PORTS = range(20500, 30000)
+"""Above those that Ray gives its workers, below those that the system gives to whoever asks for any."""
 NUM_TRIES = 100
 
 
 def free_port() -> int:
-    """One that the system gives to nobody else meanwhile: it picks from higher ones."""
+    """One that nobody else is given meanwhile."""
     with socket.socket() as probe:
-        for port in random.SystemRandom().sample(range(18000, 28000), NUM_TRIES):
+        for port in random.SystemRandom().sample(PORTS, NUM_TRIES):
             with suppress(OSError):
                 probe.bind(("127.0.0.1", port))
                 return port

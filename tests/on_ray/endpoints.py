@@ -78,12 +78,12 @@ def kill_replica(job: ServeJob) -> None:
     wait_until(killed, "a replica to kill")
 
 
-def resident_bytes(job: ServeJob) -> list[int]:
-    """Memory of each engine replica's process."""
+def resident_bytes(job: ServeJob, deployment: str = "engine") -> list[int]:
+    """Memory of the process of each replica of `deployment`."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.cmdline()[:1] and f"ServeReplica:{job.name}:engine" in process.cmdline()[0]:
+            if process.cmdline()[:1] and f"ServeReplica:{job.name}:{deployment}" in process.cmdline()[0]:
                 found.append(process.memory_info().rss)
     return found
 
@@ -108,6 +108,7 @@ class Outcome:
     """Whether a first token came."""
     first_s: float = 0.0
     error: str = ""
+    ended_s: float = 0.0
 
 
 class Load:
@@ -154,4 +155,4 @@ class Load:
                 text += chunk.choices[0].delta.content or ""
         except openai.OpenAIError as failure:
             error = f"{type(failure).__name__}: {failure}"
-        return Outcome(model, text, started_s, bool(first_s), first_s, error)
+        return Outcome(model, text, started_s, bool(first_s), first_s, error, time.monotonic())
