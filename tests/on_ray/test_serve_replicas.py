@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 import ray
-from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 
 from lmray.errors import ConfigError
@@ -116,8 +115,7 @@ def test_an_endpoint_goes_down_to_no_replica_and_comes_back_when_asked(job, monk
         assert httpx.get(f"{service.url}/ready", timeout=60).status_code == 200, "it would be answered"
         listed = httpx.get(f"{service.url}/v1/models", timeout=60).json()
         assert {one["id"] for one in listed["data"]} >= set(NAMES), "names are known without a replica"
-        assert ask(service.url, NAMES) == answers
-        assert ray_serve.status().applications[alone.name].deployments["engine"].replica_states
+        assert ask(service.url, NAMES) == answers, "a replica has come back"
 
 
 def test_a_merged_model_answers_under_its_name_and_a_promotion_replaces_it_without_a_lost_request(job, root):

@@ -53,7 +53,7 @@ def test_an_answer_that_nobody_waits_for_after_its_last_token_leaves_nothing_beh
         taking.cancel()  # while the rest of the answer is waited for
         with pytest.raises(asyncio.CancelledError):
             await taking
-        await asyncio.wait_for(engine.remove_adapter("helper@1"), 10)
+        await asyncio.wait_for(engine.remove_adapter("helper@1"), 60)
         return engine.stats()
 
     with listening(server.app()) as url:

@@ -18,7 +18,7 @@ from lmray.testing.listening import listening
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import LETTER_A, FakeBackend
 
-LIMITS = HttpLimits(body_timeout_s=0.2, send_timeout_s=0.2)
+LIMITS = HttpLimits(body_timeout_s=2.0, send_timeout_s=1.0)
 MEGABYTE = 2**20
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 

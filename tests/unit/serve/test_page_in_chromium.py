@@ -27,7 +27,7 @@ from tests.unit.serve.test_envelope import KEYS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives a browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-TIMEOUT_MS = 30_000
+TIMEOUT_MS = 120_000
 HELD_TOKENS = 8
 """Enough bytes for a character."""
 ADAPTERS = ("helper", "関数")

@@ -85,7 +85,7 @@ def test_a_body_that_takes_long_to_read_keeps_nobody_else_waiting(tokenizer, ids
 
     def held(kind: Any, body: Any) -> Any:
         entered.set()
-        assert opened.wait(20)
+        assert opened.wait(60)
         return read(kind, body)
 
     monkeypatch.setattr(gateway, "read_request", held)
