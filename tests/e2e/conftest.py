@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -78,6 +78,14 @@ class Shell:
         return [one for one in psutil.process_iter() if _session(one.pid) == process.pid and _runs(one)]
 
 
+def words(process: psutil.Process) -> str:
+    """Of its command line; none where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def _session(pid: int) -> int | None:
     try:
         return os.getsid(pid)
@@ -116,7 +124,8 @@ def shell(tmp_path) -> Iterator[Shell]:
     yield shell
     for process in shell.started:
         for left in shell.alive(process):
-            left.kill()
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
 
 
 @pytest.fixture

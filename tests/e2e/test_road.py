@@ -16,7 +16,7 @@ from openai import OpenAI
 from lmray.metrics.events import read_events
 from lmray.testing.listening import free_port
 from lmray.testing.waiting import wait_until
-from tests.e2e.conftest import ROOT, one_json
+from tests.e2e.conftest import ROOT, one_json, words
 
 
 def answers(url: str) -> bool:
@@ -127,7 +127,8 @@ def test_killed_in_the_middle_the_same_command_goes_on(shell, train_file, tmp_pa
 
 def _writes(process: psutil.Process) -> bool:
     """Ray's two node agents outlive a killed raylet by a while; they touch nothing of ours."""
-    return not any(agent in " ".join(process.cmdline()) for agent in ("DashboardAgent", "RuntimeEnvAgent"))
+    told = words(process)
+    return bool(told) and not any(agent in told for agent in ("DashboardAgent", "RuntimeEnvAgent"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
