@@ -16,6 +16,7 @@ RAY_FOLDERS = {"on_ray", "e2e"}
 """Tests here share a cluster or start their own: one process of `make test` runs them all, and begins with them."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if RAY_FOLDERS & set(item.path.relative_to(config.rootpath).parts):

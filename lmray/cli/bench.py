@@ -16,7 +16,7 @@ BENCHES = Path(lmray.__file__).resolve().parents[1] / "tests" / "bench"
 
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="train, serve, endpoint, memory, overhead, rope")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="train, serve, endpoint, soak, memory, overhead, rope")],
 ) -> None:
     """Run a benchmark of the repository. What follows the name is the benchmark's; `--help` lists it."""
     from lmray.errors import ConfigError, did_you_mean

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import ray
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
@@ -230,7 +230,7 @@ def _start_ray_serve(job: ServeJob) -> None:
 def _end_ray_serve() -> None:
     """`serve.shutdown()` whose call to the controller, which the controller's end answers, is not tried again: Ray
     prints of each such call that it failed."""
-    with suppress(ValueError, RayActorError):
+    with suppress(ValueError, RayActorError, GetTimeoutError):  # a controller that is slow to end is ended below
         controller: Any = ray.get_actor(CONTROLLER, NAMESPACE)
         client: Any = _get_global_client()
         client.shutdown_cached_handles()  # or they would start another Ray once this one is gone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lmray.artifacts.store import run_folder
 from lmray.config import Document, decode
@@ -14,6 +14,7 @@ from lmray.job import GenerateJob, TrainJob
 from lmray.metrics.events import read_events
 from lmray.train.program import train
 
+J = TypeVar("J", TrainJob, GenerateJob)
 WORDS = ("red", "green", "blue", "赤", "緑", "青", "one", "two")
 
 
@@ -51,9 +52,7 @@ def tiny_job(model: Path, data: Path, storage: Path, **changes: Any) -> TrainJob
             "train": {"per_device_train_batch_size": 4, "learning_rate": 0.01, "max_steps": 6, "save_steps": 2},
         },
     )
-    for key, value in changes.items():
-        document = set_value(document, key.split("__"), value, f"change {key}")
-    return decode(TrainJob, document)
+    return _decoded(TrainJob, document, changes)
 
 
 def tiny_generate_job(model: Path, data: Path, storage: Path, **changes: Any) -> GenerateJob:
@@ -72,9 +71,13 @@ def tiny_generate_job(model: Path, data: Path, storage: Path, **changes: Any) ->
             "resources": {"cpus_per_worker": 1},
         },
     )
+    return _decoded(GenerateJob, document, changes)
+
+
+def _decoded(kind: type[J], document: Document, changes: dict[str, Any]) -> J:
     for key, value in changes.items():
         document = set_value(document, key.split("__"), value, f"change {key}")
-    return decode(GenerateJob, document)
+    return decode(kind, document)
 
 
 def run_here(job: TrainJob, scratch: Path, *, stop_at: int | None = None) -> Result:

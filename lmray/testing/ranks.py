@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -15,24 +14,22 @@ import torch
 from lmray.artifacts.store import run_folder
 from lmray.context import Result
 from lmray.job import TrainJob
+from lmray.testing.listening import free_port
 from lmray.train.group import torchrun_context
 from lmray.train.program import train
 
 _PROCESSES = get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["lmray.train.program", "lmray.train.group"])
+_PROCESSES.set_forkserver_preload(["lmray.train.program", "lmray.train.group", "deepspeed"])
 
 
 class RankDiedError(Exception):
     """A rank that ended without a word."""
 
 
-def outcomes(count: int, act: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
+def outcomes(count: int, act: Callable[..., Any], *args: Any, timeout_s: float = 400.0) -> list[Any]:
     """What `act(rank, *args)` gave in each of `count` processes with a process group's environment, or the exception
     that ended it. `act` must be importable. Raises TimeoutError, after ending all of them, where one hangs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
+    port, ranks = free_port(), []
     for rank in range(count):
         ours, theirs = _PROCESSES.Pipe()
         process = _PROCESSES.Process(target=_be, args=(theirs, (rank, count, port), act, args), daemon=True)

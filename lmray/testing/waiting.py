@@ -9,7 +9,7 @@ from collections.abc import Callable
 POLL_S = 0.02
 
 
-def wait_until(condition: Callable[[], object], what: str, *, timeout_s: float = 120.0) -> None:
+def wait_until(condition: Callable[[], object], what: str, *, timeout_s: float = 300.0) -> None:
     """Returns as soon as `condition()` is true. Raises TimeoutError saying `what` did not happen."""
     tick, deadline = threading.Event(), time.monotonic() + timeout_s
     while not condition():

@@ -19,9 +19,10 @@ from lmray.engines.base import EngineConfig, Request, Sampling
 from lmray.errors import ArtifactError, ConfigError, DataError
 from lmray.models.load import load_empty_model, load_model, load_tokenizer, stop_token_ids
 from lmray.registry import ENGINES
+from lmray.testing.listening import listening
 from lmray.testing.tiny import tiny_adapter_folder, tiny_config, tiny_model_folder
 from tests.unit.engines import vllm_command
-from tests.unit.engines.vllm_server import NAME, VllmServer, listening
+from tests.unit.engines.vllm_server import NAME, VllmServer
 
 VLLM_COMMAND = Path(vllm_command.__file__)
 NUM_NEW = 16

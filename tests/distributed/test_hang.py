@@ -33,22 +33,34 @@ def job(tiny_model, tiny_data, tmp_path):
     return make
 
 
+HANGS, look = threading.Event(), hang.Watchdog.look
+
+
 def never_comes_back(model, batch):
     if PULSE.step == 4:
+        HANGS.set()
         threading.Event().wait()
     return sft_loss(model, batch)
 
 
+def loses_patience(watchdog: hang.Watchdog) -> str | None:
+    """Once it hangs, and no sooner: how long steps take here says nothing."""
+    if HANGS.is_set():
+        watchdog.timeout_s = 1.0
+    return look(watchdog)
+
+
 def _hanging(rank: int, job) -> Result:
+    hang.LONGEST_LOOK_S = 0.5
     if rank == 1:
-        sft.sft_loss = never_comes_back
+        sft.sft_loss, hang.Watchdog.look = never_comes_back, loses_patience
     with torchrun_context(run_folder(job)) as ctx:
         return train(job, ctx)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_a_rank_that_hangs_ends_all_with_their_stacks_and_the_run_goes_on(job, tmp_path, sharding):
-    one = job(8.0, sharding=sharding)
+    one = job(120.0, sharding=sharding)
     found = outcomes(2, _hanging, one)
     assert [str(end) for end in found] == [f"exit code {hang.HUNG}"] * 2
     folder = run_folder(one)
@@ -86,6 +98,6 @@ def _holding(rank: int, job, log: Path) -> None:
 
 
 def test_a_process_in_which_no_thread_can_run_any_more_ends_with_its_stacks(job, tmp_path):
-    (end,) = outcomes(1, _holding, job(3.0, 1), tmp_path / "stderr")
+    (end,) = outcomes(1, _holding, job(6.0, 1), tmp_path / "stderr")
     assert str(end) == "exit code 1"
     assert "in holds_the_lock" in (tmp_path / "stderr").read_text(encoding="utf-8")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
+import ray
 import yaml
 
+from lmray.cli import main
 from lmray.config import dump
 from lmray.testing.jobs import tiny_job
 
@@ -33,7 +38,19 @@ class Shell:
         """`lmray ARGUMENTS`, to its end."""
         return self.python("-m", "lmray", *arguments, **options)
 
-    def python(self, *arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    def lmray_here(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """The same in this process, for what is to end before Ray starts: another process costs seconds."""
+        out, err = io.StringIO(), io.StringIO()
+        with ExitStack() as stack:
+            stack.enter_context(patch.dict(os.environ, self.env, clear=True))
+            stack.enter_context(patch.object(ray, "init", side_effect=AssertionError("Ray started")))
+            for one in (chdir(self.folder), redirect_stdout(out), redirect_stderr(err)):
+                stack.enter_context(one)
+            left = stack.enter_context(pytest.raises(SystemExit))
+            main(list(arguments))
+        return subprocess.CompletedProcess(arguments, int(left.value.code or 0), out.getvalue(), err.getvalue())
+
+    def python(self, *arguments: str, timeout_s: float = 500) -> subprocess.CompletedProcess[str]:
         """The tests' own Python with `arguments`."""
         command = [sys.executable, *arguments]
         return subprocess.run(
@@ -59,6 +76,14 @@ class Shell:
     def alive(self, process: subprocess.Popen[str]) -> list[psutil.Process]:
         """What `process`, a started one, and all it started still have running."""
         return [one for one in psutil.process_iter() if _session(one.pid) == process.pid and _runs(one)]
+
+
+def words(process: psutil.Process) -> str:
+    """Of its command line; none where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _session(pid: int) -> int | None:
@@ -89,6 +114,7 @@ def shell(tmp_path) -> Iterator[Shell]:
         "LMRAY_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_prestart_worker_first_driver": "0",
         "PYTHONIOENCODING": "utf-8",
     }
     (tmp_path / "home").mkdir()
@@ -98,7 +124,8 @@ def shell(tmp_path) -> Iterator[Shell]:
     yield shell
     for process in shell.started:
         for left in shell.alive(process):
-            left.kill()
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from lmray.job import load
 from lmray.metrics.events import read_events
 from lmray.testing.jobs import curve, run_here
 from lmray.testing.waiting import wait_until
-from tests.e2e.conftest import last_step, one_json
+from tests.e2e.conftest import last_step, one_json, words
 
 TURNS = ("RayTrainWorker", "TrainController", "RayTrainWorker", "TrainController", "driver")
 KILLS, STEPS, SAVE_STEPS, SEED = 20, 800, 10, 0
@@ -24,20 +24,13 @@ def victims(shell, driver, name: str, run, target: int) -> list[psutil.Process]:
 
     def there() -> bool:
         if driver.poll() is None and last_step(run) >= target:
-            found[:] = [one for one in shell.alive(driver) if name in " ".join(_words(one))]
+            found[:] = [one for one in shell.alive(driver) if name in words(one)]
             found[:] = [psutil.Process(driver.pid)] if name == "driver" else found
         return bool(found) or driver.poll() is not None
 
     wait_until(there, f"{name} at step {target}", timeout_s=300)
     assert driver.poll() is None, driver.communicate()
     return found
-
-
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_no_request_is_lost_nor_answered_by_another_adapter(ray_cluster, tmp_pat
         with Load(service.url, NAMES, at_once=AT_ONCE, max_tokens=MAX_TOKENS) as load:
             wait_until(lambda: len(resident_bytes(job)) == 2, "a second replica")
             load.wait_for(20)
-            kill_replica(replica_actors(job)[0])
+            kill_replica(job)
             load.wait_for(40)
             keep_version(root, NAMES[0], seed=101)
             load.wait_for(40)

@@ -1,4 +1,4 @@
-"""The whole road as a user walks it: check, run, promote, export, serve, ask, roll back."""
+"""The whole road as a user walks it: check, run, promote, export, serve, ask; what is wrong on the way is told."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import urllib.request
 
 import psutil
@@ -15,14 +14,9 @@ import yaml
 from openai import OpenAI
 
 from lmray.metrics.events import read_events
+from lmray.testing.listening import free_port
 from lmray.testing.waiting import wait_until
-from tests.e2e.conftest import ROOT, one_json
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.e2e.conftest import ROOT, one_json, words
 
 
 def answers(url: str) -> bool:
@@ -55,7 +49,7 @@ def compare(shell, train_file):
     job["targets"] = [{"label": "base"}, {"label": "shots", "num_fewshot": 2}, {"label": "tuned", "adapter": "colours"}]
     job["evaluate"] = {"tasks": ["json_match", "loss"], "max_examples": 2, "max_new_tokens": 4}
     (shell.folder / "compare.yaml").write_text(yaml.safe_dump(job, allow_unicode=True), encoding="utf-8")
-    unknown = shell.lmray("run", "compare.yaml", "targets.2.adapter=colour")
+    unknown = shell.lmray_here("run", "compare.yaml", "targets.2.adapter=colour")
     assert unknown.returncode == 2 and "did you mean `colours`" in unknown.stderr
     done = shell.lmray("run", "compare.yaml", "--json")
     assert done.returncode == 0, done.stderr
@@ -72,7 +66,8 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
     assert one_json(checked.stdout)["steps"] == 6
     assert not (tmp_path / "store").exists(), "a check writes nothing"
 
-    trained = shell.lmray("run", "train.yaml", "--json")
+    shutil.copytree(ROOT / "jobs", shell.folder / "jobs")
+    trained = shell.python("jobs/run.py", "train.yaml", "--json")
     assert trained.returncode == 0, trained.stderr
     result = one_json(trained.stdout)
     assert result["status"] == "succeeded" and result["artifact"].startswith("colours@")
@@ -80,11 +75,11 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
     assert "step 6/6" in trained.stderr
     again = shell.lmray("run", "train.yaml", "--json")
     assert (again.returncode, one_json(again.stdout)["status"]) == (0, "already-done")
-    other = shell.lmray("run", "train.yaml", "adapter.r=2")
+    other = shell.lmray_here("run", "train.yaml", "adapter.r=2")
     assert other.returncode == 2 and "adapter.r: 4 -> 2" in other.stderr
 
     compare(shell, train_file)
-    early = shell.lmray("run", str(serve_file(shell, train_file, free_port())))
+    early = shell.lmray_here("run", str(serve_file(shell, train_file, free_port())))
     assert early.returncode == 2 and "no version or stage `production`" in early.stderr
     promoted = shell.lmray("artifacts", "promote", "colours", "production", "--json")
     assert promoted.returncode == 0, promoted.stderr
@@ -97,7 +92,7 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
     try:
         wait_until(lambda: answers(f"http://127.0.0.1:{port}/ready") or service.poll() is not None, "readiness")
         assert service.poll() is None, service.communicate()
-        taken = shell.lmray("run", "serve.yaml", "name=second")
+        taken = shell.lmray_here("run", "serve.yaml", "name=second")
         assert taken.returncode == 2 and f"{port}" in taken.stderr, taken.stderr
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         names = [model.id for model in client.models.list()]
@@ -108,7 +103,7 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
         assert spoken.returncode == 0 and spoken.stdout.strip() == (said.choices[0].message.content or "").strip()
     finally:
         os.killpg(service.pid, signal.SIGINT)
-        _, errors = service.communicate(timeout=120)
+        _, errors = service.communicate(timeout=300)
     assert service.returncode == 130, errors
     assert not answers(f"http://127.0.0.1:{port}/health")
 
@@ -132,7 +127,8 @@ def test_killed_in_the_middle_the_same_command_goes_on(shell, train_file, tmp_pa
 
 def _writes(process: psutil.Process) -> bool:
     """Ray's two node agents outlive a killed raylet by a while; they touch nothing of ours."""
-    return not any(agent in " ".join(process.cmdline()) for agent in ("DashboardAgent", "RuntimeEnvAgent"))
+    told = words(process)
+    return bool(told) and not any(agent in told for agent in ("DashboardAgent", "RuntimeEnvAgent"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -142,17 +138,14 @@ def test_asked_to_end_it_saves_and_leaves_with_130(shell, train_file, tmp_path, 
     running = shell.start("run", "train.yaml", "train.max_steps=100000", "train.save_steps=100000", "--json")
     wait_until(lambda: read_events(folder / "events.jsonl") or running.poll() is not None, "a first step")
     os.killpg(running.pid, number)
-    out, errors = running.communicate(timeout=120)
+    out, errors = running.communicate(timeout=300)
     assert running.returncode == 130, errors
     assert one_json(out)["status"] == "stopped"
     (checkpoint,) = folder.glob("checkpoint-*")
     assert int(checkpoint.name.rpartition("-")[2]) == len(read_events(folder / "events.jsonl"))
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_jobs_run_py_is_the_same_call(shell, train_file, wrong):
+def test_jobs_run_py_says_what_is_wrong_as_the_command_does(shell, train_file):
     shutil.copytree(ROOT / "jobs", shell.folder / "jobs")
-    override = "train.max_stepz=1" if wrong else "train.max_steps=1"
-    done = shell.python("jobs/run.py", "train.yaml", override)
-    assert done.returncode == (2 if wrong else 0), done.stderr
-    assert ("did you mean `max_steps`" in done.stderr) if wrong else ("succeeded" in done.stdout + done.stderr)
+    done = shell.python("jobs/run.py", "train.yaml", "train.max_stepz=1")
+    assert done.returncode == 2 and "did you mean `max_steps`" in done.stderr, done.stderr

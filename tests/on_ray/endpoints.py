@@ -4,8 +4,6 @@ many clients that goes on until it is told to stop."""
 from __future__ import annotations
 
 import itertools
-import random
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store
 from lmray.job import ServeJob
 from lmray.models.source import find_model
+from lmray.testing.listening import free_port
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
 from lmray.testing.waiting import wait_until
 
@@ -60,32 +59,31 @@ def keep_version(root: Path, name: str, *, seed: int) -> str:
     return artifacts.promote(artifacts.keep(name, folder, base=base).ref, "production").ref
 
 
-def free_port() -> int:
-    """One that the system gives to nobody else meanwhile: it picks from higher ones."""
-    with socket.socket() as probe:
-        for port in random.sample(range(18000, 28000), 100):
-            with suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                return port
-    raise AssertionError("none of a hundred ports is free")
-
-
 def replica_actors(job: ServeJob) -> list[str]:
     """Actor names of the engine replicas that are there, also of those that start or end."""
     names = ray.util.list_named_actors(all_namespaces=True)
     return [one["name"] for one in names if f"{job.name}#engine" in one["name"]]
 
 
-def kill_replica(name: str) -> None:
-    ray.kill(ray.get_actor(name, namespace="serve"))
+def kill_replica(job: ServeJob) -> None:
+    """One of those that are there; one that ends by itself meanwhile is none."""
+
+    def killed() -> bool:
+        for name in replica_actors(job):
+            with suppress(ValueError):
+                ray.kill(ray.get_actor(name, namespace="serve"))
+                return True
+        return False
+
+    wait_until(killed, "a replica to kill")
 
 
-def resident_bytes(job: ServeJob) -> list[int]:
-    """Memory of each engine replica's process."""
+def resident_bytes(job: ServeJob, deployment: str = "engine") -> list[int]:
+    """Memory of the process of each replica of `deployment`."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.cmdline()[:1] and f"ServeReplica:{job.name}:engine" in process.cmdline()[0]:
+            if process.cmdline()[:1] and f"ServeReplica:{job.name}:{deployment}" in process.cmdline()[0]:
                 found.append(process.memory_info().rss)
     return found
 
@@ -110,6 +108,7 @@ class Outcome:
     """Whether a first token came."""
     first_s: float = 0.0
     error: str = ""
+    ended_s: float = 0.0
 
 
 class Load:
@@ -144,7 +143,7 @@ class Load:
         self.stop()
 
     def _run(self) -> None:
-        with openai.OpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        with openai.OpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=300) as client:
             while not self._ends.is_set():
                 self.outcomes.append(self._ask(client, next(self._coming)))
 
@@ -156,4 +155,4 @@ class Load:
                 text += chunk.choices[0].delta.content or ""
         except openai.OpenAIError as failure:
             error = f"{type(failure).__name__}: {failure}"
-        return Outcome(model, text, started_s, bool(first_s), first_s, error)
+        return Outcome(model, text, started_s, bool(first_s), first_s, error, time.monotonic())

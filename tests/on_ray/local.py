@@ -21,6 +21,10 @@ def local_ray(root: Path) -> Iterator[None]:
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
         "RAY_DEDUP_LOGS": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        # A replica that is slow to say how much it does is not passed over: a busy machine is no reason to move.
+        "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
+        "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_USAGE_STATS_ENABLED": "0",
     }

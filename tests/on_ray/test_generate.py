@@ -37,24 +37,31 @@ def parts(job) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(answers_folder(job).glob("part-*"))}
 
 
-def kill_the_first_worker(job) -> None:
+def kill_a_worker(job, killed: list[int]) -> None:
     """Once it has begun a shard."""
-    attempts = run_folder(job) / "shards"
-    wait_until(lambda: [*attempts.glob("*.attempts")], "a shard that is begun")
-    with suppress(FileNotFoundError):  # it is done already: then another one's
-        _, pid = next(attempts.glob("*.attempts")).read_text(encoding="utf-8").split()
-        return os.kill(int(pid), signal.SIGKILL)
-    kill_the_first_worker(job)
+
+    def kill() -> bool:
+        for path in (run_folder(job) / "shards").glob("*.attempts"):
+            with suppress(FileNotFoundError):  # it is done already: then another one's
+                _, pid = path.read_text(encoding="utf-8").split()
+                os.kill(int(pid), signal.SIGKILL)
+                killed.append(int(pid))
+                return True
+        return False
+
+    wait_until(kill, "a shard that is begun")
 
 
 def test_shards_of_a_worker_that_is_killed_are_answered_all_the_same(ray_cluster, job, capfd):
     long = {"sampling__max_tokens": 100, "engine__max_length": 256}
     whole, two = job(name="whole", **long), job(name="two", resources__workers=2, **long)
     generate_program(whole, make_plan(whole, prepare(whole)), in_this_process)
-    killer = threading.Thread(target=kill_the_first_worker, args=(two,))
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(two, killed))
     killer.start()
     result = generate(two)
     killer.join()
+    assert killed, "else the test says nothing"
     assert result.status == "succeeded" and result.metrics["generate.rows"] == 12
     assert parts(two) == parts(whole)
     said = capfd.readouterr()

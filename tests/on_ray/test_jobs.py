@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,19 +27,10 @@ from lmray.on_ray.job_client import api_url, connect, speaking
 from lmray.on_ray.jobs import Run, find, last_result, list_jobs, submission_stem, submit
 from lmray.on_ray.portable import portable
 from lmray.testing.jobs import tiny_job
+from lmray.testing.listening import free_port
 from lmray.testing.waiting import wait_until
 
 TOKEN = "a" * 64
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
@@ -52,7 +41,10 @@ PORTS += ("runtime-env-agent-port", "metrics-export-port", "ray-client-server-po
 def head(tmp_path_factory):
     """A Ray head that asks for TOKEN: `url` of its dashboard, `address` of the cluster."""
     root, state = tmp_path_factory.mktemp("head"), tempfile.mkdtemp(prefix="lmray-")  # sockets need a short path
-    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+    numbers: set[int] = set()
+    while len(numbers) < len(PORTS):
+        numbers.add(free_port())
+    ports = dict(zip(PORTS, numbers, strict=True))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "LMRAY_"))}
     environment |= {"HOME": str(root), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
@@ -68,14 +60,14 @@ def head(tmp_path_factory):
         assert process.poll() is None, (root / "head.log").read_text()
         try:
             return requests.get(f"{url}/api/version", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=5).ok
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             return False
 
     try:
         wait_until(answers, "the head's dashboard")
         yield SimpleNamespace(url=url, address=f"127.0.0.1:{ports['port']}")
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        process.terminate()  # not its children: without its nodes the head would wait half a minute for them
         process.wait()
         shutil.rmtree(state, ignore_errors=True)
 
@@ -133,8 +125,8 @@ def test_a_job_is_started_once_and_stops_with_what_it_has(head, token, job):
 
 
 def test_a_job_that_fails_says_why(head, token, job, tiny_data):
-    run = submit(job(name="fails"), address=head.url)
     tiny_data.write_text('{"prompt": "no completion"}\n')
+    run = submit(job(name="fails"), address=head.url)
     with pytest.raises(RemoteError, match=r"row|column|completion") as caught:
         run.result()
     assert f"lmray jobs logs {run.id}" in str(caught.value)

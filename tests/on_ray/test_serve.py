@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import httpx
 import openai
 import pytest
@@ -20,10 +18,14 @@ from lmray.models.load import load_model, load_tokenizer
 from lmray.models.source import find_model
 from lmray.on_ray.serve import serve
 from lmray.serve.client import chat_stream, list_models
+from lmray.testing.listening import free_port
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
+from lmray.testing.waiting import wait_until
 
 MESSAGES = [{"role": "user", "content": "日本語で答えてください 🙂"}]
-MAX_TOKENS = 24
+MAX_TOKENS, MAX_LENGTH = 24, 8192
+STOP = "2"
+"""The tiny tokenizer's end of an answer; without it, one goes on to MAX_LENGTH."""
 KEY = "a key"
 
 
@@ -31,15 +33,12 @@ KEY = "a key"
 def job(ray_cluster, tmp_path_factory) -> ServeJob:
     """An endpoint over the tiny model, with one adapter in production and a key."""
     root = tmp_path_factory.mktemp("serve")
-    model = tiny_model_folder(root / "tiny")
+    model = tiny_model_folder(root / "tiny", max_position_embeddings=MAX_LENGTH)
     artifacts = Artifacts(open_store(str(root / "store")))
     base = {"source": str(model), "revision": None, "digest": find_model(str(model)).digest}
     artifacts.keep("helper", tiny_adapter_folder(model, root / "adapter", seed=1), base=base)
     artifacts.promote("helper", "production")
     (root / "keys").write_text(f"# the test's\n{KEY}\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return ServeJob.model_validate(
         {
             "name": "endpoint",
@@ -48,8 +47,8 @@ def job(ray_cluster, tmp_path_factory) -> ServeJob:
                 {"artifact": "helper", "stage": "production"},
                 {"artifact": "late*", "stage": "production"},
             ],
-            "engine": {"name": "native", "max_batch_size": 4, "max_length": 1024},
-            "http": {"port": port, "api_keys_file": str(root / "keys")},
+            "engine": {"name": "native", "max_batch_size": 4, "max_length": MAX_LENGTH},
+            "http": {"port": free_port(), "api_keys_file": str(root / "keys")},
             "resources": {"cpus_per_worker": 1},
             "storage": str(root / "store"),
         }
@@ -116,9 +115,7 @@ def test_errors_come_back_through_serve_in_openais_shape(service, client):
 
 
 def test_a_full_batch_keeps_no_look_waiting_and_a_client_that_leaves_ends_its_request(service, client, job):
-    told = {"model": "tiny", "messages": MESSAGES, "temperature": 0}
-    length = client.chat.completions.create(**told).usage.completion_tokens
-    assert length > 800, "too short to be left before its end"
+    told = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "logit_bias": {STOP: -100}}
     engine = ray_serve.get_deployment_handle("engine", job.name)
     before = engine.stats.remote().result()["generated_tokens"]
     rows = job.engine.max_batch_size
@@ -130,9 +127,9 @@ def test_a_full_batch_keeps_no_look_waiting_and_a_client_that_leaves_ends_its_re
     assert told_meanwhile["running"] == rows, "it waited for the end of an answer"
     for stream in streams:
         stream.close()
-    while (stats := engine.stats.remote().result())["running"]:
-        pass
-    assert stats["generated_tokens"] - before < rows * length / 2, "they were generated to their end"
+    wait_until(lambda: not engine.stats.remote().result()["running"], "the end of all")
+    stats = engine.stats.remote().result()
+    assert stats["generated_tokens"] - before < rows * MAX_LENGTH / 2, "they were generated to their end"
 
 
 def test_an_adapter_promoted_while_the_endpoint_runs_is_served_and_rolled_back(client, job, texts, tmp_path):
@@ -145,23 +142,17 @@ def test_an_adapter_promoted_while_the_endpoint_runs_is_served_and_rolled_back(c
     folder = tiny_adapter_folder(find_model(job.model.source).folder, tmp_path / "late", seed=2)
     base = artifacts.find("helper").base
     artifacts.promote(artifacts.keep("late", folder, base=base).ref, "production")
-    while "late" not in [model.id for model in client.models.list()]:
-        pass
+    wait_until(lambda: "late" in [model.id for model in client.models.list()], "a new name")
     assert answer("late") not in texts.values()
     artifacts.promote(artifacts.keep("helper", folder, base=base).ref, "production")
-    while answer("helper") == texts["helper"]:
-        pass
+    wait_until(lambda: answer("helper") != texts["helper"], "the new version")
     assert answer("helper") == answer("late")
     artifacts.rollback("helper", "production")
-    while answer("helper") != texts["helper"]:
-        pass
+    wait_until(lambda: answer("helper") == texts["helper"], "the old version")
 
 
 def test_a_second_endpoint_is_refused_while_one_runs(service, job):
     with pytest.raises(CapacityError, match="cannot listen there"):
         serve(job)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        other = probe.getsockname()[1]
     with pytest.raises(CapacityError, match="Ray Serve already runs `endpoint`"):
-        serve(job.changed({"http.port": other}))
+        serve(job.changed({"http.port": free_port()}))

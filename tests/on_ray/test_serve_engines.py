@@ -11,7 +11,8 @@ from lmray.job import ServeJob
 from lmray.models.load import load_model, load_tokenizer, stop_token_ids
 from lmray.on_ray.replicas import EngineReplica
 from lmray.serve.prepare import prepare
-from tests.unit.engines.vllm_server import NAME, VllmServer, listening
+from lmray.testing.listening import listening
+from tests.unit.engines.vllm_server import NAME, VllmServer
 
 PROMPT, NUM_NEW = (5, 6, 7, 8, 9), 12
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from typing import Any
 
 import pytest
@@ -22,20 +21,18 @@ from lmray.on_ray import serve as module
 from lmray.on_ray.cluster import ClusterResources, Node
 from lmray.on_ray.replicas import RoutedReplicas, as_lmray_error
 from lmray.on_ray.serve import serve
+from lmray.testing.listening import free_port
 from lmray.testing.tiny import tiny_model_folder
 
 
 @pytest.fixture
 def job(ray_cluster, tmp_path) -> ServeJob:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return ServeJob.model_validate(
         {
             "name": "endpoint",
             "model": {"source": str(tiny_model_folder(tmp_path / "tiny"))},
             "engine": {"name": "native", "max_length": 64},
-            "http": {"port": port},
+            "http": {"port": free_port()},
             "resources": {"cpus_per_worker": 1},
             "storage": str(tmp_path / "store"),
         }

@@ -8,6 +8,9 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -29,6 +32,7 @@ from lmray.on_ray.train import train
 from lmray.testing.jobs import curve, run_here, tiny_job
 from lmray.testing.matrix import ADAPTERS, sharding, shared_by
 from lmray.testing.waiting import wait_until
+from lmray.train import hang
 from lmray.train.learner import Learner
 
 
@@ -57,20 +61,50 @@ def assert_same(one, expected, *, atol: float) -> None:
 
 def processes(name: str) -> set[int]:
     """Of the local Ray, those that run the actor `name`."""
-    return {one.pid for one in psutil.Process().children(recursive=True) if name in " ".join(one.cmdline())}
+    found = set()
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if name in " ".join(one.cmdline()):
+                found.add(one.pid)
+    return found
 
 
-def train_and(job, act: Callable[[], object], *, at: int) -> Result:
-    """Trains `job`, and does `act` beside it once there are `at` steps."""
-    events = run_folder(job) / "events.jsonl"
-    outcome = {}
-    runner = threading.Thread(target=lambda: outcome.update(result=train(job, progress=False)))
-    runner.start()
-    wait_until(lambda: len(read_events(events)) >= at or not runner.is_alive(), f"{at} steps")
-    assert len(read_events(events)) < job.train.max_steps, "in the middle, else the test says nothing"
-    act()
-    runner.join()
-    return outcome["result"]
+def waiting_at(step: int, gate: Path):
+    """What a worker runs that waits in the loss of `step` until there is `gate`."""
+    worker = on_ray._worker
+
+    def work(job):
+        loss = sft.sft_loss
+
+        def waits(model, batch):
+            if pulse.PULSE.step == step:
+                wait_until(gate.exists, "the test")
+            return loss(model, batch)
+
+        sft.sft_loss = waits
+        return worker(job)
+
+    return work
+
+
+@pytest.fixture
+def train_and(monkeypatch, tmp_path):
+    """Trains a job, and does something beside it once there are `at` steps: the run waits for it soon after."""
+
+    def run(job, act: Callable[[], object], *, at: int) -> Result:
+        events, gate = run_folder(job) / "events.jsonl", tmp_path / "gate"
+        monkeypatch.setattr(on_ray, "_worker", waiting_at(at + 2, gate))
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(train, job, progress=False)
+            wait_until(lambda: len(read_events(events)) >= at or running.done(), f"{at} steps")
+            assert not running.done(), running.result()
+            try:
+                act()
+            finally:
+                gate.touch()
+            return running.result()
+
+    return run
 
 
 def killing(actor: str, count: int = 1) -> Callable[[], None]:
@@ -85,8 +119,8 @@ def killing(actor: str, count: int = 1) -> Callable[[], None]:
     return kill
 
 
-def test_a_killed_worker_loses_nothing_and_the_curve_is_the_local_one(ray_cluster, job, tmp_path):
-    changes = {"train__max_steps": 40, "train__save_steps": 4, "output": {"artifact": "kept"}}
+def test_a_killed_worker_loses_nothing_and_the_curve_is_the_local_one(ray_cluster, job, train_and, tmp_path):
+    changes = {"train__max_steps": 16, "train__save_steps": 4, "output": {"artifact": "kept"}}
     local, remote = job("local", **changes), job("remote", **changes)
     run_here(local, tmp_path / "scratch")
     result = train_and(remote, killing("RayTrainWorker"), at=10)
@@ -111,9 +145,9 @@ def test_a_killed_worker_loses_nothing_and_the_curve_is_the_local_one(ray_cluste
     ],
 )
 def test_two_workers_give_the_curve_of_one_also_when_one_is_killed(
-    ray_cluster, job, tmp_path, strategy, adapter, killed
+    ray_cluster, job, train_and, tmp_path, strategy, adapter, killed
 ):
-    steps = 24 if killed else 4
+    steps = 12 if killed else 4
     changes = {"train__max_steps": steps, "train__save_steps": 4, "evaluate": {"tasks": ["loss"]}}
     local = job("local", adapter=adapter, **changes, **shared_by(1))
     remote = job("remote", adapter=adapter, **changes, **shared_by(2), sharding=sharding(strategy, tmp_path))
@@ -130,18 +164,25 @@ def test_two_workers_give_the_curve_of_one_also_when_one_is_killed(
 
 
 def hanging_at(step: int, until: int):
-    """What a worker runs whose loss never comes at `step`, in the attempts before number `until`."""
+    """What a worker runs whose loss never comes at `step`, in the attempts before number `until`. Then, and no sooner,
+    its watchdog loses patience: how long steps take here says nothing."""
     worker = on_ray._worker
 
     def work(job):
-        loss, folder = sft.sft_loss, run_folder(job)
+        loss, look, folder, hangs = sft.sft_loss, hang.Watchdog.look, run_folder(job), threading.Event()
 
         def never_comes_back(model, batch):
             if pulse.PULSE.step == step and len(read_attempts(folder)) < until:
+                hangs.set()
                 threading.Event().wait()
             return loss(model, batch)
 
-        sft.sft_loss = never_comes_back
+        def loses_patience(watchdog):
+            if hangs.is_set():
+                watchdog.timeout_s = 1.0
+            return look(watchdog)
+
+        sft.sft_loss, hang.Watchdog.look, hang.LONGEST_LOOK_S = never_comes_back, loses_patience, 0.5
         return worker(job)
 
     return work
@@ -152,7 +193,7 @@ def test_a_worker_that_hangs_starts_again_and_one_that_hangs_on_is_an_error(
 ):
     local, remote = (job(name, train__max_steps=12, train__save_steps=4) for name in ("local", "remote"))
     run_here(local, tmp_path / "scratch")
-    remote = remote.changed({"resources.step_timeout_s": 10.0, "resources.max_failures": 1})
+    remote = remote.changed({"resources.step_timeout_s": 120.0, "resources.max_failures": 1})
     folder = run_folder(remote)
     monkeypatch.setattr(on_ray, "_worker", hanging_at(7, until=3))
     with pytest.raises(HangError, match="rank 0 of 1 at step 7, micro-batch 1 of 1: no progress for") as caught:
@@ -176,8 +217,10 @@ def test_a_worker_that_hangs_starts_again_and_one_that_hangs_on_is_an_error(
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize(("strategy", "adapter"), [("fsdp2", "lora"), ("zero 3", "full")])
-def test_what_two_workers_saved_goes_on_on_one_and_on_four(ray_cluster, job, tmp_path, strategy, adapter, workers):
-    changes = {"adapter": adapter, "train__max_steps": 24, "train__save_steps": 1000}
+def test_what_two_workers_saved_goes_on_on_one_and_on_four(
+    ray_cluster, job, train_and, tmp_path, strategy, adapter, workers
+):
+    changes = {"adapter": adapter, "train__max_steps": 12, "train__save_steps": 1000}
     local = job("local", **changes, **shared_by(1))
     remote = job("remote", **changes, **shared_by(2), sharding=sharding(strategy, tmp_path))
     run_here(local, tmp_path / "scratch")
@@ -187,14 +230,14 @@ def test_what_two_workers_saved_goes_on_on_one_and_on_four(ray_cluster, job, tmp
     assert_same(remote, local, atol=1e-5)
 
 
-def test_asked_to_stop_it_saves_and_the_same_job_goes_on(ray_cluster, job, tmp_path):
-    remote = job("remote", name="実験", train__max_steps=30, train__save_steps=1000)
-    local = job("local", train__max_steps=30, train__save_steps=1000)
+def test_asked_to_stop_it_saves_and_the_same_job_goes_on(ray_cluster, job, train_and, tmp_path):
+    remote = job("remote", name="実験", train__max_steps=12, train__save_steps=1000)
+    local = job("local", train__max_steps=12, train__save_steps=1000)
     run_here(local, tmp_path / "scratch")
     folder = run_folder(remote)
     result = train_and(remote, (folder / STOP).touch, at=1)
     done = len(read_events(folder / "events.jsonl"))
-    assert result.status == "stopped" and 0 < done < 30
+    assert result.status == "stopped" and 0 < done < 12
     assert [path.name for path in folder.rglob("checkpoint-*")] == [f"checkpoint-{done:08d}"]
     assert train(remote, progress=False).status == "succeeded"
     assert_same(remote, local, atol=1e-6)
@@ -217,10 +260,10 @@ def register(folder, *, known: str) -> None:
 
 
 def test_whole_checkpoints_that_nobody_registered_are_taken_up_and_spoilt_ones_are_not(
-    ray_cluster, job, tmp_path, capfd
+    ray_cluster, job, train_and, tmp_path, capfd
 ):
     """And the controller is killed once: another one goes on by itself."""
-    changes = {"train__max_steps": 60, "train__save_steps": 4}
+    changes = {"train__max_steps": 24, "train__save_steps": 4}
     local, remote = job("local", **changes), job("remote", **changes)
     run_here(local, tmp_path / "scratch")
     run_here(remote, tmp_path / "scratch", stop_at=10)  # leaves checkpoints 8 and 10
@@ -229,24 +272,31 @@ def test_whole_checkpoints_that_nobody_registered_are_taken_up_and_spoilt_ones_a
     shutil.copytree(folder / "checkpoint-00000010", folder / "checkpoint-00000012")
     (folder / "checkpoint-00000012" / "weights.safetensors").write_bytes(b"half")
     (folder / "checkpoint-00000016").mkdir(parents=True)
-    result = train_and(remote, killing("TrainController"), at=21)
+    kill, earlier = killing("TrainController"), processes("RayTrainWorker")
+
+    def kill_with_its_worker() -> None:
+        workers = processes("RayTrainWorker") - earlier
+        kill()
+        wait_until(lambda: not workers & processes("RayTrainWorker"), "the worker's end")
+
+    result = train_and(remote, kill_with_its_worker, at=13)
     said = capfd.readouterr().err
     assert result.status == "succeeded"
     assert "checkpoint-00000012 is set aside, going on from checkpoint-00000010" in said
     assert "the run's controller died; going on" in said
     assert_same(remote, local, atol=1e-6)
     assert [path.name for path in sorted(folder.glob("*checkpoint-*"))] == [
-        "checkpoint-00000056",
-        "checkpoint-00000060",
+        "checkpoint-00000020",
+        "checkpoint-00000024",
     ]
-    reserved = [one for one in placement_group_table().values() if one["state"] == "CREATED"]
-    assert reserved == [], "the dead controller's bundles are given back"
+    reserved = lambda: [one for one in placement_group_table().values() if one["state"] == "CREATED"]  # noqa: E731
+    wait_until(lambda: not reserved(), "the bundles, also the dead controller's, to be given back")
 
 
-def test_one_worker_that_runs_out_of_memory_ends_all_and_halved_the_run_goes_on(
-    ray_cluster, job, tmp_path, monkeypatch, capfd
-):
-    """Neither is a failure of those that `max_failures` allows."""
+@pytest.fixture
+def poor_job(job, monkeypatch):
+    """Of two workers, the second of which has room for two rows."""
+    worker = on_ray._worker
 
     def poor_worker(job):
         real = Learner._loss
@@ -258,17 +308,25 @@ def test_one_worker_that_runs_out_of_memory_ends_all_and_halved_the_run_goes_on(
 
         if ray.train.get_context().get_world_rank() == 1:
             Learner._loss = loss
-        return on_ray._worker(job)
+        return worker(job)
 
-    local = job("local", train__per_device_train_batch_size=8)
-    run_here(local, tmp_path / "scratch")
     monkeypatch.setattr(on_ray, "_worker", poor_worker)
-    remote = job("remote").changed({"sharding": "ddp", "resources.workers": 2, "resources.max_failures": 0})
+    return job("remote").changed({"sharding": "ddp", "resources.workers": 2, "resources.max_failures": 0})
+
+
+@pytest.mark.slow  # what becomes of the error is a test without a cluster, and that it ends all ranks one without Ray
+def test_one_worker_that_runs_out_of_memory_ends_all(ray_cluster, poor_job):
     with pytest.raises(OutOfMemoryError, match=r"at step 1 with 4 row\(s\) a forward pass, on worker 1") as caught:
-        train(remote, progress=False)
+        train(poor_job, progress=False)
     assert "on_oom=halve" in caught.value.hint
-    (run_folder(remote) / "memory.json").unlink()  # else it would begin with half
-    capfd.readouterr()
+
+
+def test_one_worker_that_runs_out_of_memory_ends_all_and_halved_the_run_goes_on(
+    ray_cluster, job, poor_job, tmp_path, capfd
+):
+    """It is no failure of those that `max_failures` allows."""
+    local, remote = job("local", train__per_device_train_batch_size=8), poor_job
+    run_here(local, tmp_path / "scratch")
     result = train(remote.changed({"resources.on_oom": "halve"}), progress=False)
     assert result.status == "succeeded" and result.details["micro_batch"] == 2
     assert "2 row(s) a forward pass instead of 4" in capfd.readouterr().err

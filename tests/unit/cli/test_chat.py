@@ -25,9 +25,9 @@ from lmray.serve import client
 from lmray.serve.client import Said
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.keys import ApiKey
+from lmray.testing.listening import listening
 from lmray.testing.tiny import tiny_adapter_folder, tiny_tokenizer
 from tests.unit.serve.fakes import FakeBackend
-from tests.unit.serve.servers import listening
 
 KEY = ApiKey(name="mine", sha256=hashlib.sha256(b"secret").hexdigest())
 
@@ -75,14 +75,14 @@ def backend() -> Backend:
 
 @pytest.fixture
 def url(backend) -> Iterator[str]:
-    with listening(make_app(backend, tiny_tokenizer(), GatewaySettings("tiny", 1024))) as url:
+    with listening(make_app(backend, tiny_tokenizer(), GatewaySettings("tiny", 1024)), path="/v1") as url:
         yield url
 
 
 @pytest.fixture
 def locked_url(backend) -> Iterator[str]:
     """An endpoint that asks for a key."""
-    with listening(make_app(backend, tiny_tokenizer(), GatewaySettings("tiny", 1024, keys=(KEY,)))) as url:
+    with listening(make_app(backend, tiny_tokenizer(), GatewaySettings("tiny", 1024, keys=(KEY,))), path="/v1") as url:
         yield url
 
 

@@ -11,8 +11,9 @@ from peft import PeftModel
 
 from lmray.engines import native
 from lmray.models.load import load_empty_model, load_model
+from lmray.testing.listening import listening
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
-from tests.unit.engines.vllm_server import VllmServer, listening
+from tests.unit.engines.vllm_server import VllmServer
 
 STOP = (2,)
 NUM_NEW = 24

@@ -18,9 +18,10 @@ from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError
 from lmray.models.load import load_model, load_tokenizer
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.guided import JsonSchema, ResponseFormat, grammar_of
+from lmray.testing.listening import listening
 from tests.unit.engines.conftest import NUM_NEW, STOP
 from tests.unit.engines.remote import MAX_LENGTH, Scripted, chunk, events, request, run
-from tests.unit.engines.vllm_server import NAME, VllmServer, listening
+from tests.unit.engines.vllm_server import NAME, VllmServer
 
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {},

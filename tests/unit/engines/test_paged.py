@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from lmray.models.load import load_model
 from lmray.models.rope import RopeScaling
 from lmray.ops.frozen_linear import FrozenLinear, can_pack
 from tests.unit.engines.conftest import NUM_NEW, STOP, greedy
+from tests.unit.engines.paged import in_company, make, run
 
 BFLOAT16 = FrozenLinear(torch.zeros(2, 3, dtype=torch.bfloat16), None)
 DYNAMIC = RopeScaling(rope_type="dynamic", factor=2.0)
@@ -48,30 +48,6 @@ def known(model_folder, adapter_folders):
     return answer
 
 
-def make(model, folders=(), **changes) -> PagedStepper:
-    config = Native(**{"max_batch_size": 4, "max_length": 80, **changes})
-    stepper = config.make_stepper(model, stop_token_ids=STOP)
-    assert isinstance(stepper, PagedStepper)
-    for name in folders:
-        stepper.adapters.add(name, read_adapter_folder(folders[name], stepper.adapters.base))
-    return stepper
-
-
-def step(stepper: PagedStepper, answers: dict[str, list[int]]) -> None:
-    for request_id, outcome in stepper.step():
-        if isinstance(outcome, LmrayError):
-            raise outcome
-        if outcome.token_id is not None:
-            answers[request_id].append(outcome.token_id)
-
-
-def run(stepper: PagedStepper) -> dict[str, list[int]]:
-    answers: dict[str, list[int]] = defaultdict(list)
-    while stepper.busy:
-        step(stepper, answers)
-    return answers
-
-
 @pytest.mark.parametrize("seed", [0])
 @pytest.mark.parametrize(
     ("rows", "prefill", "cache"), [(8, 512, None), (8, 7, 240), (3, 16, 80), (1, 5, None), (8, 33, 128)]
@@ -80,22 +56,8 @@ def test_greedy_text_is_the_same_in_every_company(model, adapter_folders, prompt
     """Batch sizes, chunk sizes, block sizes, caches that are too small, adapters, neighbours that are cancelled."""
     source = random.Random(f"{seed} {rows} {prefill}")
     stepper = make(model, adapter_folders, max_batch_size=rows, max_prefill_tokens=prefill, cache_tokens=cache)
-    wanted = [(place, adapter) for place in range(len(prompts)) for adapter in (None, "a", "b")]
-    source.shuffle(wanted)
-    answers: dict[str, list[int]] = defaultdict(list)
-    cancelled = set()
-    for place, adapter in wanted:
-        stepper.add(Request(f"{place} {adapter}", prompts[place], Sampling(NUM_NEW), adapter))
-        for _ in range(source.randrange(6)):
-            step(stepper, answers)
-        if source.random() < 0.15:
-            cancelled.add(f"{place} {adapter}")
-            stepper.cancel(f"{place} {adapter}")
-    while stepper.busy:
-        step(stepper, answers)
-    for place, adapter in wanted:
-        if f"{place} {adapter}" not in cancelled:
-            assert answers[f"{place} {adapter}"] == known(adapter, prompts[place]), (place, adapter)
+    found = in_company(stepper, prompts, source, max_steps=6)
+    assert found == [(key, known(*key)) for key, _ in found]
     assert stepper.stats()["free_blocks"] == stepper.stats()["num_blocks"]
 
 

@@ -11,9 +11,10 @@ from fastapi.responses import Response
 
 from lmray.engines.openai import Openai
 from lmray.errors import ArtifactError, CapacityError, ConfigError, DataError, LmrayError, RemoteError
+from lmray.testing.listening import listening
 from tests.unit.engines.conftest import STOP
 from tests.unit.engines.remote import Running, Scripted, chunk, events, request, run
-from tests.unit.engines.vllm_server import NAME, VllmServer, listening
+from tests.unit.engines.vllm_server import NAME, VllmServer
 
 
 def test_closing_the_generator_hangs_up_and_frees_the_place(empty):
@@ -52,7 +53,7 @@ def test_an_answer_that_nobody_waits_for_after_its_last_token_leaves_nothing_beh
         taking.cancel()  # while the rest of the answer is waited for
         with pytest.raises(asyncio.CancelledError):
             await taking
-        await asyncio.wait_for(engine.remove_adapter("helper@1"), 10)
+        await asyncio.wait_for(engine.remove_adapter("helper@1"), 60)
         return engine.stats()
 
     with listening(server.app()) as url:

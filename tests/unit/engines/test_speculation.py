@@ -15,9 +15,7 @@ from scipy.stats import chisquare
 
 from lmray.config import Document, decode
 from lmray.engines import _payoff, _speculator
-from lmray.engines._adapter_folder import read_adapter_folder
 from lmray.engines._core import Sampler
-from lmray.engines._paged import PagedStepper
 from lmray.engines._slots import Row
 from lmray.engines._speculation.draft import Draft
 from lmray.engines._speculation.prompt_lookup import PromptLookup
@@ -27,6 +25,7 @@ from lmray.errors import ConfigError, LmrayError
 from lmray.models.load import load_model
 from lmray.testing.tiny import tiny_config, tiny_model_folder, tiny_tokenizer
 from tests.unit.engines.conftest import NUM_NEW, STOP, greedy
+from tests.unit.engines.paged import in_company, make, run
 
 NO_STOP = frozenset({-1})
 
@@ -78,33 +77,9 @@ class Oracle:
         pass
 
 
-def make(model, speculation=None, folders=(), *, tokenizer=None, **changes) -> PagedStepper:
-    config = Native(**{"max_batch_size": 4, "max_length": 80, "speculation": speculation, **changes})
-    stepper = config.make_stepper(model, stop_token_ids=STOP, tokenizer=tokenizer)
-    assert isinstance(stepper, PagedStepper)
-    for name in folders:
-        stepper.adapters.add(name, read_adapter_folder(folders[name], stepper.adapters.base))
-    return stepper
-
-
 def twin(folder: Path) -> Draft:
     """A draft that knows all: the model itself."""
     return Draft(model=str(folder), num_tokens=4)
-
-
-def step(stepper: PagedStepper, answers: dict[str, list[int]]) -> None:
-    for request_id, outcome in stepper.step():
-        if isinstance(outcome, LmrayError):
-            raise outcome
-        if outcome.token_id is not None:
-            answers[request_id].append(outcome.token_id)
-
-
-def run(stepper: PagedStepper) -> dict[str, list[int]]:
-    answers: dict[str, list[int]] = defaultdict(list)
-    while stepper.busy:
-        step(stepper, answers)
-    return answers
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +89,7 @@ def known(model_folder, adapter_folders):
 
     def ask(prompts) -> dict[tuple, list[int]]:
         wanted = [(name, one) for one in prompts for name in (None, "a", "b") if (name, one) not in answers]
-        stepper = make(load_model(model_folder, "float32"), folders=adapter_folders, max_batch_size=8)
+        stepper = make(load_model(model_folder, "float32"), adapter_folders, max_batch_size=8)
         for place, (name, prompt) in enumerate(wanted):
             stepper.add(Request(str(place), prompt, Sampling(NUM_NEW), name))
         found = run(stepper)
@@ -138,25 +113,11 @@ def test_greedy_text_is_the_same_in_every_company(
     sizes = {"max_batch_size": rows, "max_prefill_tokens": prefill, "cache_tokens": cache}
     folder = draft_folders.get(proposer)
     speculation = Draft(model=str(folder), num_tokens=5) if folder else PromptLookup(max_matching_ngram_size=1)
-    stepper = make(model, speculation, adapter_folders, **sizes)
+    stepper = make(model, adapter_folders, speculation=speculation, **sizes)
     if proposer == "oracle":
         stepper.speculate(Oracle(expected), 6)
-    wanted = [(place, adapter) for place in range(len(prompts)) for adapter in (None, "a", "b")]
-    source.shuffle(wanted)
-    answers: dict[str, list[int]] = defaultdict(list)
-    cancelled = set()
-    for place, adapter in wanted:
-        stepper.add(Request(f"{place} {adapter}", prompts[place], Sampling(NUM_NEW), adapter))
-        for _ in range(source.randrange(5)):
-            step(stepper, answers)
-        if source.random() < 0.15:
-            cancelled.add(f"{place} {adapter}")
-            stepper.cancel(f"{place} {adapter}")
-    while stepper.busy:
-        step(stepper, answers)
-    for place, adapter in wanted:
-        if f"{place} {adapter}" not in cancelled:
-            assert answers[f"{place} {adapter}"] == expected[adapter, prompts[place]], (place, adapter)
+    found = in_company(stepper, prompts, source, max_steps=5)
+    assert found == [(key, expected[key]) for key, _ in found]
     stats = stepper.stats()
     assert stats["free_blocks"] == stats["num_blocks"]
     assert stats["speculation"]["proposed"] > 0
@@ -182,7 +143,7 @@ def test_a_draft_that_knows_all_is_always_right_and_saves_steps(model, model_fol
             stepper.step()
         return num_steps
 
-    plain, speculating = make(model), make(model, twin(model_folder))
+    plain, speculating = make(model), make(model, speculation=twin(model_folder))
     assert steps(plain) == 30
     assert steps(speculating) < 12
     told = speculating.stats()["speculation"]
@@ -193,7 +154,7 @@ def test_a_draft_that_knows_all_is_always_right_and_saves_steps(model, model_fol
 
 def test_a_draft_catches_up_with_a_long_prompt_in_parts(model, model_folder, prompts):
     prompt = prompts[3] * 3
-    stepper = make(model, twin(model_folder), max_length=200, max_prefill_tokens=16)
+    stepper = make(model, speculation=twin(model_folder), max_length=200, max_prefill_tokens=16)
     stepper.add(Request("a", prompt, Sampling(NUM_NEW)))
     stepper.add(Request("b", prompt, Sampling(NUM_NEW)))
     answers = run(stepper)
@@ -209,7 +170,7 @@ def test_an_answer_ends_where_it_would_have_ended(model, model_folder, prompts):
         told = []
         for stepper in (
             make(model, max_length=max_length),
-            make(model, drafted, max_length=max_length),
+            make(model, speculation=drafted, max_length=max_length),
         ):
             stepper.add(asked)
             events = []
@@ -236,7 +197,7 @@ def test_equal_seeds_penalties_biases_and_log_probabilities_are_those_without_sp
 ):
     told = []
     for speculation in (None, twin(model_folder), PromptLookup(max_matching_ngram_size=1)):
-        stepper = make(model, speculation)
+        stepper = make(model, speculation=speculation)
         for place in (0, 3, 9):
             stepper.add(Request(str(place), prompts[place], SAMPLINGS[name]))
         events = defaultdict(list)
@@ -263,7 +224,7 @@ def test_an_answer_held_to_a_grammar_is_the_one_without_speculation(model, model
     grammar = json.dumps({"grammars": [{"name": "json_schema", "json_schema": schema}]})
     told = []
     for speculation in (None, twin(model_folder), PromptLookup(max_matching_ngram_size=1)):
-        stepper = make(model, speculation, tokenizer=tiny_tokenizer())
+        stepper = make(model, speculation=speculation, tokenizer=tiny_tokenizer())
         for place in (0, 3):
             stepper.add(Request(str(place), prompts[place], Sampling(30, grammar=grammar)))
         told.append(run(stepper))
@@ -315,7 +276,7 @@ def test_a_place_that_is_not_a_number_ends_its_request_once_it_is_reached():
 def test_drafts_of_another_vocabulary_are_refused(model, model_folder, tmp_path):
     other = tiny_model_folder(tmp_path / "other", vocab_size=300)
     with pytest.raises(ConfigError, match=r"has a vocabulary of 300\n  allowed: 264") as caught:
-        make(model, Draft(model=str(other)))
+        make(model, speculation=Draft(model=str(other)))
     assert caught.value.where == "engine.speculation.model"
     swapped = tiny_model_folder(tmp_path / "swapped")
     tokenizer = json.loads((swapped / "tokenizer.json").read_text(encoding="utf-8"))
@@ -336,14 +297,14 @@ def test_drafts_of_another_vocabulary_are_refused(model, model_folder, tmp_path)
 
 def test_a_draft_that_was_not_looked_up_and_one_that_cannot_run_in_blocks_are_refused(model, tmp_path):
     with pytest.raises(ConfigError, match="`smollm2-135m` was not looked up: drafts run in endpoints"):
-        make(model, Draft(model="smollm2-135m"))
+        make(model, speculation=Draft(model="smollm2-135m"))
     told = {"vocab_size": 264, "n_embd": 32, "n_layer": 1, "n_head": 4}
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**told)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="cannot draft: GPT2LMHeadModel is none of"):
-        make(model, Draft(model=str(tmp_path)))
+        make(model, speculation=Draft(model=str(tmp_path)))
     transformers.T5Config(vocab_size=264).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="is no causal language model: Unrecognized configuration class"):
-        make(model, Draft(model=str(tmp_path)))
+        make(model, speculation=Draft(model=str(tmp_path)))
 
 
 def test_a_model_that_runs_through_its_own_forward_does_not_speculate(model):
@@ -360,7 +321,7 @@ def test_a_model_that_runs_through_its_own_forward_does_not_speculate(model):
 
 def test_an_engine_without_speculation_tells_none(model):
     assert "speculation" not in make(model).stats()
-    told = make(model, PromptLookup()).stats()["speculation"]
+    told = make(model, speculation=PromptLookup()).stats()["speculation"]
     assert told == {"proposed": 0, "accepted": 0, "acceptance": None, "gain": None, "active": False}
 
 

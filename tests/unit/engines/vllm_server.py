@@ -6,14 +6,11 @@ It refuses every field that vLLM 0.32 does not have, so that a request which vLL
 from __future__ import annotations
 
 import json
-import socket
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
@@ -163,31 +160,3 @@ def _entries(one: TokenLogprob) -> dict[str, Any]:
 
 def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": {"message": message, "type": "BadRequestError", "code": status}}, status)
-
-
-class _Listening(uvicorn.Server):
-    """Says when it listens."""
-
-    def __init__(self, app):
-        super().__init__(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
-        self.listens = threading.Event()
-
-    async def startup(self, sockets=None) -> None:
-        await super().startup(sockets)
-        self.listens.set()
-
-
-@contextmanager
-def listening(app) -> Iterator[str]:
-    """The address of `app` while it is served."""
-    server = _Listening(app)
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, args=([place],), daemon=True)
-        thread.start()
-        assert server.listens.wait(60)
-        try:
-            yield f"http://127.0.0.1:{place.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(60)

@@ -22,9 +22,10 @@ from lmray.metrics.events import read_events
 from lmray.models.load import load_model
 from lmray.testing.jobs import write_jsonl
 from lmray.testing.kills import Killed
+from lmray.testing.listening import listening
 from lmray.testing.tiny import tiny_adapter_folder, tiny_tokenizer
 from tests.unit.engines.remote import Scripted, chunk
-from tests.unit.engines.vllm_server import NAME, listening
+from tests.unit.engines.vllm_server import NAME
 from tests.unit.generate.conftest import QUESTIONS, parts, rows_of, texts_of
 
 DRAWN = {"sampling__temperature": 1.0, "sampling__n": 2, "sampling__seed": 7}

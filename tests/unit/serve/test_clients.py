@@ -16,9 +16,10 @@ from pydantic import BaseModel
 from lmray.data.tokenise import prompt_ids
 from lmray.models.load import load_model, load_tokenizer
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.testing.listening import listening
 from lmray.testing.tiny import tiny_model_folder
 from tests.unit.serve.fakes import FakeBackend
-from tests.unit.serve.servers import MAX_LENGTH, EngineBackend, key, listening
+from tests.unit.serve.servers import MAX_LENGTH, EngineBackend, key
 from tests.unit.serve.test_bad_input import LOOPS
 from tests.unit.serve.test_tools import CALL, TEMPLATE, TOOL
 
@@ -36,7 +37,7 @@ def url(folder) -> Iterator[str]:
     settings = GatewaySettings("tiny", MAX_LENGTH, (key("mine"), key("once", requests_per_minute=1)))
     backend = EngineBackend(folder)
     try:
-        with listening(make_app(backend, load_tokenizer(folder), settings)) as url:
+        with listening(make_app(backend, load_tokenizer(folder), settings), path="/v1") as url:
             yield url
     finally:
         asyncio.run(backend.engine.close())
@@ -171,7 +172,7 @@ def test_tools_are_called_through_the_client(tokenizer, ids, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     backend = FakeBackend(ids(f"So: {CALL}"))
     with (
-        listening(make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH))) as url,
+        listening(make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH)), path="/v1") as url,
         openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
     ):
         told: Any = {"model": "tiny", "messages": MESSAGES, "tools": [TOOL]}

@@ -93,7 +93,7 @@ def test_a_comparison_that_takes_long_keeps_nobody_waiting(store, monkeypatch):
 
     def held(*values, **settings):
         entered.set()
-        assert opened.wait(20)
+        assert opened.wait(60)
         return compare(*values, **settings)
 
     monkeypatch.setattr(module, "compare", held)

@@ -16,6 +16,7 @@ from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, Re
 from lmray.serve import guided
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.keys import read_keys
+from tests.unit.serve.asgi import post
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import FakeBackend
 
@@ -366,20 +367,7 @@ def test_a_client_that_leaves_closes_its_request(tokenizer, ids, stream, hangs_a
         backend.hangs_after = hangs_after
         app = make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH))
         body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
-        inbox = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-
-        async def receive():
-            if inbox:
-                return inbox.pop()
-            await backend.hanging.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message):
-            pass
-
-        path = "/v1/chat/completions"
-        scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "asgi": {}}
-        await app({**scope, "http_version": "1.1", "scheme": "http", "server": ("gateway", 80)}, receive, send)
+        await post(app, "/v1/chat/completions", body, gone=backend.hanging)
         return backend
 
     backend = asyncio.run(main())

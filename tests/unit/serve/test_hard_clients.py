@@ -14,11 +14,11 @@ import pytest
 from lmray.config.endpoint import HttpLimits
 from lmray.engines.base import TokenEvent
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.testing.listening import listening
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import LETTER_A, FakeBackend
-from tests.unit.serve.servers import listening
 
-LIMITS = HttpLimits(body_timeout_s=0.2, send_timeout_s=0.2)
+LIMITS = HttpLimits(body_timeout_s=2.0, send_timeout_s=1.0)
 MEGABYTE = 2**20
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 
@@ -46,7 +46,7 @@ def backend() -> Endless:
 
 @pytest.fixture(scope="module")
 def url(tokenizer, backend) -> Iterator[str]:
-    with listening(make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH, limits=LIMITS))) as url:
+    with listening(make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH, limits=LIMITS)), path="/v1") as url:
         yield url
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from contextlib import aclosing
 from typing import Any
@@ -14,6 +13,7 @@ from lmray.engines.base import Request, Sampling
 from lmray.models.load import load_tokenizer
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.testing.tiny import tiny_model_folder
+from tests.unit.serve.asgi import post
 from tests.unit.serve.servers import MAX_LENGTH, EngineBackend
 
 CHUNK = 16
@@ -52,24 +52,6 @@ def folder(tmp_path_factory):
     return tiny_model_folder(tmp_path_factory.mktemp("leaving") / "tiny")
 
 
-async def leave(app, body: dict[str, Any], gone: asyncio.Event) -> None:
-    """A request of a client that leaves when `gone` is set."""
-    inbox = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        if inbox:
-            return inbox.pop()
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        pass
-
-    path = "/v1/completions"
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "asgi": {}}
-    await app({**scope, "http_version": "1.1", "scheme": "http", "server": ("gateway", 80)}, receive, send)
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("stage", ["queued", "prefill", "decoding"])
 def test_a_client_that_leaves_gives_its_place_back_at_once(folder, stage, stream):
@@ -83,7 +65,7 @@ def test_a_client_that_leaves_gives_its_place_back_at_once(folder, stage, stream
         if stage == "queued":
             other = asyncio.ensure_future(answer(backend, Request("other", (5,) * 100, Sampling(4))))
         body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "n": 2, "stream": stream}
-        leaving = asyncio.ensure_future(leave(app, body, gone))
+        leaving = asyncio.ensure_future(post(app, "/v1/completions", body, gone=gone))
         await asyncio.to_thread(backend.reached.wait, 60)
         while len(backend.asked) < 2 + (other is not None):
             await asyncio.sleep(0)  # a step of the loop, not a time

@@ -17,8 +17,9 @@ from peft import PeftModel
 from lmray.models.load import load_model, load_tokenizer
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.testing.jobs import write_jsonl
+from lmray.testing.listening import listening
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder, tiny_tokenizer
-from tests.unit.serve.servers import MAX_LENGTH, EngineBackend, listening
+from tests.unit.serve.servers import MAX_LENGTH, EngineBackend
 
 for package in ("lm_eval", "tenacity"):
     pytest.importorskip(package)
@@ -83,8 +84,8 @@ def urls(place) -> Iterator[dict[str, tuple[str, str]]]:
     tokenizer, settings = load_tokenizer(place.base), GatewaySettings("tiny", MAX_LENGTH)
     try:
         with (
-            listening(make_app(attached, tokenizer, settings)) as url,
-            listening(make_app(merged, tokenizer, settings)) as merged_url,
+            listening(make_app(attached, tokenizer, settings), path="/v1") as url,
+            listening(make_app(merged, tokenizer, settings), path="/v1") as merged_url,
         ):
             yield {"base": (url, "tiny"), "adapter": (url, "helper"), "merged": (merged_url, "tiny")}
     finally:

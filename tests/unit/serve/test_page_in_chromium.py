@@ -19,14 +19,15 @@ from lmray.data.tokenise import prompt_ids
 from lmray.engines.base import Request
 from lmray.errors import CapacityError
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.testing.listening import listening
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder, tiny_tokenizer
 from tests.unit.serve.fakes import FakeBackend
-from tests.unit.serve.servers import MAX_LENGTH, EngineBackend, listening
+from tests.unit.serve.servers import MAX_LENGTH, EngineBackend
 from tests.unit.serve.test_envelope import KEYS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives a browser")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-TIMEOUT_MS = 30_000
+TIMEOUT_MS = 120_000
 HELD_TOKENS = 8
 """Enough bytes for a character."""
 ADAPTERS = ("helper", "関数")
@@ -93,8 +94,9 @@ def visiting(browser, url: str, *, errors: tuple[str, ...] = (), **context) -> I
 
 @contextmanager
 def endpoint(backend, **settings) -> Iterator[str]:
-    with listening(make_app(backend, tiny_tokenizer(), GatewaySettings("tiny", MAX_LENGTH, **settings))) as url:
-        yield url.removesuffix("v1")
+    app = make_app(backend, tiny_tokenizer(), GatewaySettings("tiny", MAX_LENGTH, **settings))
+    with listening(app, path="/") as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

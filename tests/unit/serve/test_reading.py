@@ -13,6 +13,7 @@ import pytest
 
 from lmray.serve import gateway
 from lmray.serve.gateway import READERS, GatewaySettings, make_app
+from tests.unit.serve.asgi import post
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import FakeBackend
 from tests.unit.serve.servers import key
@@ -85,7 +86,7 @@ def test_a_body_that_takes_long_to_read_keeps_nobody_else_waiting(tokenizer, ids
 
     def held(kind: Any, body: Any) -> Any:
         entered.set()
-        assert opened.wait(20)
+        assert opened.wait(60)
         return read(kind, body)
 
     monkeypatch.setattr(gateway, "read_request", held)
@@ -187,7 +188,8 @@ def test_a_client_that_leaves_before_its_prompt_is_read_asks_the_engine_nothing(
         for _ in range(num):
             await asyncio.to_thread(gate.entered.acquire)
         gone = asyncio.Event()
-        leaving = asyncio.ensure_future(asked(app, "held, and left", gone))
+        body = {"model": "tiny", "prompt": "held, and left"}
+        leaving = asyncio.ensure_future(post(app, "/v1/completions", body, gone=gone))
         if not num:
             await asyncio.to_thread(gate.entered.acquire)
         gone.set()
@@ -199,22 +201,3 @@ def test_a_client_that_leaves_before_its_prompt_is_read_asks_the_engine_nothing(
     assert not any("left" in gate._tokenizer.decode(list(request.prompt_ids)) for request in backend.requests)
     if leaves_in == "the queue":
         assert "held, and left" not in gate.read
-
-
-async def asked(app, prompt: str, gone: asyncio.Event) -> None:
-    """A completion of a client that leaves when `gone` is set."""
-    body = httpx.Request("POST", "http://gateway", json={"model": "tiny", "prompt": prompt}).read()
-    inbox = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        if inbox:
-            return inbox.pop()
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        pass
-
-    path = "/v1/completions"
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "asgi": {}}
-    await app({**scope, "http_version": "1.1", "scheme": "http", "server": ("gateway", 80)}, receive, send)

@@ -13,9 +13,10 @@ from pydantic import BaseModel
 
 from lmray.models.load import load_tokenizer
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.testing.listening import listening
 from lmray.testing.tiny import tiny_model_folder
 from tests.unit.serve.fakes import FakeBackend
-from tests.unit.serve.servers import MAX_LENGTH, EngineBackend, listening
+from tests.unit.serve.servers import MAX_LENGTH, EngineBackend
 from tests.unit.serve.test_tools import CALL, TEMPLATE
 
 pytest.importorskip("llguidance")
@@ -49,7 +50,7 @@ def client(folder) -> Iterator[openai.OpenAI]:
     backend = EngineBackend(folder)
     app = make_app(backend, load_tokenizer(folder), GatewaySettings("tiny", MAX_LENGTH))
     try:
-        with listening(app) as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        with listening(app, path="/v1") as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             yield client
     finally:
         asyncio.run(backend.engine.close())
@@ -107,7 +108,7 @@ def test_calls_side_by_side_are_one_where_only_one_is_wanted(tokenizer, ids, mon
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     backend = FakeBackend(ids(f"So: {CALL}\n{CALL}\nand more"))
     app = make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH))
-    with listening(app) as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+    with listening(app, path="/v1") as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         asked: Any = told(tools=[tool("weather")])
         both = client.chat.completions.create(**asked).choices[0]
         one = client.chat.completions.create(**asked, parallel_tool_calls=False).choices[0]

@@ -11,9 +11,9 @@ import pytest
 from lmray.config.endpoint import TextFilter
 from lmray.serve.client import chat_stream
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.testing.listening import listening
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import FakeBackend
-from tests.unit.serve.servers import listening
 
 TEXTS = {
     "japanese": "日本語の「テスト」です。𠮷野家、ｶﾀｶﾅ、〜",
@@ -48,7 +48,7 @@ def url(tokenizer) -> Iterator[str]:
     [bar] = tokenizer("|", add_special_tokens=False)["input_ids"]
     hidden = TextFilter(name="never", pattern="zzzz", on="answers", replacement="")
     settings = GatewaySettings("tiny", 2 * MAX_LENGTH, filters=(hidden,))
-    with listening(make_app(Echo(bar), tokenizer, settings)) as url:
+    with listening(make_app(Echo(bar), tokenizer, settings), path="/v1") as url:
         yield url
 
 

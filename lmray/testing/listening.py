@@ -1,0 +1,56 @@
+"""A real server on loopback for clients that are not ours, and ports that are free."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import uvicorn
+
+STARTS_S = 120.0
+PORTS = range(20500, 30000)
+"""Above those that Ray gives its workers, below those that the system gives to whoever asks for any."""
+NUM_TRIES = 100
+
+
+def free_port() -> int:
+    """One that nobody else is given meanwhile."""
+    with socket.socket() as probe:
+        for port in random.SystemRandom().sample(PORTS, NUM_TRIES):
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise OSError(f"none of {NUM_TRIES} ports is free")
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, app: Any):
+        super().__init__(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+        self.listens = threading.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listens.set()
+
+
+@contextmanager
+def listening(app: Any, *, path: str = "") -> Iterator[str]:
+    """The address of `app` while it is served, with `path` behind it. Raises TimeoutError where it does not start."""
+    server = _Server(app)
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, args=([place],), daemon=True)
+        thread.start()
+        if not server.listens.wait(STARTS_S):
+            raise TimeoutError(f"the server does not listen after {STARTS_S:.0f} s")
+        try:
+            yield f"http://127.0.0.1:{place.getsockname()[1]}{path}"
+        finally:
+            server.should_exit = True
+            thread.join(60)
