@@ -78,11 +78,9 @@ def _config(config: Any, structure: Structure, kept: Kept) -> Any:
     facts = {**config.to_dict(), **changes}
     if config.model_type == "llama" and sizes.hidden % changes["num_attention_heads"]:
         if config.attention_bias or config.mlp_bias:
-            raise ConfigError(
-                "method.remaining",
-                f"leaves {changes['num_attention_heads']} heads, which do not divide the hidden width {sizes.hidden}: no "
-                "class of transformers has such a model with biases",
-            )
+            heads = changes["num_attention_heads"]
+            found = f"leaves {heads} heads, which do not divide the hidden width {sizes.hidden}"
+            raise ConfigError("method.remaining", f"{found}: no class of transformers has such a model with biases")
         facts = {name: value for name, value in facts.items() if name not in ("model_type", "architectures")}
         return MistralConfig(**facts, sliding_window=None, architectures=["MistralForCausalLM"])
     return type(config)(**facts)

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -196,8 +197,6 @@ def test_a_layer_without_lora_is_refused():
 
 
 def test_an_architecture_that_is_not_described_says_what_to_add():
-    from transformers import GPT2Config
-
     model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11))
     with pytest.raises(ConfigError, match=r"`gpt2` is not described for pruning: it has no self_attn") as caught:
         structure_of(model, block=1)
