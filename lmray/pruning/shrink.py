@@ -9,40 +9,75 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from lmray.errors import ConfigError
-from lmray.pruning.structure import KINDS, Kind, Part, Structure, linear_in
+from lmray.pruning.record import Counts, Kept, Pruning, record_of
+from lmray.pruning.structure import KINDS, Part, Structure, linear_in
 
-Kept = Mapping[Kind, list[list[int]]]
-"""By kind and layer, the units that are kept."""
+LLAMA_ALONE = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
+"""What Llama's config says and Mistral's does not."""
+
+
+def save_pruned(
+    model: Any, structure: Structure, kept: Kept, folder: Path, *, shape: str, asked: float, parent: Mapping[str, Any]
+) -> Pruning:
+    """Writes what is left of `model`, whose adapters are merged, to `folder` for plain `from_pretrained`, and its
+    record last; no tokenizer. Returns the record.
+
+    `kept`: by kind and layer, the units that are kept (`kept_units`). `shape`: `uniform` or `padded`. `asked`: the
+    share of prunable weights that was to remain. `parent`: `source`, `revision`, `digest` of the model that is pruned.
+    Raises ConfigError for layers that keep different numbers of units under `uniform`, for quantised weights, and for
+    a model that no class of transformers holds.
+    """
+    smaller = shrunk(model, structure, kept)
+    counts = Counts(before=num_parameters(model), after=num_parameters(smaller))
+    record = record_of(structure.sizes, kept, shape=shape, asked=asked, parent=parent, parameters=counts)
+    smaller.save_pretrained(folder)
+    record.save(folder)
+    return record
+
+
+def num_parameters(model: Any) -> int:
+    """Of the whole model; what is tied is counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def shrunk(model: Any, structure: Structure, kept: Kept) -> Any:
-    """A new model of what is left of `model`, whose adapters are merged; its own weights stay as they are."""
+    """A new model on the CPU of what is left of `model`, whose adapters are merged; what nothing was cut from, the two
+    share. Raises ConfigError for quantised weights, and for a model that no class of transformers holds."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        hint = "merge the adapter into the unquantised weights it was trained from, and cut those"
+        raise ConfigError("model.quantization", "units cannot be cut out of quantised weights", hint=hint)
     config = _config(model.config, structure, kept)
     with torch.device("meta"):
         smaller = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    smaller = smaller.to_empty(device="cpu")
+    smaller.load_state_dict(cut_state(model, structure, kept, padded=True), assign=True)
+    copy_buffers(model, smaller)
+    smaller.tie_weights()
+    smaller.generation_config = deepcopy(model.generation_config)
+    return smaller.eval()
+
+
+def cut_state(model: Any, structure: Structure, kept: Kept, *, padded: bool) -> dict[str, torch.Tensor]:
+    """The state of `model` without what was removed, on the CPU; `padded`: every layer filled up with zeros to the
+    widest."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     names = {id(module): name for name, module in model.named_modules()}
     for number, layer in enumerate(structure.layers(model)):
         for kind in KINDS:
+            width = max(map(len, kept[kind])) if padded else len(kept[kind][number])
             for part in structure.layout[kind].parts:
-                name = names[id(linear_in(layer, part.linear))]
-                width = max(map(len, kept[kind]))
+                cut = _Cut(part, structure, kept[kind][number], width)
                 for tensor in ("weight", "bias"):
-                    if f"{name}.{tensor}" in state:
-                        cut = _Cut(part, structure, kept[kind][number], width)
-                        state[f"{name}.{tensor}"] = cut(state[f"{name}.{tensor}"])
-    smaller.load_state_dict(state, assign=True)
-    _copy_buffers(model, smaller)
-    smaller.tie_weights()
-    smaller.generation_config = deepcopy(model.generation_config)
-    return smaller.eval()
+                    name = f"{names[id(linear_in(layer, part.linear))]}.{tensor}"
+                    if name in state:
+                        state[name] = cut(state[name])
+    return state
 
 
 class _Cut:
@@ -51,7 +86,7 @@ class _Cut:
     def __init__(self, part: Part, structure: Structure, kept: list[int], width: int):
         self.axis = 0 if part.side == "rows" else 1
         self.places = structure.sizes.places(part, kept)
-        self.total = len(structure.sizes.places(part, list(range(width))))
+        self.total = len(structure.sizes.places(part, range(width)))
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.axis == 1 and tensor.dim() == 1:  # the bias of outputs, of which none is removed
@@ -68,27 +103,27 @@ class _Cut:
 def _config(config: Any, structure: Structure, kept: Kept) -> Any:
     sizes = structure.sizes
     groups, blocks = (max(map(len, kept[kind])) for kind in KINDS)
-    widest = max(len(sizes.places(Part("", "rows", "channel"), units)) for units in kept["channels"])
+    heads = groups * sizes.heads_per_group
     changes = {
         "num_key_value_heads": groups,
-        "num_attention_heads": groups * sizes.heads_per_group,
+        "num_attention_heads": heads,
         "head_dim": sizes.head_dim,
-        "intermediate_size": max(widest, len(sizes.places(Part("", "rows", "channel"), list(range(blocks))))),
+        "intermediate_size": sum(sizes.widths("channels")[:blocks]),
     }
     facts = {**config.to_dict(), **changes}
-    if config.model_type == "llama" and sizes.hidden % changes["num_attention_heads"]:
-        if config.attention_bias or config.mlp_bias:
-            heads = changes["num_attention_heads"]
-            found = f"leaves {heads} heads, which do not divide the hidden width {sizes.hidden}"
-            raise ConfigError("method.remaining", f"{found}: no class of transformers has such a model with biases")
-        facts = {name: value for name, value in facts.items() if name not in ("model_type", "architectures")}
-        return MistralConfig(**facts, sliding_window=None, architectures=["MistralForCausalLM"])
-    return type(config)(**facts)
+    if config.model_type != "llama" or sizes.hidden % heads == 0:
+        return type(config)(**facts)
+    if config.attention_bias or config.mlp_bias:
+        found = f"leaves {heads} heads, which do not divide the hidden width {sizes.hidden}"
+        raise ConfigError("method.remaining", f"{found}: no class of transformers has such a model with biases")
+    facts = {name: value for name, value in facts.items() if name not in LLAMA_ALONE}
+    return MistralConfig(**facts, sliding_window=None, architectures=["MistralForCausalLM"])
 
 
-def _copy_buffers(model: Any, smaller: Any) -> None:
+def copy_buffers(model: Any, smaller: Any) -> None:
     """What is in no state dict, like rotary frequencies."""
     for name, buffer in model.named_buffers():
         owner, _, last = name.rpartition(".")
         module = smaller.get_submodule(owner)
-        module.register_buffer(last, buffer.detach().clone(), persistent=last not in module._non_persistent_buffers_set)
+        copied = buffer.detach().cpu().clone()
+        module.register_buffer(last, copied, persistent=last not in module._non_persistent_buffers_set)
