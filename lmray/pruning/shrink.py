@@ -7,7 +7,7 @@ Mistral without a window, which has the same tensors and the same forward pass: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from lmray.errors import ConfigError
 from lmray.pruning.record import Counts, Kept, Pruning, record_of
-from lmray.pruning.structure import KINDS, Part, Structure, linear_in
+from lmray.pruning.structure import KINDS, Kind, Part, Structure, linear_in
 
 LLAMA_ALONE = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
 """What Llama's config says and Mistral's does not."""
@@ -53,26 +53,27 @@ def shrunk(model: Any, structure: Structure, kept: Kept) -> Any:
     if getattr(model.config, "quantization_config", None) is not None:
         hint = "merge the adapter into the unquantised weights it was trained from, and cut those"
         raise ConfigError("model.quantization", "units cannot be cut out of quantised weights", hint=hint)
-    config = _config(model.config, structure, kept)
+    config = smaller_config(model.config, structure, kept)
     with torch.device("meta"):
         smaller = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    smaller.load_state_dict(cut_state(model, structure, kept, padded=True), assign=True)
+    smaller.load_state_dict(cut_state(model, structure, kept, padded=KINDS), assign=True)
     copy_buffers(model, smaller)
     smaller.tie_weights()
     smaller.generation_config = deepcopy(model.generation_config)
     return smaller.eval()
 
 
-def cut_state(model: Any, structure: Structure, kept: Kept, *, padded: bool) -> dict[str, torch.Tensor]:
-    """The state of `model` without what was removed, on the CPU; `padded`: every layer filled up with zeros to the
-    widest."""
+def cut_state(model: Any, structure: Structure, kept: Kept, *, padded: Container[Kind]) -> dict[str, torch.Tensor]:
+    """The state of `model` without what was removed, on the CPU; every layer filled up with zeros to the widest, of the
+    kinds in `padded`."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     names = {id(module): name for name, module in model.named_modules()}
     for number, layer in enumerate(structure.layers(model)):
         for kind in KINDS:
-            width = max(map(len, kept[kind])) if padded else len(kept[kind][number])
+            units = kept[kind][number]
+            room = range(max(map(len, kept[kind]))) if kind in padded else units
             for part in structure.layout[kind].parts:
-                cut = _Cut(part, structure, kept[kind][number], width)
+                cut = _Cut(part, structure, units, len(structure.sizes.places(part, room)))
                 for tensor in ("weight", "bias"):
                     name = f"{names[id(linear_in(layer, part.linear))]}.{tensor}"
                     if name in state:
@@ -81,12 +82,12 @@ def cut_state(model: Any, structure: Structure, kept: Kept, *, padded: bool) -> 
 
 
 class _Cut:
-    """One side of a tensor without what was removed, filled up with zeros to `width` units."""
+    """One side of a tensor without what was removed, filled up with zeros to `total` places."""
 
-    def __init__(self, part: Part, structure: Structure, kept: list[int], width: int):
+    def __init__(self, part: Part, structure: Structure, kept: Sequence[int], total: int):
         self.axis = 0 if part.side == "rows" else 1
         self.places = structure.sizes.places(part, kept)
-        self.total = len(structure.sizes.places(part, range(width)))
+        self.total = total
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.axis == 1 and tensor.dim() == 1:  # the bias of outputs, of which none is removed
@@ -100,7 +101,8 @@ class _Cut:
         return cut.contiguous()
 
 
-def _config(config: Any, structure: Structure, kept: Kept) -> Any:
+def smaller_config(config: Any, structure: Structure, kept: Kept) -> Any:
+    """The config of what is left, every layer as wide as the widest."""
     sizes = structure.sizes
     groups, blocks = (max(map(len, kept[kind])) for kind in KINDS)
     heads = groups * sizes.heads_per_group
