@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from lmray.models.load import load_model, load_tokenizer
 from lmray.models.machine import is_out_of_memory
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
+
+PRUNING = "pruning.json"
+"""Lies beside the weights of a pruned model, and of what it is merged into."""
 
 
 def write_merged(
@@ -30,8 +34,8 @@ def write_merged(
     folder `adapter` (None: as it is) to folder `target`.
 
     Merged in float32 and rounded once to `dtype` (`float32`, `bfloat16`; `auto`: the base's own). The tokenizer is the
-    adapter's, where one lies beside it. Raises ArtifactError for an adapter that is no change of the weights, does not
-    fit the base, or holds numbers that are none.
+    adapter's, where one lies beside it; the record of a pruning stays beside the weights. Raises ArtifactError for an
+    adapter that is no change of the weights, does not fit the base, or holds numbers that are none.
     """
     with quiet():
         model: Any = load_model(base, "float32", trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
@@ -42,6 +46,8 @@ def write_merged(
         has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
         tokenizer_from = adapter if has_tokenizer and adapter is not None else base
         load_tokenizer(tokenizer_from, chat=False, trust_remote_code=trust_remote_code).save_pretrained(target)
+    if (base / PRUNING).is_file():
+        shutil.copy(base / PRUNING, target)
 
 
 def _merged(model: Any, adapter: Path) -> Any:

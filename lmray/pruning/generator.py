@@ -1,0 +1,68 @@
+"""The pruning-decision generator: a small network that says of every unit whether it is kept, trained beside the
+weights.
+
+Lu et al., "All-in-One Tuning and Structural Pruning for Domain-Specific LLMs" (ATP), arXiv 2412.14426; the Gumbel
+sigmoid with an offset is DISP-LLM's, arXiv 2410.11988. It reads one fixed embedding a layer, so that what it learns is
+the decisions themselves and how those of the layers hang together. Shapes: L layers, U units, E width.
+
+Differs from the paper in: the noise is drawn from a generator of its own, of seed and step, and never when decisions
+are final.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lmray.pruning.structure import KINDS, Kind, Sizes
+
+WIDTH, HEADS, INNER, DEPTH = 64, 4, 256, 2
+TEMPERATURE = 0.4
+OFFSET = 3.0
+"""Added to every logit, so that all units are kept at first."""
+
+
+class Generator(nn.Module):
+    """Scores of all units, [L, U] of each kind; a unit with a score above 0 is kept."""
+
+    def __init__(self, sizes: Sizes, *, seed: int):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            embeddings_LE = torch.empty(sizes.layers, WIDTH)
+            nn.init.orthogonal_(embeddings_LE)
+            layer = nn.TransformerEncoderLayer(WIDTH, HEADS, INNER, dropout=0.0, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, DEPTH, enable_nested_tensor=False)
+            self.norm = nn.LayerNorm(WIDTH)
+            self.heads = nn.ParameterDict(
+                {kind: _head(sizes.layers, sizes.units(kind)) for kind in KINDS}  # one a layer and kind, no bias
+            )
+        self.register_buffer("embeddings_LE", embeddings_LE)
+
+    def forward(self) -> dict[Kind, torch.Tensor]:
+        mixed_LE = self.norm(self.encoder(self.get_buffer("embeddings_LE")[None])[0])
+        return {kind: torch.einsum("le,lue->lu", mixed_LE, self.heads[kind]) + OFFSET for kind in KINDS}
+
+
+def _head(layers: int, units: int) -> nn.Parameter:
+    weight = torch.empty(layers, units, WIDTH)
+    nn.init.uniform_(weight, -(WIDTH**-0.5), WIDTH**-0.5)  # as `nn.Linear` starts
+    return nn.Parameter(weight)
+
+
+def decide(scores: dict[Kind, torch.Tensor], noise: torch.Generator | None) -> dict[Kind, torch.Tensor]:
+    """Soft decisions between 0 and 1, with gradient: sigmoid((z + g + offset) / T), g from the Gumbel distribution; no
+    `noise`: g = 0."""
+    soft = {}
+    for kind in KINDS:
+        drawn = scores[kind]
+        if noise is not None:
+            uniform = torch.rand(drawn.shape, generator=noise)
+            drawn = drawn - torch.log(-torch.log(uniform + 1e-10) + 1e-10)
+        soft[kind] = torch.sigmoid(drawn / TEMPERATURE)
+    return soft
+
+
+def harden(soft: dict[Kind, torch.Tensor]) -> dict[Kind, torch.Tensor]:
+    """1 from a half on, else 0, with the gradient of `soft` (straight through)."""
+    return {kind: (one >= 0.5).float() - one.detach() + one for kind, one in soft.items()}

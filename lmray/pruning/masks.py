@@ -1,0 +1,134 @@
+"""Which units are kept: masks over all layers, what they cost, and the nearest masks that can be exported.
+
+Shapes: L decoder layers, U units of a kind in a layer. A mask is 1 where a unit is kept, 0 where it is removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from lmray.errors import ConfigError
+from lmray.pruning.structure import KINDS, Kind, Sizes
+
+Masks = Mapping[Kind, torch.Tensor]
+"""[L, U] of each kind."""
+Shape = Literal["uniform", "padded"]
+"""`uniform`: every layer keeps as much. `padded`: any masks; what is smaller is filled up with zeros."""
+
+
+def all_kept(sizes: Sizes) -> dict[Kind, torch.Tensor]:
+    """Masks that keep everything."""
+    return {kind: torch.ones(sizes.layers, sizes.units(kind)) for kind in KINDS}
+
+
+def remaining(masks: Masks, sizes: Sizes) -> torch.Tensor:
+    """The share of prunable weights that `masks` keep: a scalar, with the gradient of the masks."""
+    kept = [(masks[kind] * _costs(sizes, kind, masks[kind])).sum() for kind in KINDS]
+    return (kept[0] + kept[1]) / sizes.prunable
+
+
+def budget_loss(masks: Masks, sizes: Sizes, target: float) -> torch.Tensor:
+    """R = log(max(r, p) / min(r, p)) of what `masks` keep, r, and what they are to keep, p: a scalar, 0 where they do
+    (arXiv 2412.14426; the form is that of DISP-LLM, arXiv 2410.11988)."""
+    found = remaining(masks, sizes)
+    return (torch.log(found.clamp(min=1e-10)) - torch.log(torch.tensor(target))).abs()
+
+
+def project(scores: Masks, sizes: Sizes, target: float, *, shape: Shape, multiple_of: int) -> dict[Kind, torch.Tensor]:
+    """The masks that keep the units of the highest `scores`, at most `target` of all prunable weights and as much of
+    it as `shape` allows; `multiple_of`: of the MLP's width.
+
+    Raises ConfigError where a key-value group and the narrowest MLP in each layer are more than that.
+    """
+    if shape == "uniform":
+        groups, channels = _uniform(scores, sizes, target, multiple_of)
+        counts = {"groups": [groups] * sizes.layers, "channels": [channels] * sizes.layers}
+    else:
+        counts = _by_layer(scores, sizes, target)
+    return {kind: _highest(scores[kind], counts[kind]) for kind in KINDS}
+
+
+def least(sizes: Sizes, multiple_of: int) -> float:
+    """The least share of prunable weights that `project` can keep."""
+    return (
+        (_cost(sizes, "groups", 1) + _cost(sizes, "channels", _step(sizes, multiple_of)))
+        * sizes.layers
+        / (sizes.prunable)
+    )
+
+
+def _uniform(scores: Masks, sizes: Sizes, target: float, multiple_of: int) -> tuple[int, int]:
+    """Units of each kind in every layer. Of the pairs that fit, the one that keeps the highest scores: every score
+    counts by the weights that its unit has, after each kind was brought to one scale."""
+    room = target * sizes.prunable / sizes.layers
+    best: tuple[float, tuple[int, int]] | None = None
+    gains = {kind: _gains(scores[kind], sizes, kind) for kind in KINDS}
+    step = _step(sizes, multiple_of)
+    for groups in range(1, sizes.groups + 1):
+        left = room - _cost(sizes, "groups", groups)
+        blocks = [count for count in range(step, sizes.blocks + 1, step) if _cost(sizes, "channels", count) <= left]
+        if not blocks:
+            continue
+        gain = float(gains["groups"][groups - 1] + gains["channels"][blocks[-1] - 1])
+        if best is None or gain > best[0]:
+            best = (gain, (groups, blocks[-1]))
+    if best is None:
+        raise ConfigError(
+            "method.remaining",
+            f"{target:g} is less than one key-value group and an MLP of {step * sizes.block} channels in every layer",
+            allowed=f"{least(sizes, multiple_of):.3f} to 1",
+        )
+    return best[1]
+
+
+def _gains(scores_LU: torch.Tensor, sizes: Sizes, kind: Kind) -> torch.Tensor:
+    """[U]: what the 1, 2, ... highest units of every layer are worth together."""
+    worth_LU = torch.sigmoid(scores_LU.float()) * _costs(sizes, kind, scores_LU)
+    return worth_LU.sort(dim=1, descending=True).values.sum(0).cumsum(0)
+
+
+def _by_layer(scores: Masks, sizes: Sizes, target: float) -> dict[Kind, list[int]]:
+    """Units of each kind in each layer: one of each, then the highest scores of all layers for as long as they fit."""
+    counts: dict[Kind, list[int]] = {kind: [1] * sizes.layers for kind in KINDS}
+    room = target * sizes.prunable - sum(_cost(sizes, kind, 1) for kind in KINDS) * sizes.layers
+    if room < 0:
+        found = f"{target:g} is less than one unit of each kind in every layer"
+        raise ConfigError("method.remaining", found, allowed=f"{least(sizes, sizes.block):.3f} to 1")
+    ranked = []
+    for kind in KINDS:
+        for layer, row in enumerate(scores[kind].sort(dim=1, descending=True).values.tolist()):
+            ranked += [(score, place, kind, layer) for place, score in enumerate(row) if place]
+    full: set[tuple[Kind, int]] = set()
+    for _, place, kind, layer in sorted(ranked, key=lambda one: -one[0]):
+        cost = _cost(sizes, kind, place + 1) - _cost(sizes, kind, place)
+        if (kind, layer) in full or cost > room:
+            full.add((kind, layer))
+            continue
+        counts[kind][layer] += 1
+        room -= cost
+    return counts
+
+
+def _highest(scores_LU: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    masks = torch.zeros_like(scores_LU, dtype=torch.float32)
+    for layer, count in enumerate(counts):
+        masks[layer, scores_LU[layer].topk(count).indices] = 1.0
+    return masks
+
+
+def _step(sizes: Sizes, multiple_of: int) -> int:
+    """Blocks that the MLP grows by, so that it is a multiple of `multiple_of` channels wide; all of them where it is
+    narrower than that."""
+    return min(max(multiple_of // sizes.block, 1), sizes.blocks)
+
+
+def _cost(sizes: Sizes, kind: Kind, count: int) -> int:
+    """Weights of `count` units of a layer; of MLP blocks the first ones, of which all but the last are alike."""
+    return sum(sizes.costs(kind)[:count])
+
+
+def _costs(sizes: Sizes, kind: Kind, like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(sizes.costs(kind), dtype=torch.float32, device=like.device)
