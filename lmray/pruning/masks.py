@@ -5,7 +5,7 @@ Shapes: L decoder layers, U units of a kind in a layer. A mask is 1 where a unit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -37,14 +37,24 @@ def budget_loss(masks: Masks, sizes: Sizes, target: float) -> torch.Tensor:
     return (torch.log(found.clamp(min=1e-10)) - torch.log(torch.tensor(target))).abs()
 
 
-def project(scores: Masks, sizes: Sizes, target: float, *, shape: Shape, multiple_of: int) -> dict[Kind, torch.Tensor]:
+def project(
+    scores: Masks,
+    sizes: Sizes,
+    target: float,
+    *,
+    shape: Shape,
+    multiple_of: int,
+    worth: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
+) -> dict[Kind, torch.Tensor]:
     """The masks that keep the units of the highest `scores`, at most `target` of all prunable weights and as much of
-    it as `shape` allows; `multiple_of`: of the MLP's width.
+    it as `shape` allows; `multiple_of`: of the MLP's width. `worth`: of a weight, of a unit with this score; of the
+    generator's scores, which are logits, the chance to be kept.
 
     Raises ConfigError where a key-value group and the narrowest MLP in each layer are more than that.
     """
     if shape == "uniform":
-        groups, channels = _uniform(scores, sizes, target, multiple_of)
+        worths = {kind: worth(scores[kind].float()) for kind in KINDS}
+        groups, channels = _uniform(worths, sizes, target, multiple_of)
         counts = {"groups": [groups] * sizes.layers, "channels": [channels] * sizes.layers}
     else:
         counts = _by_layer(scores, sizes, target)
@@ -60,12 +70,12 @@ def least(sizes: Sizes, multiple_of: int) -> float:
     )
 
 
-def _uniform(scores: Masks, sizes: Sizes, target: float, multiple_of: int) -> tuple[int, int]:
-    """Units of each kind in every layer. Of the pairs that fit, the one that keeps the highest scores: every score
-    counts by the weights that its unit has, after each kind was brought to one scale."""
+def _uniform(worths: Masks, sizes: Sizes, target: float, multiple_of: int) -> tuple[int, int]:
+    """Units of each kind in every layer. Of the pairs that fit, the one that keeps what is worth most: every worth
+    counts by the weights that its unit has."""
     room = target * sizes.prunable / sizes.layers
     best: tuple[float, tuple[int, int]] | None = None
-    gains = {kind: _gains(scores[kind], sizes, kind) for kind in KINDS}
+    gains = {kind: _gains(worths[kind], sizes, kind) for kind in KINDS}
     step = _step(sizes, multiple_of)
     for groups in range(1, sizes.groups + 1):
         left = room - _cost(sizes, "groups", groups)
@@ -84,10 +94,10 @@ def _uniform(scores: Masks, sizes: Sizes, target: float, multiple_of: int) -> tu
     return best[1]
 
 
-def _gains(scores_LU: torch.Tensor, sizes: Sizes, kind: Kind) -> torch.Tensor:
+def _gains(worths_LU: torch.Tensor, sizes: Sizes, kind: Kind) -> torch.Tensor:
     """[U]: what the 1, 2, ... highest units of every layer are worth together."""
-    worth_LU = torch.sigmoid(scores_LU.float()) * _costs(sizes, kind, scores_LU)
-    return worth_LU.sort(dim=1, descending=True).values.sum(0).cumsum(0)
+    gains_LU = worths_LU * _costs(sizes, kind, worths_LU)
+    return gains_LU.sort(dim=1, descending=True).values.sum(0).cumsum(0)
 
 
 def _by_layer(scores: Masks, sizes: Sizes, target: float) -> dict[Kind, list[int]]:
