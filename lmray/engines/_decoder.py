@@ -94,17 +94,17 @@ class Linears:
             for layer in self._layers:
                 layer.weight = nn.Parameter(layer.weight.to("meta"), requires_grad=False)
 
-    def put(self, handle: str, part: int, ranks: range, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def put(self, handle: str, part: int, slots: range, factors: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Adds adapter `handle` to layer `part`: A [r, inputs] and B [outputs, r] with its scale."""
         if self.stack is None:
             self.stack = LowRankStack(self.sizes, self.num_inputs, self._like)
         self.adapters.add(handle)  # first, so that `drop` clears what a failure leaves
-        self.stack.put(part, ranks, *factors)
+        self.stack.put(part, slots, *factors)
 
-    def drop(self, handle: str, ranks: range) -> None:
+    def drop(self, handle: str, slots: range) -> None:
         if handle in self.adapters:
             assert self.stack is not None
-            self.stack.clear(ranks)
+            self.stack.clear(slots)
             self.adapters.discard(handle)
         if not self.adapters:
             self.stack = None

@@ -17,8 +17,9 @@ from torch import nn
 
 from lmray.engines._adapter_folder import WEIGHTS, AdapterFolder
 from lmray.engines._decoder import Decoder, Linears
-from lmray.engines._ranks import RankSpace
+from lmray.engines._slot_space import SlotSpace
 from lmray.errors import ArtifactError
+from lmray.ops.low_rank import num_slots
 
 PREFIX = "base_model.model."
 
@@ -37,7 +38,7 @@ class LoraBank:
     def __init__(self, model: nn.Module, decoder: Decoder):
         self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._places = {name: (one, part) for one in decoder.linears() for part, name in enumerate(one.names)}
-        self._space = RankSpace()
+        self._space = SlotSpace()
         self._dtype = decoder.dtype
         self._num_loaded = 0
         self._roots: dict[str, bytes] = {}
@@ -48,7 +49,7 @@ class LoraBank:
     def handles(self) -> tuple[str, ...]:
         return self._space.handles
 
-    def ranks(self, handle: str | None) -> range | None:
+    def slots(self, handle: str | None) -> range | None:
         """Where an adapter is in the stacks; None for the base model."""
         return None if handle is None else self._space[handle]
 
@@ -72,22 +73,22 @@ class LoraBank:
         self._put(handle, factors)
 
     def remove(self, handle: str) -> None:
-        ranks = self._space.free(handle)
+        slots = self._space.free(handle)
         del self._roots[handle]
         for linears in {id(one): one for one, _ in self._places.values()}.values():
-            linears.drop(handle, ranks)
+            linears.drop(handle, slots)
 
     def restore(self) -> None:
         """Nothing: the model's modules are not touched."""
 
     def _put(self, handle: str, factors: Mapping[str, _Factors]) -> None:
-        ranks = self._space.take(handle, max(len(one.a_RI) for one in factors.values()))
+        slots = self._space.take(handle, num_slots(max(len(one.a_RI) for one in factors.values())))
         self._num_loaded += 1
         self._roots[handle] = str(self._num_loaded).encode()
         try:
             for name, (a_RI, b_OR, scale) in factors.items():
                 linears, part = self._places[name]
-                linears.put(handle, part, ranks, (a_RI, b_OR.float() * scale))
+                linears.put(handle, part, slots, (a_RI, b_OR.float() * scale))
         except BaseException:
             self.remove(handle)
             raise

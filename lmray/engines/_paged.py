@@ -6,6 +6,7 @@ Runs on one thread, whichever calls it. Shapes as in `lmray/engines/_decoder.py`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -99,8 +100,8 @@ class PagedStepper:
 
     def _place(self, chunk: Chunk) -> tuple[bool, int]:
         """Single tokens first, neighbours in the stacked adapters beside each other; then the longer chunks."""
-        ranks = self.adapters.ranks(chunk.sequence.request.adapter)
-        return chunk.stop - chunk.start > 1, -1 if ranks is None else ranks.start
+        slots = self.adapters.slots(chunk.sequence.request.adapter)
+        return chunk.stop - chunk.start > 1, -1 if slots is None else slots.start
 
     def _forward(self, chunks: list[Chunk]) -> torch.Tensor:
         """Logits [n, V], `num_logits` of each chunk."""
@@ -120,9 +121,9 @@ class PagedStepper:
             adapters=used,
         )
 
-    def _pieces(self, rows: list[tuple[Chunk, int]]) -> list[Piece]:
-        ranks = [(self.adapters.ranks(chunk.sequence.request.adapter), count) for chunk, count in rows]
-        return make_pieces(ranks, self._pass.decoder.device)
+    def _pieces(self, rows: list[tuple[Chunk, int]]) -> Sequence[Piece]:
+        slots = tuple((self.adapters.slots(chunk.sequence.request.adapter), count) for chunk, count in rows)
+        return make_pieces(slots, self._pass.decoder.device)
 
     def _draw(self, chunks: list[Chunk], logits_nV: torch.Tensor) -> list[tuple[str, Outcome]]:
         """Notes what prompts tell, draws tokens for the sequences that are read to their end, and ends those that are

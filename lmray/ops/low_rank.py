@@ -1,163 +1,219 @@
 """Low-rank products of many adapters beside one frozen product: y += B A x, with another A and B for each row.
 
-The adapters lie side by side, their ranks behind each other, so that a run of ranks is one product whoever owns them: a
-row's ranks that are not its adapter's are set to 0 in between (the idea of Chen et al., "Punica", arXiv 2310.18547,
-section 4, with a mask in place of a gather). B holds the adapter's scale.
+The adapters lie side by side in slots of `WIDTH` ranks. Many rows of one adapter are matrix products. Few rows of each
+of many adapters are weighted sums of rows of the stacks, looked up as of an embedding: A x sums the rows of A^T with
+the numbers of x as weights, B (A x) those of B^T. So all rows are two calls whoever their adapters are, each reads its
+own adapter alone, and nothing is copied (what Chen et al., "Punica", arXiv 2310.18547, section 4 wrote kernels for).
+B holds the adapter's scale.
 
-Shapes: N rows, I inputs, O outputs of all parts, P parts (linear layers that share an input), C ranks in all, R of a
-piece, n its rows.
+Shapes: N rows, I inputs, O outputs of all parts, P parts (linear layers that share an input), S slots, R ranks of a
+slot, W = P R, k slots of an adapter, R' = k R; n rows of a piece, m pairs of a row and one of its slots, C chunks of
+`chunk` outputs, of which every part is a multiple.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
 
-MIN_MASKED = 3
-"""Fewer adapters than this take one product each: that costs no more calls, and nothing is computed in vain."""
-MAX_RANKS = 256
-"""Ranks of a masked product: beyond, more is computed in vain than a call costs."""
-MAX_CUTS = 64
-"""Views that a stack keeps."""
-MAX_WASTE = 2
-"""A masked product takes at most so many times the ranks that are needed."""
+WIDTH = 16
+"""Ranks of a slot; an adapter whose rank is no multiple of it is filled up with zeros."""
+MAX_LOOKED_UP = 8
+"""More rows of one adapter than this are matrix products: they read it once, sums would for every row."""
+_SUM = 0
+"""What `torch.embedding_bag` calls sums."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows of a step whose adapters lie in one run of ranks."""
-
-    rows: slice
-    ranks: slice
-    others_nR: torch.Tensor | None
-    """True where a rank is not of the row's adapter; None where all are."""
+def num_slots(rank: int) -> int:
+    """How many slots an adapter takes."""
+    return -(-rank // WIDTH)
 
 
-def make_pieces(rows: Sequence[tuple[range | None, int]], device: torch.device) -> list[Piece]:
-    """Cuts the rows of a step into products. `rows`: the ranks of an adapter (None: the base model) and how many rows
-    behind each other are its own. Best in the order of ranks, so that neighbours share a product."""
+class Layout(NamedTuple):
+    """What lookups depend on besides rows and slots: the shape of a stack."""
+
+    num_inputs: int
+    chunk: int
+    parts_C: tuple[int, ...]
+    """The part that each chunk of outputs belongs to."""
+    num_parts: int
+
+
+class _Lookup(NamedTuple):
+    """Where the rows of a piece find theirs in the stacks of one layout."""
+
+    slots_m: torch.Tensor
+    rows_m: torch.Tensor | None
+    """None where every row has one slot."""
+    inputs_mI: torch.Tensor
+    input_starts_m: torch.Tensor
+    order: torch.Tensor | None
+    """Which of the m P sums A x each lookup of R ranks is weighted with; None where all follow each other."""
+    ranks: torch.Tensor
+    rank_starts_nC: torch.Tensor
+
+
+class Product:
+    """Rows behind each other of one adapter."""
+
+    def __init__(self, rows: slice, slots: range):
+        self.rows, self.slots = rows, slice(slots.start, slots.stop)
+        self.num_slots = slots.stop
+
+
+class Mixed:
+    """Rows behind each other of any adapters. Its lookups are kept, as all layers of a step take the same ones."""
+
+    def __init__(self, start: int, slots: Sequence[range], device: torch.device):
+        self.rows = slice(start, start + len(slots))
+        self.num_slots = max(run.stop for run in slots)
+        self._slots, self._device = slots, device
+        self._lookups: dict[Layout, _Lookup] = {}
+
+    def lookup(self, layout: Layout) -> _Lookup:
+        if layout not in self._lookups:
+            self._lookups[layout] = self._make(layout)
+        return self._lookups[layout]
+
+    def _make(self, layout: Layout) -> _Lookup:
+        firsts = [0, *accumulate(map(len, self._slots))]
+        chunks = [  # slot, chunk, which sum A x
+            (slot, chunk, place * layout.num_parts + part)
+            for first, run in zip(firsts, self._slots, strict=False)
+            for chunk, part in enumerate(layout.parts_C)
+            for place, slot in enumerate(run, first)
+        ]
+        num_chunks = len(layout.parts_C)
+        starts = accumulate((len(run) * WIDTH for run in self._slots for _ in layout.parts_C), initial=0)
+        slot, chunk, order = self._tensor(list(zip(*chunks, strict=True)))
+        ranks = (slot[:, None] * WIDTH + self._tensor(range(WIDTH))) * num_chunks + chunk[:, None]
+        slots_m = self._tensor([slot for run in self._slots for slot in run])
+        inputs_I = self._tensor(range(layout.num_inputs))
+        rows = [row for row, run in enumerate(self._slots) for _ in run]
+        is_ordered = order.tolist() == list(range(len(slots_m) * layout.num_parts))
+        return _Lookup(
+            slots_m=slots_m,
+            rows_m=None if len(rows) == len(self._slots) else self._tensor(rows),
+            inputs_mI=(slots_m[:, None] * layout.num_inputs + inputs_I).flatten(),
+            input_starts_m=self._tensor(range(len(slots_m))) * layout.num_inputs,
+            order=None if is_ordered else order,
+            ranks=ranks.flatten(),
+            rank_starts_nC=self._tensor(list(starts)[:-1]),
+        )
+
+    def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> torch.Tensor:
+        """Half the size of what indices are by default, of which a step reads as many as numbers of A."""
+        return torch.tensor(numbers, dtype=torch.int32, device=self._device)
+
+
+Piece = Product | Mixed
+
+
+@lru_cache(maxsize=8)  # from step to step the rows are mostly the same
+def make_pieces(rows: tuple[tuple[range | None, int], ...], device: torch.device) -> tuple[Piece, ...]:
+    """Cuts the rows of a step into products. `rows`: the slots of an adapter (None: the base model) and how many rows
+    behind each other are its own."""
     pieces: list[Piece] = []
-    waiting: list[tuple[range, int, int]] = []  # ranks, first row, end
+    waiting: list[range] = []
+    start = 0
 
     def flush() -> None:
-        pieces.extend(_joined(waiting, device))
-        waiting.clear()
+        if waiting:
+            pieces.append(Mixed(start - len(waiting), tuple(waiting), device))
+            waiting.clear()
 
-    start = 0
-    for ranks, count in rows:
-        if ranks is None:
-            flush()
-        elif waiting and waiting[-1][0] == ranks:
-            waiting[-1] = (ranks, waiting[-1][1], start + count)
+    for slots, run in groupby(rows, key=lambda row: row[0]):
+        count = sum(number for _, number in run)
+        if slots is not None and count <= MAX_LOOKED_UP:
+            waiting += [slots] * count
         else:
-            if waiting and not _fits([*waiting, (ranks, start, start + count)]):
-                flush()
-            waiting.append((ranks, start, start + count))
+            flush()
+            if slots is not None:
+                pieces.append(Product(slice(start, start + count), slots))
         start += count
     flush()
-    return pieces
-
-
-def _fits(runs: Sequence[tuple[range, int, int]]) -> bool:
-    """Whether neighbours may share a product: few rows of each, and little between their ranks."""
-    low, high = min(ranks.start for ranks, _, _ in runs), max(ranks.stop for ranks, _, _ in runs)
-    needed = sum(len(ranks) for ranks, _, _ in runs)
-    num_rows = runs[-1][2] - runs[0][1]
-    return high - low <= min(MAX_RANKS, MAX_WASTE * needed) and num_rows <= 4 * len(runs)
-
-
-def _joined(runs: Sequence[tuple[range, int, int]], device: torch.device) -> list[Piece]:
-    if len(runs) < MIN_MASKED:
-        return [Piece(slice(start, end), slice(ranks.start, ranks.stop), None) for ranks, start, end in runs]
-    low, high = min(ranks.start for ranks, _, _ in runs), max(ranks.stop for ranks, _, _ in runs)
-    bounds = [(ranks.start, ranks.stop) for ranks, start, end in runs for _ in range(end - start)]
-    bounds_n2 = torch.tensor(bounds, device=device)
-    ranks_R = torch.arange(low, high, device=device)
-    others_nR = (ranks_R < bounds_n2[:, :1]) | (ranks_R >= bounds_n2[:, 1:])
-    return [Piece(slice(runs[0][1], runs[-1][2]), slice(low, high), others_nR)]
-
-
-class _Cut(NamedTuple):
-    """A run of ranks, as views."""
-
-    a_PIR: torch.Tensor
-    b_PRO: torch.Tensor
-    parts: list[tuple[int, slice, torch.Tensor]]
-    """Of each part that an adapter has: its place, its columns of the output, its B [R, outputs]."""
+    return tuple(pieces)
 
 
 class LowRankStack:
     """The adapters of the linear layers that share an input; `sizes` are the layers' outputs."""
 
     def __init__(self, sizes: Sequence[int], num_inputs: int, like: torch.Tensor):
-        self.sizes = tuple(sizes)
-        self.a_PCI = like.new_zeros(len(sizes), 0, num_inputs)
-        self.b_PCO = like.new_zeros(len(sizes), 0, max(sizes))
-        """Narrower parts are filled up with zeros, so that all parts are one product."""
+        self.sizes, chunk = tuple(sizes), math.gcd(*sizes)
+        parts_C = tuple(part for part, size in enumerate(sizes) for _ in range(size // chunk))
+        self._layout = Layout(num_inputs, chunk, parts_C, len(sizes))
+        ends = accumulate(sizes)
+        self._columns = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        self.a_SIW = like.new_zeros(0, num_inputs, len(sizes) * WIDTH)
+        self.b_SRO = like.new_zeros(0, WIDTH, sum(sizes))
         self._carries = [False] * len(sizes)
         """Whether an adapter has the part."""
-        self._cuts: dict[tuple[int, int], _Cut] = {}
 
-    def put(self, part: int, ranks: range, a_RI: torch.Tensor, b_OR: torch.Tensor) -> None:
-        """Puts one layer's adapter into its ranks, the first of them where it has fewer."""
-        self._reserve(ranks.stop)
+    def put(self, part: int, slots: range, a_RI: torch.Tensor, b_OR: torch.Tensor) -> None:
+        """Puts one layer's adapter into its slots, the first ranks of them where it has fewer."""
+        self._reserve(slots.stop)
         self._carries[part] = True
-        own = slice(ranks.start, ranks.start + len(a_RI))
-        self.a_PCI[part, own] = a_RI
-        self.b_PCO[part, own, : self.sizes[part]] = b_OR.T
-        self._cuts.clear()
+        for first, slot in zip(range(0, len(a_RI), WIDTH), slots, strict=False):
+            some_RI, some_OR = a_RI[first : first + WIDTH], b_OR[:, first : first + WIDTH]
+            self.a_SIW[slot, :, part * WIDTH : part * WIDTH + len(some_RI)] = some_RI.T
+            self.b_SRO[slot, : len(some_RI), self._columns[part]] = some_OR.T
 
-    def clear(self, ranks: range) -> None:
+    def clear(self, slots: range) -> None:
         """Zeroes what an adapter leaves behind."""
-        self.a_PCI[:, ranks.start : ranks.stop] = 0
-        self.b_PCO[:, ranks.start : ranks.stop] = 0
+        self.a_SIW[slots.start : slots.stop] = 0
+        self.b_SRO[slots.start : slots.stop] = 0
 
-    def _reserve(self, num_ranks: int) -> None:
-        """Room for `num_ranks` ranks; doubled, so that adapters that come one by one are seldom copied."""
-        before = self.a_PCI.shape[1]
-        if num_ranks > before:
-            more = max(num_ranks, 2 * before) - before
-            b_PCO = _with_zeros(self.b_PCO, more)
-            self.a_PCI, self.b_PCO = _with_zeros(self.a_PCI, more), b_PCO  # both or, without memory for it, none
+    def _reserve(self, count: int) -> None:
+        """Room for `count` slots; doubled, so that adapters that come one by one are seldom copied."""
+        before = len(self.a_SIW)
+        if count > before:
+            more = max(count, 2 * before) - before
+            with torch.inference_mode(False):  # else `put` could not write to them
+                b_SRO = _with_zeros(self.b_SRO, more)
+                self.a_SIW, self.b_SRO = _with_zeros(self.a_SIW, more), b_SRO  # both or, without memory for it, none
 
     def add(self, y_NO: torch.Tensor, x_NI: torch.Tensor, pieces: Sequence[Piece]) -> None:
         """Adds the adapters' products of `x_NI` to `y_NO`, in place."""
         for piece in pieces:
-            cut = self._cut(piece.ranks)
-            x_nI, y_nO = x_NI[piece.rows], y_NO[piece.rows]
-            # a batch of one took four times as long as the plain product of it, in bfloat16 on a CPU
-            u_PnR = torch.mm(x_nI, cut.a_PIR[0])[None] if len(cut.a_PIR) == 1 else torch.matmul(x_nI, cut.a_PIR)
-            if piece.others_nR is not None:  # filled, not multiplied: an adapter's inf must not reach its neighbours
-                u_PnR.masked_fill_(piece.others_nR, 0)
-            if piece.others_nR is None or len(cut.parts) == 1:
-                for part, columns, b_RO in cut.parts:
-                    y_nO[:, columns].addmm_(u_PnR[part], b_RO)
-            else:  # few rows of many ranks: one product of all parts costs less than one each
-                more_PnO = torch.bmm(u_PnR, cut.b_PRO)
-                for part, columns, b_RO in cut.parts:
-                    y_nO[:, columns] += more_PnO[part, :, : b_RO.shape[1]]
+            self._reserve(piece.num_slots)  # the last may belong to an adapter of other layers
+            y_nO, x_nI = y_NO[piece.rows], x_NI[piece.rows]
+            if isinstance(piece, Product):
+                self._multiply(y_nO, x_nI, piece.slots)
+            else:
+                self._look_up(y_nO, x_nI, piece.lookup(self._layout))
 
-    def _cut(self, ranks: slice) -> _Cut:
-        """A run of ranks. Kept, as the same rows mostly come again in the next step."""
-        key = ranks.start, ranks.stop
-        if key not in self._cuts:
-            if len(self._cuts) >= MAX_CUTS:
-                self._cuts.clear()
-            b_PRO = self.b_PCO[:, ranks]
-            ends = list(accumulate(self.sizes))
-            parts = [
-                (part, slice(end - size, end), b_PRO[part, :, :size])
-                for part, (end, size) in enumerate(zip(ends, self.sizes, strict=True))
-                if self._carries[part]
-            ]
-            self._cuts[key] = _Cut(self.a_PCI[:, ranks].transpose(1, 2), b_PRO, parts)
-        return self._cuts[key]
+    def _multiply(self, y_nO: torch.Tensor, x_nI: torch.Tensor, slots: slice) -> None:
+        a_kIW, b_RO = self.a_SIW[slots], self.b_SRO[slots].flatten(0, 1)
+        # a batch of one took four times as long as the plain product of it, in bfloat16 on a CPU
+        u_knW = torch.mm(x_nI, a_kIW[0])[None] if len(a_kIW) == 1 else torch.matmul(x_nI, a_kIW)
+        for part, columns in enumerate(self._columns):
+            if self._carries[part]:
+                u_nR = u_knW[..., part * WIDTH : (part + 1) * WIDTH].transpose(0, 1).flatten(1)
+                y_nO[:, columns].addmm_(u_nR, b_RO[:, columns])
+
+    def _look_up(self, y_nO: torch.Tensor, x_nI: torch.Tensor, at: _Lookup) -> None:
+        x_mI = x_nI if at.rows_m is None else x_nI.index_select(0, at.rows_m)
+        if x_nI.device.type == "cpu":
+            u_mW = _sums(self.a_SIW.flatten(0, 1), at.inputs_mI, at.input_starts_m, x_mI)
+        else:  # sums so long and narrow keep a GPU waiting
+            u_mW = torch.bmm(x_mI[:, None], self.a_SIW.index_select(0, at.slots_m))
+        u_R = u_mW.view(-1, WIDTH)
+        if at.order is not None:
+            u_R = u_R.index_select(0, at.order)
+        chunk = self._layout.chunk
+        y_nO.view(-1, chunk).add_(_sums(self.b_SRO.view(-1, chunk), at.ranks, at.rank_starts_nC, u_R))
+
+
+def _sums(rows: torch.Tensor, places: torch.Tensor, starts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of `rows` at `places`, one from each of `starts` to the next."""
+    return torch.embedding_bag(rows, places, starts, False, _SUM, False, weights.flatten())[0]
 
 
 def _with_zeros(stacked: torch.Tensor, count: int) -> torch.Tensor:
-    """`stacked` with `count` more ranks, its last dimension but one."""
-    return torch.cat([stacked, stacked.new_zeros(*stacked.shape[:-2], count, stacked.shape[-1])], dim=-2)
+    """`stacked` with `count` more slots."""
+    return torch.cat([stacked, stacked.new_zeros(count, *stacked.shape[1:])])

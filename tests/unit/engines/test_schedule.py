@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from lmray.engines._blocks import BlockPool, block_key
-from lmray.engines._ranks import RankSpace
 from lmray.engines._schedule import Chunk, Limits, Plan, Scheduler, Sequence
+from lmray.engines._slot_space import SlotSpace
 from lmray.engines.base import Request, Sampling
 
 SMALL = Limits(max_rows=3, max_length=12, num_blocks=8, block_size=2, max_prefill_tokens=5)
@@ -299,7 +299,7 @@ class Ranks(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.space, self.ranks = RankSpace(), {}
+        self.space, self.ranks = SlotSpace(), {}
 
     @rule(name=st.sampled_from("abcdef"), rank=st.integers(1, 9))
     def come(self, name, rank):

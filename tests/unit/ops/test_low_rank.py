@@ -5,39 +5,42 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lmray.ops.low_rank import MAX_RANKS, LowRankStack, make_pieces
+from lmray.ops.low_rank import MAX_LOOKED_UP, WIDTH, LowRankStack, Mixed, Product, make_pieces, num_slots
 
 CPU = torch.device("cpu")
-SIZES, NUM_INPUTS = (5, 3), 4
+NUM_INPUTS = 4
+SIZES = [(5, 3), (6, 2, 2), (4, 4), (7,)]
+RANKS = {"a": 2, "b": WIDTH, "c": 1, "d": 2 * WIDTH + 3}
+SLOTS = {"a": range(1), "b": range(1, 2), "c": range(2, 3), "d": range(5, 8)}
 
 
-def filled(ranks: dict[str, range], parts: dict[str, tuple[int, ...]], seed: int = 0):
+def filled(sizes: tuple[int, ...], parts: dict[str, tuple[int, ...]]):
     """A stack of random adapters, and their factors by name and part."""
-    source = torch.Generator().manual_seed(seed)
-    stack = LowRankStack(SIZES, NUM_INPUTS, torch.zeros(1, dtype=torch.float64))
+    source = torch.Generator().manual_seed(0)
+    stack = LowRankStack(sizes, NUM_INPUTS, torch.zeros(1, dtype=torch.float64))
     factors = {}
-    for name, run in ranks.items():
-        for part in parts.get(name, (0, 1)):
-            a = torch.randn(len(run), NUM_INPUTS, generator=source, dtype=torch.float64)
-            b = torch.randn(SIZES[part], len(run), generator=source, dtype=torch.float64)
-            stack.put(part, run, a, b)
+    for name, rank in RANKS.items():
+        for part in parts.get(name, range(len(sizes))):
+            a = torch.randn(rank, NUM_INPUTS, generator=source, dtype=torch.float64)
+            b = torch.randn(sizes[part], rank, generator=source, dtype=torch.float64)
+            stack.put(part, SLOTS[name], a, b)
             factors[name, part] = (a, b)
     return stack, factors
 
 
-def slow(x, rows, factors):
+def slow(sizes, x, rows, factors):
     """y of zeros plus B A x, row by row."""
-    y = torch.zeros(len(x), sum(SIZES), dtype=torch.float64)
-    names = [name for name, count in rows for _ in range(count)]
-    for row, name in enumerate(names):
-        for part, start in enumerate((0, SIZES[0])):
+    y = torch.zeros(len(x), sum(sizes), dtype=torch.float64)
+    for row, name in enumerate(name for name, count in rows for _ in range(count)):
+        for part, size in enumerate(sizes):
             if (name, part) in factors:
                 a, b = factors[name, part]
-                y[row, start : start + SIZES[part]] = b @ (a @ x[row])
+                y[row, sum(sizes[:part]) :][:size] = b @ (a @ x[row])
     return y
 
 
-RANKS = {"a": range(2), "b": range(2, 7), "c": range(7, 8), "d": range(20, 24)}
+def pieces_of(rows):
+    return make_pieces(tuple((SLOTS.get(name), count) for name, count in rows), CPU)
 
 
 @pytest.mark.parametrize(
@@ -45,54 +48,81 @@ RANKS = {"a": range(2), "b": range(2, 7), "c": range(7, 8), "d": range(20, 24)}
     [
         [("a", 1), ("b", 1), ("c", 1)],
         [(None, 2), ("a", 2), ("b", 1), ("c", 3)],
-        [(None, 1), ("a", 1), ("a", 1), ("b", 2), ("c", 1), ("d", 1), ("b", 9), (None, 4), ("a", 7)],
+        [(None, 1), ("a", 1), ("a", 1), ("b", 2), ("c", 1), ("d", 1), ("b", 9), (None, 4), ("a", 17), ("d", 20)],
         [("d", 3), ("a", 1)],
+        [("d", 9)],
         [(None, 3)],
     ],
 )
-@pytest.mark.parametrize("parts", [{}, {"a": (0,), "b": (1,), "c": (0,)}])
-def test_every_row_gets_its_own_adapter_and_no_other(rows, parts):
-    stack, factors = filled(RANKS, parts)
+@pytest.mark.parametrize("parts", [{}, {"a": (0,), "b": (-1,), "c": (0,)}])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_every_row_gets_its_own_adapter_and_no_other(rows, parts, sizes):
+    parts = {name: [part % len(sizes) for part in some] for name, some in parts.items()}
+    stack, factors = filled(sizes, parts)
     x = torch.randn(sum(count for _, count in rows), NUM_INPUTS, dtype=torch.float64)
-    y = torch.zeros(len(x), sum(SIZES), dtype=torch.float64)
-    pieces = make_pieces([(RANKS.get(name), count) for name, count in rows], CPU)
-    stack.add(y, x, pieces)
-    assert torch.allclose(y, slow(x, rows, factors))
+    y = torch.zeros(len(x), sum(sizes), dtype=torch.float64)
+    for _ in range(2):  # the second time by what was kept
+        stack.add(y, x, pieces_of(rows))
+    assert torch.allclose(y, 2 * slow(sizes, x, rows, factors))
 
 
-def test_few_adapters_take_a_product_each_and_many_share_one():
+def test_many_rows_of_an_adapter_are_a_product_and_neighbours_with_few_share_a_piece():
     def shapes(rows):
-        found = make_pieces(rows, CPU)
-        return [
-            (one.rows.stop - one.rows.start, one.ranks.stop - one.ranks.start, one.others_nR is None) for one in found
-        ]
+        return [(type(one), one.rows.start, one.rows.stop) for one in pieces_of(rows)]
 
-    one, two, three, far = range(8), range(8, 16), range(16, 24), range(900, 908)
-    assert shapes([(None, 4), (one, 1), (two, 2)]) == [(1, 8, True), (2, 8, True)]
-    assert shapes([(one, 1), (two, 1), (three, 1)]) == [(3, 24, False)]
-    assert shapes([(one, 1), (two, 1), (three, 1), (far, 1)]) == [(3, 24, False), (1, 8, True)]
-    assert shapes([(one, 1), (two, 1), (three, 100)]) == [(1, 8, True), (1, 8, True), (100, 8, True)]
-    many = [(range(8 * place, 8 * place + 8), 1) for place in range(MAX_RANKS // 4)]
-    assert [ranks for _, ranks, _ in shapes(many)] == [MAX_RANKS, MAX_RANKS]
+    few, many = MAX_LOOKED_UP, MAX_LOOKED_UP + 1
+    assert shapes([(None, 4), ("a", few), ("b", 2)]) == [(Mixed, 4, 6 + few)]
+    assert shapes([("a", few), ("a", 1), ("b", 1)]) == [(Product, 0, many), (Mixed, many, many + 1)]
+    assert shapes([("a", 1), ("b", many), ("c", 1)]) == [(Mixed, 0, 1), (Product, 1, 1 + many), (Mixed, 1 + many, 11)]
+    assert shapes([("a", 1), (None, 1), ("c", 1)]) == [(Mixed, 0, 1), (Mixed, 2, 3)]
+    assert [num_slots(rank) for rank in (1, WIDTH, WIDTH + 1)] == [1, 1, 2]
+
+
+def test_an_adapter_of_other_layers_leaves_its_rows_alone_and_the_next_finds_room():
+    stack = LowRankStack((2,), NUM_INPUTS, torch.zeros(1, dtype=torch.float64))
+    ones = torch.ones(1, NUM_INPUTS, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
+    stack.put(0, range(1), *ones)
+    x, y = torch.ones(12, NUM_INPUTS, dtype=torch.float64), torch.zeros(12, 2, dtype=torch.float64)
+    with torch.inference_mode():
+        stack.add(y, x, pieces_of([("a", 1), ("b", 1), ("d", 10)]))
+    stack.put(0, SLOTS["d"], *ones)
+    assert y.tolist() == [[4, 4], *[[0, 0]] * 11]
 
 
 def test_an_adapter_that_overflows_leaves_its_neighbours_alone():
-    stack, _ = filled(RANKS, {})
-    a_RI, b_OR = (torch.full(shape, 1e300, dtype=torch.float64) for shape in ((5, NUM_INPUTS), (SIZES[0], 5)))
-    stack.put(0, RANKS["b"], a_RI, b_OR)
-    x, y = torch.full((3, NUM_INPUTS), 1e300, dtype=torch.float64), torch.zeros(3, sum(SIZES), dtype=torch.float64)
-    stack.add(y, x, make_pieces([(RANKS[name], 1) for name in "abc"], CPU))
+    stack, _ = filled(SIZES[0], {})
+    a_RI, b_OR = (torch.full(shape, 1e300, dtype=torch.float64) for shape in ((5, NUM_INPUTS), (SIZES[0][0], 5)))
+    stack.put(0, SLOTS["b"], a_RI, b_OR)
+    x, y = torch.full((3, NUM_INPUTS), 1e300, dtype=torch.float64), torch.zeros(3, sum(SIZES[0]), dtype=torch.float64)
+    stack.add(y, x, pieces_of([("a", 1), ("b", 1), ("c", 1)]))
     assert not y[1].isfinite().all()
     assert y[[0, 2]].isfinite().all()
 
 
 def test_what_leaves_is_forgotten_and_its_place_taken_by_another():
-    stack, factors = filled(RANKS, {})
-    stack.clear(RANKS["b"])
-    new = torch.ones(2, NUM_INPUTS, dtype=torch.float64), torch.ones(SIZES[1], 2, dtype=torch.float64)
-    stack.put(1, range(2, 5), *new)
+    sizes = SIZES[0]
+    stack, factors = filled(sizes, {})
+    stack.clear(SLOTS["b"])
+    new = torch.ones(2, NUM_INPUTS, dtype=torch.float64), torch.ones(sizes[1], 2, dtype=torch.float64)
+    stack.put(1, SLOTS["b"], *new)
     x = torch.randn(2, NUM_INPUTS, dtype=torch.float64)
-    y = torch.zeros(2, sum(SIZES), dtype=torch.float64)
-    stack.add(y, x, make_pieces([(RANKS["a"], 1), (range(2, 5), 1)], CPU))
-    kept = {key: value for key, value in factors.items() if key[0] == "a"} | {("new", 1): new}
-    assert torch.allclose(y, slow(x, [("a", 1), ("new", 1)], kept))
+    y = torch.zeros(2, sum(sizes), dtype=torch.float64)
+    stack.add(y, x, pieces_of([("a", 1), ("b", 1)]))
+    kept = {key: value for key, value in factors.items() if key[0] == "a"} | {("b", 1): new}
+    assert torch.allclose(y, slow(sizes, x, [("a", 1), ("b", 1)], kept))
+
+
+@pytest.mark.parametrize("num_each", [1, MAX_LOOKED_UP + 1])
+def test_products_of_bfloat16_are_as_close_as_its_numbers(num_each):
+    torch.manual_seed(0)
+    stack = LowRankStack((64, 32), 48, torch.zeros(1, dtype=torch.bfloat16))
+    x, exact = torch.randn(3 * num_each, 48).bfloat16(), torch.zeros(3 * num_each, 96, dtype=torch.float64)
+    for place, name in enumerate("abc"):
+        for part, columns in enumerate((slice(64), slice(64, 96))):
+            a, b = torch.randn(8, 48).bfloat16(), torch.randn(columns.stop - (columns.start or 0), 8).bfloat16()
+            stack.put(part, SLOTS[name], a, b)
+            own = slice(place * num_each, (place + 1) * num_each)
+            exact[own, columns] = x[own].double() @ a.double().T @ b.double().T
+    y = torch.zeros(3 * num_each, 96, dtype=torch.bfloat16)
+    stack.add(y, x, pieces_of([(name, num_each) for name in "abc"]))
+    assert torch.allclose(y.double(), exact, rtol=2**-6, atol=0.3)
