@@ -13,14 +13,15 @@ from lmray.testing.jobs import tiny_rows, write_jsonl
 from lmray.testing.tiny import tiny_model_folder
 
 RAY_FOLDERS = {"on_ray", "e2e"}
-"""Tests here share a cluster or start their own: one process of `make test` runs them all, and begins with them."""
+"""Tests of the first share a cluster, each of the second starts its own. One process of `make test` begins with the
+first, the other with the second; what is left is shared by both, so that they end together."""
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if RAY_FOLDERS & set(item.path.relative_to(config.rootpath).parts):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        for folder in RAY_FOLDERS & set(item.path.relative_to(config.rootpath).parts):
+            item.add_marker(pytest.mark.xdist_group(folder))
 
 
 @pytest.fixture(scope="session", autouse=True)
