@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from lmray.testing.jobs import tiny_rows, write_jsonl
 from lmray.testing.tiny import tiny_model_folder
@@ -15,6 +16,11 @@ from lmray.testing.tiny import tiny_model_folder
 RAY_FOLDERS = {"on_ray", "e2e"}
 """Tests of the first share a cluster, each of the second starts its own. One process of `make test` begins with the
 first, the other with the second; what is left is shared by both, so that they end together."""
+
+
+# The same examples everywhere, however long they take: what fails is a change, not a machine.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
@@ -27,6 +33,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    """Drawn by a test, whichever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
