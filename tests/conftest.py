@@ -8,24 +8,48 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from lmray.testing.jobs import tiny_rows, write_jsonl
 from lmray.testing.tiny import tiny_model_folder
 
-RAY_FOLDERS = {"on_ray", "e2e"}
-"""Tests here share a cluster or start their own: one process of `make test` runs them all, and begins with them."""
+RAY_FOLDERS = ("on_ray", "e2e")
+"""Tests of the first share a cluster, each of the second starts its own. One process of `make test` begins with the
+first, the other with the second; both share what is left, so that they end together."""
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+class WholeFiles(LoadScopeScheduling):
+    """A file's tests run in one process, which makes what they share once; those of a folder with Ray do, too."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((one for one in RAY_FOLDERS if nodeid.startswith(f"tests/{one}/")), super()._split_scope(nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return WholeFiles(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if RAY_FOLDERS & set(item.path.relative_to(config.rootpath).parts):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    if hasattr(config, "workerinput"):  # one of several processes: the longest first
+        items.sort(key=lambda item: not item.nodeid.startswith(tuple(f"tests/{one}/" for one in RAY_FOLDERS)))
+
+
+# The same examples everywhere, however long they take: what fails is a change, not a machine.
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    """Drawn by a test, whichever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,7 @@ def compare(shell, train_file):
     assert len(lines) == 2 and json.loads(lines[0])["expected"]
 
 
+@pytest.mark.timeout(1200)
 def test_train_keep_serve_ask(shell, train_file, tmp_path):
     checked = shell.lmray("check", "train.yaml", "--json")
     assert checked.returncode == 0, checked.stderr

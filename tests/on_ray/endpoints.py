@@ -83,7 +83,8 @@ def resident_bytes(job: ServeJob, deployment: str = "engine") -> list[int]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.cmdline()[:1] and f"ServeReplica:{job.name}:{deployment}" in process.cmdline()[0]:
+            title = "".join(process.cmdline()[:1])  # of one that has just ended there is none
+            if f"ServeReplica:{job.name}:{deployment}" in title:
                 found.append(process.memory_info().rss)
     return found
 

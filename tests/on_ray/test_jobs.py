@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def head(tmp_path_factory):
         wait_until(answers, "the head's dashboard")
         yield SimpleNamespace(url=url, address=f"127.0.0.1:{ports['port']}")
     finally:
-        process.terminate()  # not its children: without its nodes the head would wait half a minute for them
+        os.killpg(process.pid, signal.SIGKILL)  # asked to end, it would wait half a minute for what it ran
         process.wait()
         shutil.rmtree(state, ignore_errors=True)
 
@@ -121,7 +122,8 @@ def test_a_job_is_started_once_and_stops_with_what_it_has(head, token, job):
     assert again.wait() == "stopped"
     assert {run.id, again.id} <= {info.submission_id for info in list_jobs(head.url)}
     assert submit(one, address=head.url).id == f"{run.id}-3"
-    find(f"{run.id}-3", head.url).stop()
+    third = find(f"{run.id}-3", head.url)
+    assert third.stop() and third.wait() == "stopped"
 
 
 def test_a_job_that_fails_says_why(head, token, job, tiny_data):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -33,7 +33,6 @@ def test_bytes_become_whole_characters_and_all_of_the_text(text):
     assert not any(REPLACEMENT in piece for piece in found)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=40), st.data())
 def test_any_text_cut_anywhere_gives_what_decoding_it_whole_gives(text, data):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
@@ -41,7 +40,6 @@ def test_any_text_cut_anywhere_gives_what_decoding_it_whole_gives(text, data):
     assert "".join(pieces(ids[:end])) == decode(ids[:end])
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(3, 258), max_size=200))
 def test_bytes_that_are_no_text_end_and_are_never_held_for_long(ids):
     detokeniser = Detokeniser(decode)
@@ -98,7 +96,6 @@ def test_stop_strings_end_the_text_wherever_it_was_cut(stops, parts, expected):
     assert stopped == any(stop in "".join(parts) for stop in stops)
 
 
-@settings(deadline=None)
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.data())
 def test_any_cut_gives_the_text_before_the_stop_string_complete_first(text, stops, data):
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))

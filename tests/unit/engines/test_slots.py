@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lmray.engines._slots import Move, Row, Slots
@@ -84,7 +84,6 @@ def test_waiting_requests_can_be_dropped_and_adapters_in_use_are_known():
     assert not slots.busy
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(min_value=-1, max_value=3), max_size=60))
 def test_rows_stay_dense_and_nothing_is_lost(steps: list[int]):
     """-1 adds and admits; a number ends that row, where there is one."""

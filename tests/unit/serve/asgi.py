@@ -12,12 +12,13 @@ async def post(
 ) -> None:
     """One request: `body` whole, or the messages that come of it. The client leaves when `gone` is set, never without
     it; `send` hears the answer."""
-    whole = {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
-    inbox = body if isinstance(body, list) else [whole]
+    if isinstance(body, dict):
+        body = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    inbox = iter(body)
 
     async def receive() -> Any:
-        if inbox:
-            return inbox.pop(0)
+        for message in inbox:
+            return message
         await (gone or asyncio.Event()).wait()
         return {"type": "http.disconnect"}
 
