@@ -6,6 +6,7 @@ Shapes: L decoder layers, U units of a kind in a layer. A mask is 1 where a unit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -37,37 +38,63 @@ def budget_loss(masks: Masks, sizes: Sizes, target: float) -> torch.Tensor:
     return (torch.log(found.clamp(min=1e-10)) - torch.log(torch.tensor(target))).abs()
 
 
-def project(scores: Masks, sizes: Sizes, target: float, *, shape: Shape, multiple_of: int) -> dict[Kind, torch.Tensor]:
+def project(
+    scores: Masks, sizes: Sizes, target: float, *, shape: Shape, multiple_of: int, groups_multiple_of: int = 1
+) -> dict[Kind, torch.Tensor]:
     """The masks that keep the units of the highest `scores`, at most `target` of all prunable weights and as much of
-    it as `shape` allows; `multiple_of`: of the MLP's width.
+    it as `shape` allows; `multiple_of`: of the MLP's width; `groups_multiple_of`: of the key-value heads, `uniform`.
 
     Raises ConfigError where a key-value group and the narrowest MLP in each layer are more than that.
     """
     if shape == "uniform":
-        groups, channels = _uniform(scores, sizes, target, multiple_of)
+        groups, channels = _uniform(scores, sizes, target, multiple_of, groups_multiple_of)
         counts = {"groups": [groups] * sizes.layers, "channels": [channels] * sizes.layers}
     else:
         counts = _by_layer(scores, sizes, target)
     return {kind: _highest(scores[kind], counts[kind]) for kind in KINDS}
 
 
-def least(sizes: Sizes, multiple_of: int) -> float:
-    """The least share of prunable weights that `project` can keep."""
-    return (
-        (_cost(sizes, "groups", 1) + _cost(sizes, "channels", _step(sizes, multiple_of)))
-        * sizes.layers
-        / (sizes.prunable)
-    )
+def least(sizes: Sizes, multiple_of: int, groups: int = 1) -> float:
+    """The least share of prunable weights that `project` can keep, with so many key-value heads."""
+    narrowest = _cost(sizes, "groups", groups) + _cost(sizes, "channels", _step(sizes, multiple_of))
+    return narrowest * sizes.layers / sizes.prunable
 
 
-def _uniform(scores: Masks, sizes: Sizes, target: float, multiple_of: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Budget:
+    """What is to be left of a model."""
+
+    sizes: Sizes
+    remaining: float
+    """Share of the prunable weights."""
+    shape: Shape
+    groups_multiple_of: int = 1
+
+    @property
+    def least(self) -> float:
+        """The smallest `remaining` there is."""
+        return least(self.sizes, self.sizes.block, self.groups_multiple_of)
+
+    def cut(self, scores: Masks, share: float | None = None) -> dict[Kind, torch.Tensor]:
+        """The masks that can be kept: of the highest `scores`, within the budget, or within a larger `share`."""
+        return project(
+            scores,
+            self.sizes,
+            self.remaining if share is None else share,
+            shape=self.shape,
+            multiple_of=self.sizes.block,
+            groups_multiple_of=self.groups_multiple_of,
+        )
+
+
+def _uniform(scores: Masks, sizes: Sizes, target: float, multiple_of: int, groups_multiple_of: int) -> tuple[int, int]:
     """Units of each kind in every layer. Of the pairs that fit, the one that keeps the highest scores: every score
     counts by the weights that its unit has, after each kind was brought to one scale."""
     room = target * sizes.prunable / sizes.layers
     best: tuple[float, tuple[int, int]] | None = None
     gains = {kind: _gains(scores[kind], sizes, kind) for kind in KINDS}
     step = _step(sizes, multiple_of)
-    for groups in range(1, sizes.groups + 1):
+    for groups in range(groups_multiple_of, sizes.groups + 1, groups_multiple_of):
         left = room - _cost(sizes, "groups", groups)
         blocks = [count for count in range(step, sizes.blocks + 1, step) if _cost(sizes, "channels", count) <= left]
         if not blocks:
@@ -78,8 +105,9 @@ def _uniform(scores: Masks, sizes: Sizes, target: float, multiple_of: int) -> tu
     if best is None:
         raise ConfigError(
             "method.remaining",
-            f"{target:g} is less than one key-value group and an MLP of {step * sizes.block} channels in every layer",
-            allowed=f"{least(sizes, multiple_of):.3f} to 1",
+            f"{target:g} is less than {groups_multiple_of} key-value group(s) and an MLP of {step * sizes.block} "
+            "channels in every layer",
+            allowed=f"{least(sizes, multiple_of, groups_multiple_of):.3f} to 1",
         )
     return best[1]
 
