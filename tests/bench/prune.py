@@ -3,12 +3,13 @@
     LMRAY_BENCH_DATA=FOLDER lmray bench prune [--data pubmedqa] [--remaining 0.8,0.6] [--seeds 0] [--steps 200]
         [--methods base,dense,taylor,...] [--rows FILE] [--out FILE] [--quick]
 
-`base`: the model as it is. `dense`: LoRA, nothing removed. `magnitude`, `wanda_sp`,
-`taylor`: heads and MLP channels cut by an importance score, then LoRA. `depth`: layers of least block influence cut,
-then LoRA. `optipfair`: that package's width pruning of the MLP, then LoRA. What is cut first is calibrated on training
-rows alone. All are then merged, and measured from a plain folder: held-out loss of every example and task scores; and
-tokens a second of CPU time of one thread in plain `transformers`, in turns with the dense model, each in a process of
-its own. `relative to dense` is the mean over the task scores and the perplexity of how near a model comes to `dense`.
+`base`: the model as it is. `dense`: LoRA, nothing removed. `atp`: pruned while it is tuned, masks searched on a tenth
+of the training rows; `atp:alpha=10:distill=1` sets fields of the method. `magnitude`, `wanda_sp`, `taylor`: heads and
+MLP channels cut by an importance score, then LoRA. `depth`: layers of least block influence cut, then LoRA.
+`optipfair`: that package's width pruning of the MLP, then LoRA. What is cut first is calibrated on training rows
+alone. All are merged, and measured from a plain folder: held-out loss of every example and task scores; tokens a
+second of CPU time of one thread in plain `transformers`, in turns with the dense model, each in a process of its own.
+`relative to dense` is the mean over the task scores and the perplexity of how near a model comes to `dense`.
 
 With `--rows` each model's measurements are kept as a line of JSON, and the same command goes on after an interruption;
 training goes on from its last checkpoint.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -38,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from machine import describe  # noqa: E402
 from prune_data import DATA, QUESTIONS, majority, read_rows, write_data  # noqa: E402
-from prune_rows import FULL, METHODS, Cell, Rows, cells, table  # noqa: E402
+from prune_rows import METHODS, TWO_STAGE, Cell, Rows, cells, table  # noqa: E402
 
 QUICK = {"steps": 4, "batch_size": 4, "max_examples": 12, "pairs": 1, "calibration_rows": 4}
 """Shows that every column is filled; the numbers say nothing."""
@@ -66,8 +68,8 @@ class Bench:
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What the processes of `cell` are told."""
-        name = f"{cell.method}-{cell.remaining:g}"
-        removes = cell.method not in FULL
+        name = name_of(cell)
+        cut_first = cell.method in TWO_STAGE
         return {
             **{key: value for key, value in vars(self.arguments).items() if isinstance(value, (str, int, float))},
             **vars(cell),
@@ -75,7 +77,7 @@ class Bench:
             "model": str(self.model),
             "work": str(self.work),
             "data_folder": str(self.data_folder),
-            "cut": str(self.work / "cut" / name) if removes else "",
+            "cut": str(self.work / "cut" / name) if cut_first else "",
             "tuned": str(self.work / "tuned" / f"{name}-{cell.seed}") if cell.method != "base" else "",
         }
 
@@ -102,7 +104,7 @@ class Bench:
                 for pair in range(self.arguments.pairs):
                     order = [("own", own), ("dense", dense)]
                     taken = {side: ask(one, log) for side, one in (order if pair % 2 == 0 else order[::-1])}
-                    peak = taken["own"].pop("peak_bytes")
+                    peak, _ = (one.pop("peak_bytes") for one in (taken["own"], taken["dense"]))
                     pairs.append(taken)
             finally:
                 for one in (own, dense):
@@ -115,6 +117,11 @@ class Bench:
         command += ["1", str(int(self.arguments.quick))]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
         return subprocess.Popen(command, env=_environment(1), text=True, **pipes)
+
+
+def name_of(cell: Cell) -> str:
+    """Of a cell's runs and folders, without its seed."""
+    return re.sub(r"[^\w.]+", "-", f"{cell.method}-{cell.remaining:g}")
 
 
 def ask(process: subprocess.Popen[str], log: Any) -> dict[str, Any]:
@@ -161,7 +168,7 @@ def run(bench: Bench, rows: Rows, wanted: Sequence[Cell]) -> None:
             name = f"{cell.method} {cell.remaining:g} seed {cell.seed}"
             print(f"{name}  {part}: {took:.0f} s", file=sys.stderr, flush=True)
         if not bench.arguments.keep:
-            shutil.rmtree(bench.work / "tuned" / f"{cell.method}-{cell.remaining:g}-{cell.seed}", ignore_errors=True)
+            shutil.rmtree(bench.work / "tuned" / f"{name_of(cell)}-{cell.seed}", ignore_errors=True)
 
 
 def main() -> None:
@@ -211,7 +218,7 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(QUICK)
-    unknown = sorted({*arguments.methods} - {*METHODS})
+    unknown = {one.partition(":")[0] for one in arguments.methods} - {*METHODS}
     if unknown or not all(0 < one < 1 for one in arguments.remaining):
         parser.error(f"methods are {', '.join(METHODS)}; shares are between 0 and 1")
     return arguments

@@ -18,7 +18,7 @@ from lmray.tasks.loss import Loss
 FULL = ("base", "dense")
 """Methods that remove nothing."""
 TWO_STAGE = ("magnitude", "wanda_sp", "taylor", "depth", "optipfair")
-METHODS = (*FULL, *TWO_STAGE)
+METHODS = (*FULL, "atp", *TWO_STAGE)
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Cell:
     """One model: how it was made."""
 
     method: str
+    """One of METHODS; `atp` may have fields of the method behind it, like `atp:alpha=10`."""
     remaining: float
     """Share of prunable weights asked for; 1.0 for `base` and `dense`."""
     seed: int
@@ -116,7 +117,8 @@ def table(rows: Rows, budgets: Sequence[float], scores: Sequence[str]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     dense = rows.of("dense", 1.0, "quality")
     for budget in (1.0, *budgets):
-        at = [one for one in METHODS if rows.of(one, budget, "quality")]
+        here = [cell.method for cell, part in rows.made if part == "quality" and cell.remaining == budget]
+        at = [*dict.fromkeys(sorted(here, key=lambda one: METHODS.index(one.partition(":")[0])))]
         rivals = [one for one in at if one in TWO_STAGE]
         best = min(rivals, key=lambda one: mean_metrics(rows.of(one, budget, "quality"))["eval.loss"], default=None)
         for method in at:

@@ -25,6 +25,7 @@ from prune_data import DATA, HELD_OUT, QUESTIONS, TRAIN, evenly  # noqa: E402
 from lmray.artifacts.files import build_once  # noqa: E402
 from lmray.artifacts.store import run_folder  # noqa: E402
 from lmray.config import Document, decode  # noqa: E402
+from lmray.config.reader import parse_value  # noqa: E402
 from lmray.context import LocalContext  # noqa: E402
 from lmray.data.batch import pack  # noqa: E402
 from lmray.data.cache import tokenise_cached  # noqa: E402
@@ -85,8 +86,10 @@ def tune(settings: Settings) -> Settings:
         result = train(job, LocalContext(folder, scratch=Path(scratch), threads=settings["threads"]))
     if result.status not in ("succeeded", "already-done"):
         raise SystemExit(f"training ended as {result.status}")
-    source = Path(settings["cut"] or settings["model"])
-    build_once(target, lambda into: write_merged(source, folder / "adapter", into))
+    source, adapter = Path(settings["cut"] or settings["model"]), folder / "adapter"
+    if job.kept == "model":  # it is cut already
+        source, adapter = folder / "model", None
+    build_once(target, lambda into: write_merged(source, adapter, into))
     events = read_events(folder / "events.jsonl")
     return {
         "train_tokens": sum(event.get("train.tokens", 0) for event in events),
@@ -108,8 +111,13 @@ def job_tree(settings: Settings) -> dict[str, Any]:
             "train": [{"source": str(Path(settings["data_folder"]) / TRAIN)}],
             "max_length": settings["max_length"],
         },
-        "method": "sft",
-        "adapter": {"name": "lora", "r": settings["r"], "lora_alpha": 2 * settings["r"]},
+        "method": method_tree(settings),
+        "adapter": {
+            "name": "lora",
+            "r": settings["r"],
+            "lora_alpha": 2 * settings["r"],
+            "target_modules": "all-linear",
+        },
         "sharding": "single",
         "train": {
             "per_device_train_batch_size": per_device,
@@ -120,6 +128,15 @@ def job_tree(settings: Settings) -> dict[str, Any]:
         },
         "resources": {"cpus_per_worker": settings["threads"]},
     }
+
+
+def method_tree(settings: Settings) -> dict[str, Any]:
+    """`atp:alpha=10:gate=deterministic` is ATP with these fields; all that is cut first or not at all is tuned."""
+    name, *fields = settings["method"].split(":")
+    if name != "atp":
+        return {"name": "sft"}
+    given = {key: parse_value(value) for key, _, value in (field.partition("=") for field in fields)}
+    return {"name": name, "remaining": settings["remaining"], "block": settings["multiple_of"], **given}
 
 
 def score(settings: Settings) -> Settings:
