@@ -161,7 +161,7 @@ def test_the_report_says_which_rows_each_part_had(job, tmp_path):
 
 def test_one_row_cannot_be_set_aside(job, tmp_path):
     path = write_jsonl(tmp_path / "one.jsonl", tiny_rows(1))
-    one = job().changed({"data": {"train": [{"source": str(path)}], "max_length": 256}, "train.eval_steps": None})
+    one = job().changed({"data.train": [{"source": str(path)}], "data.eval": None, "train.eval_steps": None})
     with pytest.raises(DataError, match=r"1 row\(s\), of which 1 would be set aside"):
         prepare(one)
 
