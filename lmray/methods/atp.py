@@ -51,9 +51,12 @@ class Atp(Pruning):
     def in_steps(self) -> bool:
         return self.schedule == "progressive"
 
+    def searched(self, steps: int) -> int:
+        return math.floor(self.freeze_after * steps)
+
     def decider(self, structure: Structure, ranks: Ranks, *, steps: int, seed: int) -> Decider:
         args = SearchArgs(
-            steps=math.floor(self.freeze_after * steps),
+            steps=self.searched(steps),
             alpha=self.alpha,
             learning_rate=self.generator_learning_rate,
             noisy=self.gate == "gumbel",

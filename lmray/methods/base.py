@@ -139,6 +139,10 @@ class Method(MemberConfig):
         """What is no error and yet likely not meant."""
         return ()
 
+    def passes(self, steps: int) -> float:
+        """The work of a run of `steps` steps, in steps that take the loss's gradient alone."""
+        return steps
+
     def companion(self, ranks: Ranks, *, steps: int, seed: int) -> Companion | None:
         """What it keeps beside the placed model in a run of `steps` optimizer steps."""
         return None

@@ -33,7 +33,7 @@ METRICS = {
     "train.epoch": Metric("epochs", "Passes over the training data so far."),
     "prune.remaining": Metric("fraction", "Prunable weights under the masks of the step."),
     "prune.budget_loss": Metric("", "R: how far, in log ratio, what is kept is from the budget.", "min"),
-    "prune.removed_norm": Metric("", "G: norms of the LoRA slices of removed units, before they are shrunk.", "min"),
+    "prune.removed_norm": Metric("", "G: norms of the LoRA slices of removed units; 0 once masks are final.", "min"),
     "prune.search_loss": Metric("nats/token", "Mean loss over the search rows, under soft masks.", "min"),
     "eval.loss": Metric("nats/token", "Mean loss over the supervised tokens of the held-out data.", "min"),
     "eval.perplexity": Metric("", "exp(eval.loss).", "min"),

@@ -112,10 +112,10 @@ def _uniform(worths: Masks, sizes: Sizes, target: float, multiple_of: int, group
         if best is None or gain > best[0]:
             best = (gain, (groups, blocks[-1]))
     if best is None:
+        heads = "one key-value group" if groups_multiple_of == 1 else f"{groups_multiple_of} key-value groups"
         raise ConfigError(
             "method.remaining",
-            f"{target:g} is less than {groups_multiple_of} key-value group(s) and an MLP of {step * sizes.block} "
-            "channels in every layer",
+            f"{target:g} is less than {heads} and an MLP of {step * sizes.block} channels in every layer",
             allowed=f"{least(sizes, multiple_of, groups_multiple_of):.3f} to 1",
         )
     return best[1]

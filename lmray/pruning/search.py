@@ -23,7 +23,7 @@ import torch
 from lmray.pruning.gates import Gates
 from lmray.pruning.generator import Generator, draw, harden, soften
 from lmray.pruning.masks import Budget, Masks, budget_loss, remaining
-from lmray.pruning.structure import KINDS
+from lmray.pruning.structure import KINDS, Kind
 
 Measure = Callable[[Sequence[torch.Tensor]], tuple[float, list[torch.Tensor]]]
 """See `Gradients` in `lmray.methods.base`."""
@@ -105,7 +105,7 @@ class Search(Decider):
         sizes, target = self.budget.sizes, self._target(step)
         noise = self._noise(step)
         soft = soften(self._drawn(noise))
-        leaves = {kind: soft[kind].detach().requires_grad_() for kind in KINDS}
+        leaves: dict[Kind, torch.Tensor] = {kind: soft[kind].detach().requires_grad_() for kind in KINDS}
         with gates.using(leaves):
             loss, slopes = measure([leaves[kind] for kind in KINDS])
         self._learn(
@@ -149,7 +149,7 @@ class Search(Decider):
         torch.nn.utils.clip_grad_norm_(self.generator.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
 
-    def _drawn(self, noise: torch.Generator | None) -> dict[Any, torch.Tensor]:
+    def _drawn(self, noise: torch.Generator | None) -> dict[Kind, torch.Tensor]:
         """What rank 0 draws, with the gradient of this rank's generator, which is the same but for rounding."""
         drawn = draw(self.generator(), noise)
         return {kind: one + (self.agree(one.detach()) - one.detach()) for kind, one in drawn.items()}

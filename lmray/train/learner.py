@@ -19,6 +19,7 @@ from lmray.adapters.base import Adapter
 from lmray.data.batch import Batch, Packed
 from lmray.methods.base import Companion, Objective
 from lmray.models.fused import Fused
+from lmray.models.layers import decoder_layers
 from lmray.models.precision import computing
 from lmray.models.rope import follows_length
 from lmray.models.sizes import row_sizes
@@ -117,6 +118,8 @@ class Learner:
         among the ranks learns of them."""
         count = self.placed.all_sum(sum(self.objective.count(batch) for batch in share.counted))
         self.model.eval()
+        for layer in decoder_layers(self.model):  # what is kept of it follows the layer's own flag alone
+            layer.training = layer.gradient_checkpointing
         total, sums = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
         for number, batch in enumerate(share.batches, 1):
             PULSE.beat(f"search batch {number} of {len(share.batches)}")

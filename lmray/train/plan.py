@@ -327,7 +327,7 @@ def _flops(
     held_out = forward_flops(shape, tokens=data["eval_tokens"])
     passes = 1 + (steps - 1) // job.train.eval_steps if job.train.eval_steps else 1
     passes += 2 * bool(job.evaluate.tasks and job.evaluate.base)  # the base, and the tuned model by example
-    return {"step": step, "eval": held_out, "total": steps * step + passes * held_out}
+    return {"step": step, "eval": held_out, "total": job.method.passes(steps) * step + passes * held_out}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

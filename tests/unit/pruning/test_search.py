@@ -56,7 +56,7 @@ def test_a_step_of_the_weights_leaves_the_generator_alone():
 
 def test_the_gradient_of_the_loss_says_what_is_kept():
     """Of two halves of the MLP, one costs loss when it is there and one when it is not."""
-    model, gates, search = made(alpha=0.0, noisy=False)
+    _, gates, search = made(alpha=0.0, noisy=False)
     half = gates.structure.sizes.units("channels") // 2
 
     def measure(leaves):
