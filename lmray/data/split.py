@@ -47,6 +47,18 @@ def held_out(groups_M: np.ndarray, spec: EvalData) -> np.ndarray:
     return chosen[group_M]
 
 
+def set_aside(sources_M: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Whether each example belongs to the `fraction` of all rows that is set aside, at least one row; `sources_M`: the
+    row that each was made of, which goes to one side whole. Raises DataError where no other row would be left."""
+    rows = np.unique(sources_M)
+    count = max(1, round(fraction * len(rows)))
+    if count >= len(rows):
+        found = f"has {len(rows)} row(s), of which {count} would be set aside to search on, and none left to train on"
+        raise DataError("data.train", found, hint="add data, or lower `method.search_fraction`")
+    order = np.argsort(np.fromiter((_number(f"{seed} search {row}") for row in rows), np.uint64, len(rows)))
+    return np.isin(sources_M, rows[order[:count]])
+
+
 def weighted(indices: np.ndarray, source: DataSource) -> np.ndarray:
     """What an epoch sees of the examples at `indices`: `weight` times their number, rounded half up.
 

@@ -124,6 +124,11 @@ class Table(LazySequence[Tokenised]):
             return examples
         return cls([Part.of(examples, range(len(examples)))], Places.of(one.where for one in examples))
 
+    def only(self, wanted: np.ndarray) -> Table:
+        """The examples for which `wanted` is true, in their order."""
+        chosen = np.flatnonzero(wanted)
+        return Table(self.parts, self.places, chosen if self.chosen is None else self.chosen[chosen])
+
     def __len__(self) -> int:
         return self._starts[-1] if self.chosen is None else len(self.chosen)
 

@@ -32,6 +32,8 @@ class Gates:
         self.structure = structure
         self.layers = structure.layers(model)
         self.masks: Masks = all_kept(structure.sizes)
+        self.final = False
+        """Whether weights, too, are tuned as the model is measured: nothing that is removed comes back."""
         self._on = True
         self._unit_of: dict[Kind, torch.Tensor] = {}
         for kind in KINDS:
@@ -45,13 +47,15 @@ class Gates:
 
     def _hook(self, adapted: Any, kind: Kind, number: int) -> None:
         def tuned(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-            return self._masked(output, kind, number) if self._on and adapted.training else None
+            tuning = adapted.training and not self.final
+            return self._masked(output, kind, number) if self._on and tuning else None
 
-        def whole(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
-            return self._masked(output, kind, number) if self._on and not module.training else None
+        def all_of_it(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor | None:
+            whole = self.final or not module.training
+            return self._masked(output, kind, number) if self._on and whole else None
 
         adapted.base_layer.register_forward_hook(tuned)
-        adapted.register_forward_hook(whole)
+        adapted.register_forward_hook(all_of_it)
 
     def _masked(self, output: torch.Tensor, kind: Kind, number: int) -> torch.Tensor:
         mask_U = self.masks[kind][number].to(output.device)

@@ -50,17 +50,25 @@ def _head(layers: int, units: int) -> nn.Parameter:
     return nn.Parameter(weight)
 
 
-def decide(scores: dict[Kind, torch.Tensor], noise: torch.Generator | None) -> dict[Kind, torch.Tensor]:
-    """Soft decisions between 0 and 1, with gradient: sigmoid((z + g + offset) / T), g from the Gumbel distribution; no
-    `noise`: g = 0."""
-    soft = {}
+def draw(scores: dict[Kind, torch.Tensor], noise: torch.Generator | None) -> dict[Kind, torch.Tensor]:
+    """z + g + offset, g from the Gumbel distribution; no `noise`: g = 0."""
+    if noise is None:
+        return scores
+    drawn = {}
     for kind in KINDS:
-        drawn = scores[kind]
-        if noise is not None:
-            uniform = torch.rand(drawn.shape, generator=noise)
-            drawn = drawn - torch.log(-torch.log(uniform + 1e-10) + 1e-10)
-        soft[kind] = torch.sigmoid(drawn / TEMPERATURE)
-    return soft
+        uniform = torch.rand(scores[kind].shape, generator=noise)
+        drawn[kind] = scores[kind] - torch.log(-torch.log(uniform + 1e-10) + 1e-10)
+    return drawn
+
+
+def soften(drawn: dict[Kind, torch.Tensor]) -> dict[Kind, torch.Tensor]:
+    """Soft decisions between 0 and 1, with gradient: sigmoid(drawn / T)."""
+    return {kind: torch.sigmoid(one / TEMPERATURE) for kind, one in drawn.items()}
+
+
+def decide(scores: dict[Kind, torch.Tensor], noise: torch.Generator | None) -> dict[Kind, torch.Tensor]:
+    """Soft decisions on `scores`, drawn with `noise`."""
+    return soften(draw(scores, noise))
 
 
 def harden(soft: dict[Kind, torch.Tensor]) -> dict[Kind, torch.Tensor]:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from lmray.errors import CheckpointError
 from lmray.models.tensors import save_tensors
-from lmray.sharding._ranks import sum_over_ranks
+from lmray.sharding._ranks import of_first, sum_over_ranks, sum_tensor
 
 WEIGHT = "weight"
 
@@ -41,6 +41,12 @@ class DeepspeedPlaced:
 
     def all_sum(self, value: float) -> float:
         return sum_over_ranks(value, self.engine.device)
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        return sum_tensor(tensor, self.engine.device)
+
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        return of_first(tensor, self.engine.device)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)

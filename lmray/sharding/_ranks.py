@@ -22,6 +22,24 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     return summed.item()
 
 
+def sum_tensor(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor`, wherever it lies, summed over all ranks, exchanged on `device`."""
+    if dist.get_world_size() == 1:
+        return tensor
+    summed = tensor.detach().to(device, copy=True)
+    dist.all_reduce(summed)
+    return summed.to(tensor.device)
+
+
+def of_first(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rank 0's `tensor`, exchanged on `device`."""
+    if dist.get_world_size() == 1:
+        return tensor
+    shared = tensor.detach().to(device, copy=True)
+    dist.broadcast(shared, src=0)
+    return shared.to(tensor.device)
+
+
 @torch.no_grad()
 def agree(model: torch.nn.Module) -> None:
     """Gives every rank rank 0's weights: factors that start from a decomposition, and what it leaves of a weight,

@@ -27,6 +27,12 @@ class WholePlaced:
     def all_sum(self, value: float) -> float:
         return value
 
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 

@@ -44,6 +44,14 @@ class Placed(Protocol):
         """`value` summed over all ranks."""
         ...
 
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over all ranks, on each the same."""
+        ...
+
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `tensor`, on every rank."""
+        ...
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Adds the gradient of `loss`. After the `last` micro-batch of a step the gradients are summed over all ranks:
         a sum, never a mean, for the learner has divided by the count of all ranks."""
@@ -83,6 +91,9 @@ class Sharding(MemberConfig):
     """The optimizer steps on float32 copies of its part of the weights, beside those that are computed with."""
     gathers_masters: ClassVar[bool] = False
     """Divided weights are gathered in the type they are kept in, and cast one by one as they are multiplied with."""
+
+    owns_backward: ClassVar[bool] = False
+    """Gradients are an engine's, which takes those of the trained weights and no others."""
 
     @property
     def goes_on(self) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lmray.sharding._ranks import agree, have_group, sum_over_ranks
+from lmray.sharding._ranks import agree, have_group, of_first, sum_over_ranks, sum_tensor
 from lmray.sharding._whole import WholePlaced
 from lmray.sharding.base import MakeOptimizer, Need, Placed, Sharding
 
@@ -44,6 +44,12 @@ class _DdpPlaced(WholePlaced):
 
     def all_sum(self, value: float) -> float:
         return sum_over_ranks(value, self.device)
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        return sum_tensor(tensor, self.device)
+
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        return of_first(tensor, self.device)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()

@@ -54,6 +54,7 @@ class Deepspeed(Sharding):
 
     keeps_masters: ClassVar[bool] = True
     gathers_masters: ClassVar[bool] = True
+    owns_backward: ClassVar[bool] = True
     stage: Literal[1, 2, 3] = 2
     """1 splits the optimizer's state over the workers, 2 gradients as well, 3 weights as well."""
     offload_optimizer: Place = "none"

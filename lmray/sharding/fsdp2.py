@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from lmray.errors import ConfigError
 from lmray.sharding._blocks import base_of, blocks_of
-from lmray.sharding._ranks import agree, have_group, sum_over_ranks
+from lmray.sharding._ranks import agree, have_group, of_first, sum_over_ranks, sum_tensor
 from lmray.sharding._state import load_state, save_shared, step_and_forget, trained_weights
 from lmray.sharding.base import Fill, MakeOptimizer, Need, Part, Placed, Sharding
 
@@ -77,6 +77,12 @@ class _FsdpPlaced:
 
     def all_sum(self, value: float) -> float:
         return sum_over_ranks(value, self.device)
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        return sum_tensor(tensor, self.device)
+
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        return of_first(tensor, self.device)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()

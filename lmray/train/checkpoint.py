@@ -20,10 +20,11 @@ from lmray.adapters.base import Adapter
 from lmray.artifacts.files import read_sealed, write_json
 from lmray.context import RunContext
 from lmray.errors import ArtifactError, CheckpointError
+from lmray.methods.base import Companion
 from lmray.models.tensors import save_tensors
 from lmray.sharding.base import Placed
 
-ADAPTER = "adapter.safetensors"
+ADAPTER, COMPANION = "adapter.safetensors", "companion.safetensors"
 Write = Callable[[Callable[[], object]], object]
 """Does something again while the disk is full or away. For writes alone: a rank that did again what ranks do together
 would wait for the others."""
@@ -47,7 +48,14 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, placed: Placed, adapter: Adapter, ctx: RunContext, *, write: Write
+    folder: Path,
+    progress: Progress,
+    placed: Placed,
+    adapter: Adapter,
+    ctx: RunContext,
+    *,
+    write: Write,
+    companion: Companion | None = None,
 ) -> None:
     """Writes this rank's part of a checkpoint into `folder` anew, for `RunContext.commit` to seal; called on all ranks
     together."""
@@ -61,6 +69,8 @@ def save_checkpoint(
         save_tensors(_random_state(), folder / _random_file(ctx.rank))
         if ctx.rank == 0:
             save_tensors(adapter.resume_state(placed.model), folder / ADAPTER)
+            if companion is not None:
+                save_tensors(companion.state(), folder / COMPANION)
             write_json(folder / "progress.json", asdict(progress))
 
     if placed.saves_alone or ctx.world_size == 1:
@@ -77,13 +87,24 @@ def save_weights(folder: Path, placed: Placed, adapter: Adapter, ctx: RunContext
         write(lambda: adapter.save(placed.model, folder, state=state))
 
 
-def load_checkpoint(folder: Path, run_key: str, placed: Placed, adapter: Adapter, ctx: RunContext) -> Progress:
-    """Sets model, optimizer and random state to those in `folder`; called on all ranks together. Raises CheckpointError
-    where a file is missing or not what the manifest says, or the checkpoint is another run's or another strategy's."""
+def load_checkpoint(
+    folder: Path,
+    run_key: str,
+    placed: Placed,
+    adapter: Adapter,
+    ctx: RunContext,
+    *,
+    companion: Companion | None = None,
+) -> Progress:
+    """Sets model, optimizer, companion and random state to those in `folder`; called on all ranks together. Raises
+    CheckpointError where a file is missing or not what the manifest says, or the checkpoint is another run's or another
+    strategy's."""
     ctx.agreed(lambda: _check(folder, run_key))
     progress = Progress(**json.loads((folder / "progress.json").read_text(encoding="utf-8")))
     placed.load(folder)
     adapter.resume(placed.model, load_file(folder / ADAPTER), step=progress.step)
+    if companion is not None:
+        companion.load(load_file(folder / COMPANION))
     _set_random_state(folder / _random_file(ctx.rank), step=progress.step)
     return progress
 

@@ -30,6 +30,7 @@ def data_facts(ready: Prepared, *, max_length: int) -> dict[str, Any]:
         "formats": list(ready.examples.formats),
         "train_examples": len(examples),
         "eval_examples": len(ready.eval.examples),
+        **({"search_examples": len(ready.search.examples)} if ready.search_rows else {}),
         "dropped": ready.train.num_dropped + ready.eval.num_dropped,
         "truncated": ready.train.num_truncated + ready.eval.num_truncated,
         "empty": ready.train.num_empty + ready.eval.num_empty,

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from lmray.artifacts.files import write_json
 from lmray.context import RunContext
-from lmray.data.batch import Batch, collate
+from lmray.data.batch import Batch, Rows, collate
 from lmray.data.sampler import Sampler
+from lmray.data.stream import Stream
 from lmray.errors import DivergenceError
 from lmray.evaluate.loss import held_out_loss
 from lmray.job import TrainJob
@@ -26,14 +27,17 @@ from lmray.schedules.base import learning_rate
 from lmray.train.checkpoint import Progress, Write, load_checkpoint, save_checkpoint, save_weights
 from lmray.train.commits import Commits, Snapshot, best_folder
 from lmray.train.feed import Feed
-from lmray.train.learner import Learner, StepReport
+from lmray.train.learner import Learner, Share, StepReport
 from lmray.train.model import measures_base_again
 from lmray.train.out_of_memory import noticing_shortage
 from lmray.train.peak import peak_memory_bytes
 from lmray.train.plan import Plan
 from lmray.train.prepare import Prepared
-from lmray.train.record import DIVERGED
+from lmray.train.record import DIVERGED, add_line
 from lmray.train.watch import Watch
+
+SEARCH = 2**32
+"""Above all seeds: search rows come in an order of their own."""
 
 
 class Loop:
@@ -46,11 +50,12 @@ class Loop:
         self.micro_batch = micro_batch
         """Rows of one forward pass: the job's, or fewer where those ran out of memory."""
         self.sampler = Sampler(len(prepared.rows), job.train.seed)
+        self.search = Sampler(len(prepared.search_rows or ()), job.train.seed + SEARCH)
         self.progress = self._resumed()
         self.watch = Watch(**self.progress.watch)
         self.feed = Feed(self._made, range(self.progress.samples, plan.samples, plan.rows_per_step), device=ctx.device)
         self.commits = Commits(ctx, beside=job.resources.async_checkpoints)
-        self._postponed = False
+        self._postponed, self._settled = False, learner.settled
         self._compiles = job.train.torch_compile
         self.final_loss: float | None = None
         """Held-out loss of the model as it is at the end, where it is known."""
@@ -116,10 +121,11 @@ class Loop:
             warmup_ratio=args.warmup_ratio,
         )
         PULSE.beat("its batches", step=step)
-        made, num_idle = next(self.feed)
-        batches = [batch.to(self.ctx.device) for batch in made]
+        mine, search = (share.to(self.ctx.device) for share in next(self.feed))
         with PULSE.waiting("compiling") if self._compiles else nullcontext():
-            report = self.learner.step(batches, learning_rate=rate, step=step, num_idle=num_idle)
+            report = self.learner.step(
+                mine.batches, learning_rate=rate, step=step, num_idle=mine.num_idle, search=search
+            )
         seconds = time.perf_counter() - start
         rows = self.sampler.rows(self.progress.samples, stop)
         self.progress = Progress(self.plan.run_key, step, stop, self.progress.seconds + seconds)
@@ -127,11 +133,16 @@ class Loop:
         if self._compiles:
             metrics["train.compile_seconds"], self._compiles = seconds, False
         self._sound(self.watch.step(metrics, args), rows, metrics)
+        if not self.learner.settled:  # losses of one model after another: there is no median to compare with
+            self.watch.losses.clear()
         if self.prepared.eval_rows and (step == self.plan.steps or (args.eval_steps and step % args.eval_steps == 0)):
             metrics |= self._measured(step)
-            self._sound(self.watch.held_out(step, metrics["eval.loss"], args), rows, metrics)
+            self._sound(
+                self.watch.held_out(step, metrics["eval.loss"], args, counts=self.learner.settled), rows, metrics
+            )
         self.progress = replace(self.progress, watch=self.watch.state())
         self.final_loss = metrics.get("eval.loss") if self.done else None
+        self._log(step, "eval.loss" in metrics)
         self._report(step, metrics, save=save or self.done or self._save_is_due(step))
 
     def _save_is_due(self, step: int) -> bool:
@@ -175,19 +186,29 @@ class Loop:
         """Where the samples end of the step whose samples begin at `start`."""
         return min(start + self.plan.rows_per_step, self.plan.samples)
 
-    def _made(self, start: int) -> tuple[list[Batch], int]:
-        """This rank's micro-batches of the step whose samples begin at `start`, as many on every rank; and how many at
-        the end are only there for that: the first row again. Called in a thread: reads what no step changes."""
+    def _made(self, start: int) -> tuple[Share, Share]:
+        """This rank's shares of the step whose samples begin at `start`, to train and to search on. Called in a thread:
+        reads what no step changes."""
         rows = self.sampler.rows(start, self._end_of(start))
+        companion, done = self.learner.companion, start // self.plan.rows_per_step
+        if companion is None or done >= companion.search_steps or not self.prepared.search_rows:
+            return self._share(self.prepared.rows, rows), Share()
+        size = min(self.plan.rows_per_step, len(self.prepared.search_rows))
+        search = self.search.rows(done * size, (done + 1) * size)
+        return self._share(self.prepared.rows, rows), self._share(self.prepared.search_rows, search)
+
+    def _share(self, source: Rows | Stream, rows: list[int]) -> Share:
+        """This rank's part of `rows` in micro-batches, as many on every rank: what is only there for that is the first
+        row again."""
         mine = rows[self.ctx.rank :: self.ctx.world_size]
         size = self.micro_batch
         parts = [mine[first : first + size] for first in range(0, len(mine), size)]
         most = -(-len(rows) // self.ctx.world_size)  # rank 0's
         num_idle = -(-most // size) - len(parts)
-        return [self._batch(part) for part in [*parts, *[rows[:1]] * num_idle]], num_idle
+        return Share([self._batch(source, part) for part in [*parts, *[rows[:1]] * num_idle]], num_idle)
 
-    def _batch(self, rows: Sequence[int]) -> Batch:
-        packed = self.learner.joined([self.prepared.rows[row] for row in rows])
+    def _batch(self, source: Rows | Stream, rows: Sequence[int]) -> Batch:
+        packed = self.learner.joined([source[row] for row in rows])
         pad = pad_token_id(self.prepared.tokenizer)
         how = {"padded": self.learner.padded, "padding_apart": self.learner.padding_apart}
         batch = collate(packed, pad_token_id=pad, **how)
@@ -204,7 +225,18 @@ class Loop:
             "train.samples": self.progress.samples,
             "train.epoch": self.progress.samples / len(self.prepared.rows),
             **peak_memory_bytes(self.ctx.device),
+            **(self.learner.companion.metrics() if self.learner.companion else {}),
         }
+
+    def _log(self, step: int, measured: bool) -> None:
+        """Adds to the companion's log, on rank 0, where the model was measured or has just settled."""
+        companion = self.learner.companion
+        if companion is None or self.ctx.rank != 0:
+            return
+        settled, self._settled = self._settled, companion.settled
+        if measured or settled != companion.settled:
+            path, line = self.ctx.folder / companion.LOG, {"step": step, **companion.record()}
+            self.ctx.patience(f"writing {path}", lambda: add_line(path, line), hint=f"{path} needs room")
 
     def _report(self, step: int, metrics: dict[str, float], *, save: bool) -> None:
         self.ctx.report(step, metrics)
@@ -215,10 +247,13 @@ class Loop:
         snapshot = Snapshot(self.commits.next_folder(), self.progress)
         shutil.rmtree(snapshot.folder, ignore_errors=True)
         write, placed, adapter = self._writing(snapshot.folder), self.learner.placed, self.job.adapter
+        companion = self.learner.companion
         with self.ctx.together():  # no rank waits for one whose disk stays full
             if self.job.train.load_best_model_at_end and self.watch.best_step == self.progress.step:
                 save_weights(snapshot.best, placed, adapter, self.ctx, write=write)
-            save_checkpoint(snapshot.checkpoint, self.progress, placed, adapter, self.ctx, write=write)
+            save_checkpoint(
+                snapshot.checkpoint, self.progress, placed, adapter, self.ctx, write=write, companion=companion
+            )
         self.commits.begin(snapshot)
 
     def _writing(self, folder: Path) -> Write:
@@ -230,4 +265,7 @@ class Loop:
         folder = self.ctx.resume_from()
         if folder is None:
             return Progress(self.plan.run_key, 0, 0, 0.0)
-        return load_checkpoint(folder, self.plan.run_key, self.learner.placed, self.job.adapter, self.ctx)
+        learner = self.learner
+        return load_checkpoint(
+            folder, self.plan.run_key, learner.placed, self.job.adapter, self.ctx, companion=learner.companion
+        )

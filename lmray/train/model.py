@@ -15,10 +15,12 @@ from lmray.artifacts.files import replace_folder
 from lmray.config import Member
 from lmray.context import RunContext
 from lmray.job import TrainJob
+from lmray.methods.base import Kept
 from lmray.models.deferred import Deferred
 from lmray.models.fused import Fused
 from lmray.models.load import load_model
 from lmray.models.machine import map_large_tensors, release_heap
+from lmray.models.quiet import quiet
 from lmray.registry import SHARDINGS
 from lmray.train.learner import Learner
 from lmray.train.plan import Plan
@@ -53,6 +55,7 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
         **fill,
     )
     (objective,) = job.method.objectives()
+    companion = job.method.companion(placed, steps=plan.steps, seed=job.train.seed)
     fused = Fused(placed.model) if plan.kernels == "fused" else None
     around = layers_and_noise(job.train, placed.model, fused)
     release_heap()
@@ -63,6 +66,7 @@ def make_learner(job: TrainJob, plan: Plan, prepared: Prepared, ctx: RunContext)
         adapter=job.adapter,
         fused=fused,
         around=around,
+        companion=companion,
         device=ctx.device,
     )
 
@@ -89,16 +93,27 @@ def _how(job: TrainJob, plan: Plan) -> dict[str, Any]:
 
 @dataclass
 class Learnt:
-    """What a run learnt: the model, or, where no rank holds it whole, the folder with what the adapter saved of it."""
+    """What a run learnt: the model, or, where no rank holds it whole, the folder with what the adapter saved of it.
+    `kept`: what becomes of it, where its method says so."""
 
     job: TrainJob
     plan: Plan
     prepared: Prepared
     device: str
     found: torch.nn.Module | Path
+    kept: Kept | None = None
+    _made: Any = None
 
     def whole(self) -> torch.nn.Module:
-        """The model, to be measured."""
+        """The model, to be measured: as it is kept."""
+        if self.kept is None:
+            return self._trained()
+        if self._made is None:
+            self._made = self.kept.model(self._trained())
+            free_memory()
+        return self._made.to(self.device)
+
+    def _trained(self) -> torch.nn.Module:
         if isinstance(self.found, torch.nn.Module):
             return self.found
         if self.job.adapter.kept == "model":  # its config says how positions are scaled
@@ -108,9 +123,20 @@ class Learnt:
         self.job.adapter.load(model, self.found)
         return model.to(self.device)
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the model, with its adapter."""
+        made: Any = self._made
+        return self.plan.model["parameters"] if made is None else made.num_parameters()
+
     def save(self, folder: Path) -> None:
         """Keeps it in `folder`."""
-        if isinstance(self.found, torch.nn.Module):
+        if self.kept is not None:
+            model: Any = self.whole()
+            with quiet():
+                model.save_pretrained(folder)
+            self.kept.record(folder, model, self.plan.model)
+        elif isinstance(self.found, torch.nn.Module):
             self.job.adapter.save(self.found, folder)
         else:
             replace_folder(self.found, folder)
@@ -119,7 +145,7 @@ class Learnt:
 def measures_base_again(job: TrainJob) -> bool:
     """Whether the untouched model is loaded to be measured, for what was trained does not give it back: it takes the
     other's place in memory."""
-    return job.adapter.changes_base and job.evaluate.base and bool(job.evaluate.tasks)
+    return job.changes_base and job.evaluate.base and bool(job.evaluate.tasks)
 
 
 def free_memory() -> None:

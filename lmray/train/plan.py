@@ -27,6 +27,7 @@ from lmray.train.plan_steps import (
     check_divided,
     check_goes_on,
     check_layers,
+    check_pruned,
     check_quantization,
     check_start,
     check_virtual_tokens,
@@ -105,7 +106,7 @@ class Plan:
             f"trained    {human_count(model['trainable_parameters'])} of {human_count(model['parameters'])} parameters "
             f"({share:.2%}), digest of the base {model['digest'][:12]}",
             *(f"data       {line}" for line in data["formats"]),
-            f"data       {data['train_examples']} to train on, {data['eval_examples']} held out, "
+            f"data       {data['train_examples']} to train on, {self._searched()}{data['eval_examples']} held out, "
             f"{data['dropped']} over {data['max_length']} tokens dropped, {data['truncated']} truncated",
             *([f"data       {empty}"] if data["empty"] else []),
             *self._mixture(),
@@ -117,6 +118,10 @@ class Plan:
             f"memory     {human_bytes(memory['total'])} a worker: {parts}",
             *(f"warning    {line}" for line in self.warnings),
         ]
+
+    def _searched(self) -> str:
+        count = self.data.get("search_examples", 0)
+        return f"{count} to search masks on, " if count else ""
 
     def _positions(self) -> list[str]:
         scaling = RopeScaling.of(self.model)
@@ -170,7 +175,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     rows_per_step, samples, steps = _schedule(job, len(ready.rows))
     shape = read_shape(
         ready.model.folder,
-        lambda model: job.adapter.for_steps(steps).attach(model, seed=0),
+        lambda model: _attached(job, model, steps),
         dtype=dtype,
         quantization=job.model.quantization,
         attn_implementation=attention_asked(job.model.attn_implementation, device),
@@ -184,6 +189,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     check_divided(job, sharding)
     check_start(job, shape)
     check_goes_on(job, sharding)
+    check_pruned(job, sharding)
     if job.model.quantization:
         check_quantization(job, sharding)
     kernels, kernels_reason = kernels_of(job, shape.unfit, device, sharding)
@@ -214,8 +220,22 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         memory_bytes=memory_parts(shape, rows, **settings, sharding=sharding, reads_whole=loading == "whole"),
         row_bytes=bytes_per_row(shape, rows, dtype, device=device),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
-        warnings=(*_trust_warnings(job), *_schedule_warnings(job), *_disk_warnings(sharding), *data_warnings(data)),
+        warnings=(
+            *_trust_warnings(job),
+            *job.method.warnings(),
+            *_schedule_warnings(job),
+            *_disk_warnings(sharding),
+            *data_warnings(data),
+        ),
     )
+
+
+def _attached(job: TrainJob, model: Any, steps: int) -> Any:
+    adapted = job.adapter.for_steps(steps).attach(model, seed=0)
+    if job.method.prunes and job.model.quantization:  # before what is said of its layers
+        check_pruned(job)
+    job.method.check(adapted)
+    return adapted
 
 
 def _schedule(job: TrainJob, num_rows: int) -> tuple[int, int, int]:
@@ -307,7 +327,7 @@ def _flops(
     held_out = forward_flops(shape, tokens=data["eval_tokens"])
     passes = 1 + (steps - 1) // job.train.eval_steps if job.train.eval_steps else 1
     passes += 2 * bool(job.evaluate.tasks and job.evaluate.base)  # the base, and the tuned model by example
-    return {"step": step, "eval": held_out, "total": steps * step + passes * held_out}
+    return {"step": step, "eval": held_out, "total": job.method.passes(steps) * step + passes * held_out}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -49,6 +49,8 @@ def fused_conflict(job: TrainJob) -> str | None:
     """Why fused kernels and what the job says of its steps do not go together, or None."""
     if job.model.attn_implementation != "auto":
         return f"attention is to be computed by `{job.model.attn_implementation}`"
+    if job.method.prunes:
+        return "masks lie between the model's layers"
     return "`torch_compile` compiles the model's own layers" if job.train.torch_compile else None
 
 
@@ -136,6 +138,25 @@ def check_quantization(job: TrainJob, sharding: Sharding) -> None:
     if "weights" in sharding.divides:
         found = f"`{sharding.name}` divides weights, which quantised ones cannot be"
         raise ConfigError("model.quantization", found, allowed="sharding: single, ddp, or `deepspeed` at stage 1 or 2")
+
+
+def check_pruned(job: TrainJob, sharding: Sharding | None = None) -> None:
+    """Raises ConfigError for what does not go with a method that prunes."""
+    if not job.method.prunes:
+        return
+    if job.model.quantization:
+        found = f"`{job.method.name}` cuts weights, and those of a quantised model cannot be cut"
+        hint = "prune the model as it is, `model.quantization: null`, and quantise what is left"
+        raise ConfigError("model.quantization", found, hint=hint)
+    if job.train.torch_compile:
+        found = f"compiled layers would not see the masks of `{job.method.name}`, which change every step"
+        raise ConfigError("train.torch_compile", found, allowed="false")
+    if job.train.optim.averages:
+        found = f"`{job.train.optim.name}` averages weights, so that what `{job.method.name}` sets to zero would not be"
+        raise ConfigError("train.optim", found, hint="`adamw_torch` does not")
+    if sharding is not None and sharding.owns_backward:
+        found = f"gradients of masks cannot be taken through the engine of `{sharding.name}`"
+        raise ConfigError("sharding.name", found, allowed="single, ddp, fsdp2")
 
 
 def check_goes_on(job: TrainJob, sharding: Sharding) -> None:

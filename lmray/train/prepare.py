@@ -10,7 +10,9 @@ from lmray.data.batch import Rows, pack, unpacked
 from lmray.data.cache import tokenise_cached, tokenizer_digest
 from lmray.data.examples import Examples, read_examples
 from lmray.data.rules import Rules
+from lmray.data.split import set_aside
 from lmray.data.stream import Stream
+from lmray.data.table import Table
 from lmray.data.tokenise import TokenisedData
 from lmray.errors import ConfigError
 from lmray.evaluate.measure import check_tasks
@@ -35,6 +37,9 @@ class Prepared:
     rows: Rows | Stream
     """Rows of the training data, in file order; the sampler shuffles them."""
     eval_rows: Rows
+    search: TokenisedData
+    """What was set aside of the training data, and no weight is trained on; empty for most methods."""
+    search_rows: Rows | Stream | None
 
     @property
     def digest(self) -> str:
@@ -60,11 +65,20 @@ def prepare(job: TrainJob) -> Prepared:
         tokenise_cached(tokenizer, examples.train, whole),
         tokenise_cached(tokenizer, examples.eval, rules),
     )
-    rows = _rows(job, train)
+    train, search = _set_aside(job, train)
+    rows, search_rows = _rows(job, train), _rows(job, search) if len(search.examples) else None
     eval_rows = pack(held_out.examples, max_length=job.data.max_length)
     if job.adapter.virtual_tokens:
         eval_rows = unpacked(held_out.examples)
-    return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows)
+    return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows, search, search_rows)
+
+
+def _set_aside(job: TrainJob, train: TokenisedData) -> tuple[TokenisedData, TokenisedData]:
+    """What weights are trained on, and what the method searches on."""
+    if not job.method.set_aside:
+        return train, TokenisedData(Table([]))
+    aside = set_aside(train.examples.sources, job.method.set_aside, job.train.seed)
+    return replace(train, examples=train.examples.only(~aside)), TokenisedData(train.examples.only(aside))
 
 
 def _rows(job: TrainJob, train: TokenisedData) -> Rows | Stream:

@@ -137,7 +137,10 @@ def _run(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, *, started: 
             gathered = loop.gathered()
     if ctx.rank != 0:  # from here on rank 0 works alone, and nobody waits for it in a collective
         return Result("succeeded", str(ctx.folder))
-    learnt = Learnt(job, plan, prepared, ctx.device, gathered or loop.learner.model)
+    companion = loop.learner.companion
+    kept = companion.kept() if companion else None
+    learnt = Learnt(job, plan, prepared, ctx.device, gathered or loop.learner.model, kept)
+    del companion
     del loop.learner  # with its optimizer, and a part of a model that nothing can be measured on
     times = {"run.prepare_seconds": prepared_s, "run.train_seconds": loop.progress.seconds}
     measuring = time.time()
@@ -212,13 +215,13 @@ def _finish(
     for label, one in measured.items():
         if one.answers:
             save_answers(one.answers, answers_path(folder, label))
-    kind = job.adapter.kept
+    kind = job.kept
     learnt.save(folder / kind)
     loop.prepared.tokenizer.save_pretrained(folder / kind)
     if job.model.rope_scaling is not None and kind == "adapter":  # a whole model says it in its config
         job.model.rope_scaling.save(folder / kind)
     sizes = {
-        "model.parameters": plan.model["parameters"],
+        "model.parameters": learnt.num_parameters,
         "model.trainable_parameters": plan.model["trainable_parameters"],
     }
     metrics = (
@@ -275,10 +278,11 @@ def _measure(job: TrainJob, plan: Plan, prepared: Prepared, loop: Loop, learnt: 
         )
 
     free_memory()
-    again, handle = measures_base_again(job), None if job.adapter.kept == "model" else "default"
+    again, handle = measures_base_again(job), None if job.kept == "model" else "default"
     model = base_model(job, plan, prepared, ctx.device).to(ctx.device) if again else learnt.whole()
     if not job.evaluate.base:
-        return {"tuned": measured("tuned", model, handle, loss=loop.final_loss)}
+        known = loop.final_loss if learnt.kept is None else None  # what is kept is measured as it is kept
+        return {"tuned": measured("tuned", model, handle, loss=known)}
     before = measured("base", model, None, prefix="base")
     if again:
         del model

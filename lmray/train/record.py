@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmray.artifacts.files import write_atomic
 from lmray.context import Result
 from lmray.errors import ArtifactError
 from lmray.evaluate.answers import Answer, read_answers
@@ -91,6 +92,13 @@ def read_record(folder: Path) -> Record:
     except (TypeError, ValueError) as error:
         hint = "read it with the version of lmray that wrote it"
         raise ArtifactError(str(folder), f"was written in another form: {error}", hint=hint) from None
+
+
+def add_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Adds `line`, of its `step`, to the log at `path`, from which what an earlier attempt wrote of that step or later
+    ones is dropped."""
+    before = [one for one in read_events(path) if one["step"] < line["step"]]
+    write_atomic(path, "".join(json.dumps(one) + "\n" for one in [*before, line]))
 
 
 def _json(path: Path) -> Any:

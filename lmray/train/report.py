@@ -184,7 +184,7 @@ def _data(data: Mapping[str, Any]) -> Iterator[str]:
     yield heading("Data")
     rows = []
     for part, facts in data.items():
-        words = {"train": "training", "eval": "held out"}[part]
+        words = {"train": "training", "search": "set aside for the masks", "eval": "held out"}[part]
         several = len(facts["sources"]) > 1
         rows.append(_counts(words if several else f"{words}: {next(iter(facts['sources']))}", facts))
         rows += [_counts(f"\u2003{name}", counts) for name, counts in facts["sources"].items() if several]

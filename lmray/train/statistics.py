@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lmray.artifacts.files import sha256_json
 from lmray.data.table import Table
 from lmray.train.prepare import Prepared
 
@@ -18,9 +19,20 @@ MAX_FILES = 12
 
 def data_statistics(prepared: Prepared) -> dict[str, Any]:
     """JSON types: `train` and `eval`, each with `examples`, `tokens`, `supervised_tokens`, `lengths` (a histogram's
-    `edges` and `counts`) and the same numbers by file in `sources`."""
-    parts = {"train": prepared.train.examples, "eval": prepared.eval.examples}
-    return {name: _part(examples) for name, examples in parts.items() if examples}
+    `edges` and `counts`) and the same numbers by file in `sources`. Where rows were set aside, `search` too, and of
+    each `rows` and `rows_digest`: they have no row in common."""
+    parts = {"train": prepared.train.examples, "search": prepared.search.examples, "eval": prepared.eval.examples}
+    found = {name: _part(examples) for name, examples in parts.items() if examples}
+    if prepared.search_rows:
+        for name in found:
+            found[name] |= _rows_of(parts[name])
+    return found
+
+
+def _rows_of(examples: Table) -> dict[str, Any]:
+    """How many different rows `examples` were made of, and a digest of where these stand."""
+    places = sorted({examples.places[int(row)] for row in np.unique(examples.sources)})
+    return {"rows": len(places), "rows_digest": sha256_json(places)}
 
 
 def _part(examples: Table) -> dict[str, Any]:

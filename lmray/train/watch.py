@@ -67,10 +67,12 @@ class Watch:
         middle = median(self.losses)
         return max(args.divergence_factor * middle, middle + MIN_RISE)
 
-    def held_out(self, step: int, loss: float, args: TrainArgs) -> str | None:
-        """Takes in a held-out loss; says what is wrong with it, or None."""
+    def held_out(self, step: int, loss: float, args: TrainArgs, *, counts: bool = True) -> str | None:
+        """Takes in a held-out loss, which may be the best where it `counts`; says what is wrong with it, or None."""
         if not math.isfinite(loss):
             return f"the held-out loss is {loss}"
+        if not counts:
+            return None
         improved = self.best_loss is None or self.best_loss - loss > args.early_stopping_threshold
         self.without_improvement = 0 if improved else self.without_improvement + 1
         if self.best_loss is None or loss < self.best_loss:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lmray.artifacts.files import build_once
 from lmray.config.places import cache_root
 
 TORCH = "torch==2.13.0"
@@ -25,6 +26,8 @@ INSTALLS = {
         ),
     ),
 }
+PACKAGES = {"optipfair": "optipfair==0.4.2"}
+"""Peers without libraries of their own."""
 
 
 def peer_python(name: str) -> Path:
@@ -38,3 +41,15 @@ def peer_python(name: str) -> Path:
             subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
         (place / "ready").touch()
     return python
+
+
+def peer_packages(name: str) -> Path:
+    """A folder with peer `name` alone, which runs on the libraries that are here; installs it the first time."""
+    place = cache_root() / "bench" / name
+
+    def install(folder: Path) -> None:
+        print(f"installing {name} into {place}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*command, PACKAGES[name]], check=True)
+
+    return build_once(place, install)

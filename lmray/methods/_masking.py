@@ -1,0 +1,139 @@
+"""The companion of methods that prune: masks on the model, the phase it is in, and what is cut out in the end.
+
+While masks are searched, what is removed may still learn and come back; its LoRA slices are brought nearer to zero by a
+proximal step. Once the decision is final, the budget is met exactly, as far as the shape allows, the slices of what is
+removed are zero and stay zero, and tuning goes on. Runs on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from lmray.artifacts.files import write_json
+from lmray.methods._distill import distilled
+from lmray.methods.base import Companion, Gradients, Objective, Ranks
+from lmray.pruning.gates import Gates, kept_units, shrink_removed
+from lmray.pruning.masks import Budget, Masks, budget_loss, remaining
+from lmray.pruning.search import Decider
+from lmray.pruning.shrink import Kept, shrunk
+from lmray.pruning.structure import KINDS, Structure
+
+RECORD = "pruning.json"
+
+
+class Masking(Companion):
+    """Masks on the placed model of `ranks`."""
+
+    LOG: ClassVar[str] = "masks.jsonl"
+
+    def __init__(self, ranks: Ranks, structure: Structure, budget: Budget, decider: Decider, *, distill: float):
+        self.ranks, self.structure, self.budget, self.decider, self.distill = ranks, structure, budget, decider, distill
+        self.gates = Gates(ranks.model, structure)
+        self.search_steps = decider.search_steps
+        self.settled = False
+        self._metrics: dict[str, float] = {}
+
+    def objective(self, objective: Objective) -> Objective:
+        if not self.distill:
+            return objective
+        return replace(objective, loss=distilled(self.gates, self.distill))
+
+    def before_step(self, step: int, gradients: Gradients) -> None:
+        if self.settled:
+            return
+        decision = self.decider.decide(step, self.gates, gradients)
+        self.gates.masks = self._agreed(decision.masks or self.budget.cut(decision.scores))
+        if decision.masks is None:
+            self.settled = self.gates.final = True
+            shrink_removed(self.gates, float("inf"))
+        left = budget_loss(self.gates.masks, self.budget.sizes, self.budget.remaining)
+        share = float(remaining(self.gates.masks, self.budget.sizes))
+        self._metrics = {"prune.remaining": share, "prune.budget_loss": float(left), **(decision.metrics or {})}
+
+    def after_step(self, step: int, learning_rate: float) -> None:
+        strength = float("inf") if self.settled else self.decider.proximal(step) * learning_rate
+        norm = shrink_removed(self.gates, strength)  # what moved a zero was the optimizer's momentum, not a gradient
+        self._metrics["prune.removed_norm"] = 0.0 if self.settled else norm
+
+    def metrics(self) -> dict[str, float]:
+        return dict(self._metrics)
+
+    def record(self) -> dict[str, Any]:
+        widths = torch.tensor(self.budget.sizes.widths("channels"), dtype=torch.float32)
+        return {
+            "remaining": round(self._metrics["prune.remaining"], 6),
+            "groups": self.gates.masks["groups"].sum(1).int().tolist(),
+            "channels": (self.gates.masks["channels"] @ widths).int().tolist(),
+            "phase": "frozen" if self.settled else "search",
+        }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        masks = {f"masks.{kind}": self.gates.masks[kind] for kind in KINDS}
+        own = {} if self.settled else {f"decider.{name}": one for name, one in self.decider.state().items()}
+        return {**masks, **own, "settled": torch.tensor(self.settled)}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.gates.masks = {kind: state[f"masks.{kind}"] for kind in KINDS}
+        self.settled = self.gates.final = bool(state["settled"])
+        if not self.settled:
+            prefix = "decider."
+            own = {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
+            self.decider.load(own)
+            return
+        left = budget_loss(self.gates.masks, self.budget.sizes, self.budget.remaining)
+        share = float(remaining(self.gates.masks, self.budget.sizes))
+        self._metrics = {"prune.remaining": share, "prune.budget_loss": float(left)}
+
+    def kept(self) -> Smaller:
+        return Smaller(self.structure, self.budget, kept_units(self.gates.masks))
+
+    def _agreed(self, masks: Masks) -> Masks:
+        """Rank 0's, on every rank."""
+        return {kind: self.ranks.of_first(masks[kind].detach()) for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """What is left of a model once its adapter is merged."""
+
+    structure: Structure
+    budget: Budget
+    units: Kept
+
+    def model(self, adapted: Any) -> Any:
+        """Merged and cut in float32, and rounded once to the type that `adapted` has."""
+        dtype = adapted.get_base_model().dtype
+        whole = adapted.float().merge_and_unload(safe_merge=True)
+        return shrunk(whole, self.structure, self.units).to(dtype)
+
+    def record(self, folder: Path, model: Any, parent: Mapping[str, Any]) -> None:
+        """`pruning.json`: which units were kept, of which model, what was asked and what it came to."""
+        sizes = self.budget.sizes
+        left = sum(sizes.costs(kind)[unit] for kind in KINDS for units in self.units[kind] for unit in units)
+        removed = sizes.prunable - left
+        padding = sum(self._padding(kind) for kind in KINDS)
+        write_json(
+            folder / RECORD,
+            {
+                "shape": self.budget.shape,
+                "asked": self.budget.remaining,
+                "remaining": left / sizes.prunable,
+                "parent": {name: parent.get(name) for name in ("source", "revision", "digest")},
+                "prunable": {"before": sizes.prunable, "after": left},
+                "parameters": {"before": model.num_parameters() + removed - padding, "after": model.num_parameters()},
+                "sizes": asdict(sizes),
+                "kept": {kind: [list(units) for units in self.units[kind]] for kind in KINDS},
+            },
+        )
+
+    def _padding(self, kind: Any) -> int:
+        """Zeros that layers are filled up with, in weights."""
+        sizes = self.budget.sizes
+        costs = sizes.costs(kind)
+        most = max(sum(costs[unit] for unit in units) for units in self.units[kind])
+        return sum(most - sum(costs[unit] for unit in units) for units in self.units[kind])

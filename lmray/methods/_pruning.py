@@ -1,0 +1,93 @@
+"""What the methods share that tune and prune: what is to remain, and in which shape. They differ in their decider,
+which says where masks come from."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from lmray.errors import ConfigError
+from lmray.methods._masking import Masking
+from lmray.methods.base import Companion, Method, Objective, Ranks
+from lmray.methods.sft import sft_loss
+from lmray.pruning.gates import check_adapted
+from lmray.pruning.masks import Budget, Shape
+from lmray.pruning.search import Decider
+from lmray.pruning.structure import Structure, structure_of
+
+MOST_AT_ONCE = 1 / 3
+"""Share of the prunable weights beyond which removing them in one go costs more than in steps."""
+
+
+class Pruning(Method):
+    """Tunes LoRA weights under masks; in the end what is masked is cut out, and the smaller model kept."""
+
+    prunes: ClassVar[bool] = True
+
+    remaining: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    """Share of the prunable weights (attention and MLP of the decoder layers) that is kept."""
+    block: Annotated[int, Field(ge=1)] = 64
+    """MLP channels that are kept or removed together; a `uniform` width is a multiple of it."""
+    shape: Shape = "uniform"
+    """`uniform`: layers stay alike, which loads everywhere. `padded`: each keeps as much as it is worth, and is filled
+    up with zeros to the widest: better, and no faster than that one."""
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """Devices that it will be served on together: they divide the key-value heads that are kept."""
+    distill: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the KL divergence (nats/token) from the same weights without masks. 0: none, and a third less time."""
+
+    @model_validator(mode="after")
+    def _divides(self):
+        if self.tensor_parallel > 1 and self.shape != "uniform":
+            raise ValueError("keeps different heads in every layer; hint: `shape: uniform` with `tensor_parallel`")
+        return self
+
+    @abstractmethod
+    def decider(self, structure: Structure, ranks: Ranks, *, steps: int, seed: int) -> Decider:
+        """Where the masks come from in a run of `steps` steps."""
+        raise NotImplementedError
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the budget is tightened little by little."""
+        return False
+
+    def objectives(self) -> tuple[Objective, ...]:
+        return (Objective(self.name, sft_loss, lambda batch: batch.num_supervised),)
+
+    def budget(self, structure: Structure) -> Budget:
+        """What is to remain of `structure`."""
+        return Budget(structure.sizes, self.remaining, self.shape, self.tensor_parallel)
+
+    def check(self, model: Any) -> None:
+        structure = structure_of(model, block=self.block)
+        check_adapted(structure.layers(model), structure)
+        sizes = structure.sizes
+        if sizes.groups % self.tensor_parallel:
+            found = f"{self.tensor_parallel} devices do not divide {sizes.groups} key-value heads"
+            raise ConfigError("method.tensor_parallel", found, hint="a divisor of them")
+        if self.remaining < (fewest := self.budget(structure).least):
+            found = f"{self.remaining:g} is less than the narrowest model has that can be kept"
+            allowed = f"{fewest:.3f} to 1: {self.tensor_parallel} key-value head(s) and {self.block} MLP channels"
+            raise ConfigError("method.remaining", found, allowed=allowed, hint="a smaller `method.block` allows less")
+
+    def warnings(self) -> tuple[str, ...]:
+        if self.in_steps or self.remaining >= 1 - MOST_AT_ONCE - 1e-9:
+            return ()
+        found = f"method: {1 - self.remaining:.0%} of the prunable weights go at once, and beyond a third quality falls"
+        return (f"{found}: set `schedule: progressive`",)
+
+    def passes(self, steps: int) -> float:
+        """Searching takes a gradient as well; a forward pass is half of what a step of an adapter is."""
+        return (steps + self.searched(steps)) * (1.5 if self.distill else 1.0)
+
+    def searched(self, steps: int) -> int:
+        """Of so many steps, those that may take gradients on the search rows."""
+        return 0
+
+    def companion(self, ranks: Ranks, *, steps: int, seed: int) -> Companion:
+        structure = structure_of(ranks.model, block=self.block)
+        decider = self.decider(structure, ranks, steps=steps, seed=seed)
+        return Masking(ranks, structure, self.budget(structure), decider, distill=self.distill)

@@ -1,0 +1,67 @@
+"""ATP: tuning and structural pruning in one run, the masks decided by a generator that learns beside the weights.
+
+Lu et al., "All-in-One Tuning and Structural Pruning for Domain-Specific LLMs", arXiv 2412.14426. Every step a generator
+is moved by the loss on rows set aside for it, LoRA weights are tuned under the masks it then draws, and the LoRA slices
+of what is masked are shrunk by the proximal step of a group lasso. In the second part of the run the masks are final.
+Runs on every rank.
+Differs from the paper in: whole key-value groups and blocks of MLP channels are removed, not single dimensions, so that
+stock classes load what is left (`lmray.pruning.structure`); slices reach zero exactly; the final masks are drawn
+without noise and meet the budget exactly; the rows that masks are searched on are training rows, and none that anything
+is measured on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lmray.methods._pruning import Pruning
+from lmray.methods.base import Ranks
+from lmray.pruning.search import Decider, Search, SearchArgs, stages_to
+from lmray.pruning.structure import Structure
+
+
+class Atp(Pruning):
+    """Joint tuning and structural pruning. What is kept is a smaller whole model."""
+
+    search_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training examples that masks are searched on, and no weight is trained on."""
+    freeze_after: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Share of the steps after which masks are final; earlier once the budget was met for a while."""
+    schedule: Literal["at once", "progressive"] = "at once"
+    """`progressive`: the budget is tightened in stages, each of which removes at most a third of what is left."""
+    alpha: Annotated[float, Field(ge=0.0)] = 5.0
+    """Weight of the budget's loss R beside the mean loss in nats/token. Higher: the budget is met sooner, by a worse
+    choice."""
+    gate: Literal["gumbel", "deterministic"] = "gumbel"
+    """`gumbel`: decisions are drawn, nearly at random at first. `deterministic`: they are taken without noise."""
+    generator_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Of the generator's AdamW."""
+    proximal: Annotated[float, Field(ge=0.0)] = 5e4
+    """At the end of the search, LoRA slices of removed units lose this times the learning rate, shared among layers;
+    exponentially less before."""
+
+    @property
+    def set_aside(self) -> float:
+        return self.search_fraction
+
+    @property
+    def in_steps(self) -> bool:
+        return self.schedule == "progressive"
+
+    def searched(self, steps: int) -> int:
+        return math.floor(self.freeze_after * steps)
+
+    def decider(self, structure: Structure, ranks: Ranks, *, steps: int, seed: int) -> Decider:
+        args = SearchArgs(
+            steps=self.searched(steps),
+            alpha=self.alpha,
+            learning_rate=self.generator_learning_rate,
+            noisy=self.gate == "gumbel",
+            proximal=self.proximal,
+            stages=stages_to(self.remaining) if self.in_steps else 1,
+            seed=seed,
+        )
+        return Search(self.budget(structure), args, ranks.of_first)

@@ -1,0 +1,67 @@
+"""Tuning and pruning over several ranks: one curve, one set of masks, wherever the weights lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lmray.artifacts.store import run_folder
+from lmray.job import TrainJob
+from lmray.metrics.events import read_events
+from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
+from lmray.testing.matrix import shared_by
+from lmray.testing.ranks import train_ranks
+
+METHOD = {
+    "name": "atp",
+    "remaining": 0.6,
+    "block": 8,
+    "search_fraction": 0.25,
+    "alpha": 20.0,
+    "generator_learning_rate": 0.03,
+}
+
+
+@pytest.fixture
+def job(tiny_model: Path, tmp_path: Path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(40))
+
+    def make(strategy: str, workers: int, **changes: Any) -> TrainJob:
+        storage = tmp_path / f"{strategy}-{workers}"
+        settings = {"train__max_steps": 8, "train__eval_steps": 4, "resources__step_timeout_s": None}
+        return tiny_job(
+            tiny_model,
+            rows,
+            storage,
+            **{**settings, "method": METHOD, "sharding": strategy, **shared_by(workers), **changes},
+        )
+
+    return make
+
+
+def masks(one: TrainJob) -> list[dict[str, Any]]:
+    return read_events(run_folder(one) / "masks.jsonl")
+
+
+def same(found: TrainJob, alone: TrainJob) -> None:
+    for name in ("train.loss", "prune.search_loss", "prune.remaining", "prune.budget_loss", "eval.loss"):
+        assert curve(found, name) == pytest.approx(curve(alone, name), rel=1e-5, abs=1e-5), name
+    assert masks(found) == masks(alone)
+    expected = AutoModelForCausalLM.from_pretrained(run_folder(alone) / "model").state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(run_folder(found) / "model").state_dict().items():
+        assert torch.allclose(tensor, expected[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize(("strategy", "stop_at"), [("ddp", None), ("fsdp2", 3)])
+def test_two_ranks_give_the_curve_and_the_masks_of_one(job, strategy, stop_at, tmp_path):
+    alone, shared = job("single", 1), job(strategy, 2)
+    run_here(alone, tmp_path / "scratch")
+    if stop_at is not None:
+        assert train_ranks(shared, stop_at=stop_at).status == "stopped"
+    assert train_ranks(shared).status == "succeeded"
+    assert curve(alone)[0] != curve(alone)[-1]
+    same(shared, alone)
