@@ -91,8 +91,9 @@ def rollback(
 def export(
     artifact: Ref,
     target: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write; must not exist yet or be empty.")],
-    format: Annotated[str, typer.Option(help="hf: the whole model; peft: the adapter alone.")] = "hf",
+    format: Annotated[str, typer.Option(help="hf, gguf: the whole model; peft: the adapter alone.")] = "hf",
     dtype: Annotated[str, typer.Option(help="Of a model's weights: auto (as they are), float32, bfloat16.")] = "auto",
+    gguf_type: Annotated[str, typer.Option(help="Of a GGUF's: auto (as they are), f32, f16, bf16, q8_0.")] = "auto",
     store: StoreFolder = None,
     as_json: AsJson = False,
 ) -> None:
@@ -102,7 +103,7 @@ def export(
     from lmray.models.export import export as write
 
     say(f"writing {found.ref} as {format} to {target}")
-    write(kept, found, target, format, dtype=dtype)
+    write(kept, found, target, format, dtype=dtype, gguf_type=gguf_type)
     emit({"artifact": found.ref, "folder": str(target), "format": format}, str(target), as_json=as_json)
 
 

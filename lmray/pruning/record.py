@@ -82,7 +82,9 @@ class Pruning(Config):
             raise ArtifactError(str(path), f"is no record of a pruning: {_first(error)}", hint=hint) from None
 
 
-def record_of(sizes: Sizes, kept: Kept, *, shape: str, asked: float, parent: Mapping[str, Any], parameters: Counts):
+def record_of(
+    sizes: Sizes, kept: Kept, *, shape: str, asked: float, parent: Mapping[str, Any], parameters: Counts
+) -> Pruning:
     """The record of keeping units `kept`, of which `asked` was to be kept. Raises ConfigError where it contradicts
     itself, such as layers that keep different numbers of units under `uniform`."""
     prunable = Counts(before=sizes.prunable, after=num_kept(kept, sizes))

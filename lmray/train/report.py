@@ -11,14 +11,18 @@ from lmray.artifacts.files import write_atomic
 from lmray.context import Result
 from lmray.evaluate.answers import Answer
 from lmray.evaluate.page import INTERVALS, answer_block, delta_text, shade, shown_names, value_text
+from lmray.metrics.events import read_events
 from lmray.metrics.names import metric
 from lmray.metrics.page import Cell, cards, heading, number, page, paragraph, picture, split, table, verbatim
 from lmray.metrics.plots import SMALL, plot_lengths, plot_losses, plot_metric
+from lmray.metrics.pruning_plots import freeze_step, plot_kept, plot_search
 from lmray.train.out_of_memory import shortage_text
 from lmray.train.record import Record, read_record
 from lmray.units import human_bytes, human_count, human_seconds
 
 MAX_ANSWERS = 8
+MASKS = "masks.jsonl"
+"""In the folder of a run that prunes: what its masks kept, a line an evaluation."""
 TIMES = {
     "run.prepare_seconds": "preparing",
     "run.train_seconds": "training",
@@ -46,6 +50,7 @@ def write_report(folder: Path, result: Result | None = None) -> Path:
         '<div class="grid">',
         *(picture(png, SMALL[name]) for name in SMALL if (png := plot_metric(run.events, name))),
         "</div>",
+        *_pruning(run),
         *_resources(run),
         *_data(run.data),
         *answers_section(run.answers),
@@ -152,6 +157,34 @@ def shown(name: str, value: float) -> str:
         return human_count(value)
     digits = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return digits if unit == "fraction" else f"{digits} {unit}".rstrip()
+
+
+def _pruning(run: Record) -> Iterator[str]:
+    """What was kept of every layer, and how near that came to the budget."""
+    by_step = {one["step"]: one for one in read_events(run.folder / MASKS)}  # a step that was done again is told again
+    masks = [by_step[step] for step in sorted(by_step)]
+    frozen = freeze_step(masks)
+    curves = plot_search(run.events, frozen)
+    if not masks and curves is None:
+        return
+    yield heading("Pruning")
+    if masks:
+        last = masks[-1]
+        facts = [
+            ("of prunable weights kept", f"{last['remaining']:.1%}"),
+            ("key-value groups a layer", _span(last["groups"])),
+            ("MLP channels a layer", _span(last["channels"])),
+            ("masks", "still searched" if frozen is None else f"final from step {frozen}"),
+        ]
+        yield cards(facts)
+        yield picture(plot_kept(masks, title=run.name), "What every layer kept over steps")
+    if curves is not None:
+        yield picture(curves, "Weights kept, distance to the budget and norms of what is removed over steps")
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _resources(run: Record) -> Iterator[str]:

@@ -81,3 +81,12 @@ def test_a_whole_model_is_listed_as_one_and_exported_whole(cli, versions, tiny_m
     assert said.code == 2 and "is a whole model" in said.err and "allowed: --format hf" in said.err
     assert cli("artifacts", "export", "whole", tmp_path / "out").code == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(kept.files)
+
+
+def test_a_whole_model_is_exported_as_gguf(cli, versions, tiny_model, tmp_path):
+    Artifacts(open_store()).keep("模型", tiny_model, base=versions[0].base, kind="model")
+    said = cli("artifacts", "export", "模型", tmp_path / "out", "--format", "gguf", "--gguf-type", "q8_0", "--json")
+    assert said.code == 0 and json.loads(said.out)["format"] == "gguf"
+    assert (tmp_path / "out" / "模型.gguf").read_bytes()[:4] == b"GGUF"
+    said = cli("artifacts", "export", "模型", tmp_path / "x", "--format", "gguf", "--gguf-type", "q9")
+    assert said.code == 2 and "allowed: auto, f32, f16, bf16, q8_0" in said.err
