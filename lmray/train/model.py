@@ -147,7 +147,7 @@ class Learnt:
 def measures_base_again(job: TrainJob) -> bool:
     """Whether the untouched model is loaded to be measured, for what was trained does not give it back: it takes the
     other's place in memory."""
-    return job.changes_base and job.evaluate.base and bool(job.evaluate.tasks)
+    return (job.method.prunes or job.adapter.changes_base) and job.evaluate.base and bool(job.evaluate.tasks)
 
 
 def free_memory() -> None:

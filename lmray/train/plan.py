@@ -220,13 +220,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         memory_bytes=memory_parts(shape, rows, **settings, sharding=sharding, reads_whole=loading == "whole"),
         row_bytes=bytes_per_row(shape, rows, dtype, device=device),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
-        warnings=(
-            *_trust_warnings(job),
-            *job.method.warnings(),
-            *_schedule_warnings(job),
-            *_disk_warnings(sharding),
-            *data_warnings(data),
-        ),
+        warnings=(*_job_warnings(job), *_disk_warnings(sharding), *data_warnings(data)),
     )
 
 
@@ -296,6 +290,10 @@ def _earlier(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not {"run_key", "fields", "model", "data", *KEPT} <= found.keys():
         raise ArtifactError(str(path), "is spoilt: it is no plan", hint=hint)
     return found
+
+
+def _job_warnings(job: TrainJob) -> list[str]:
+    return [*_trust_warnings(job), *job.method.warnings(), *_schedule_warnings(job)]
 
 
 def _trust_warnings(job: TrainJob) -> list[str]:
