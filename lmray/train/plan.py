@@ -172,6 +172,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     check_virtual_tokens(job)
+    check_pruned(job)
     rows_per_step, samples, steps = _schedule(job, len(ready.rows))
     shape = read_shape(
         ready.model.folder,
@@ -226,8 +227,6 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
 
 def _attached(job: TrainJob, model: Any, steps: int) -> Any:
     adapted = job.adapter.for_steps(steps).attach(model, seed=0)
-    if job.method.prunes and job.model.quantization:  # before what is said of its layers
-        check_pruned(job)
     job.method.check(adapted)
     return adapted
 
