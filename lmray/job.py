@@ -182,11 +182,6 @@ class TrainJob(Job):
         """What is kept: an adapter, or a whole model."""
         return "model" if self.method.prunes else self.adapter.kept
 
-    @property
-    def changes_base(self) -> bool:
-        """Whether what was trained does not give the base back."""
-        return self.method.prunes or self.adapter.changes_base
-
     @field_validator("report_to")
     @classmethod
     def _each_once(cls, value: tuple[Tracker, ...]):

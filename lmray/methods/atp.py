@@ -36,7 +36,7 @@ class Atp(Pruning):
     """Weight of the budget's loss R beside the mean loss in nats/token. Higher: the budget is met sooner, by a worse
     choice."""
     gate: Literal["gumbel", "deterministic"] = "gumbel"
-    """`gumbel`: decisions are drawn, nearly at random at first. `deterministic`: they are taken without noise."""
+    """`gumbel`: decisions are drawn, so that other ones are tried. `deterministic`: they are taken without noise."""
     generator_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
     """Of the generator's AdamW."""
     proximal: Annotated[float, Field(ge=0.0)] = 5e4

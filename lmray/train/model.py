@@ -102,16 +102,18 @@ class Learnt:
     device: str
     found: torch.nn.Module | Path
     kept: Kept | None = None
-    _made: Any = None
+    made: bool = False
+    """Whether that was done to it."""
 
     def whole(self) -> torch.nn.Module:
         """The model, to be measured: as it is kept."""
         if self.kept is None:
             return self._trained()
-        if self._made is None:
-            self._made = self.kept.model(self._trained())
+        if not self.made:
+            self.found, self.made = self.kept.model(self._trained()), True
             free_memory()
-        return self._made.to(self.device)
+        smaller: Any = self.found
+        return smaller.to(self.device)
 
     def _trained(self) -> torch.nn.Module:
         if isinstance(self.found, torch.nn.Module):
@@ -126,8 +128,8 @@ class Learnt:
     @property
     def num_parameters(self) -> int:
         """Of the model, with its adapter."""
-        made: Any = self._made
-        return self.plan.model["parameters"] if made is None else made.num_parameters()
+        smaller: Any = self.found
+        return smaller.num_parameters() if self.made else self.plan.model["parameters"]
 
     def save(self, folder: Path) -> None:
         """Keeps it in `folder`."""
@@ -145,7 +147,7 @@ class Learnt:
 def measures_base_again(job: TrainJob) -> bool:
     """Whether the untouched model is loaded to be measured, for what was trained does not give it back: it takes the
     other's place in memory."""
-    return job.changes_base and job.evaluate.base and bool(job.evaluate.tasks)
+    return (job.method.prunes or job.adapter.changes_base) and job.evaluate.base and bool(job.evaluate.tasks)
 
 
 def free_memory() -> None:

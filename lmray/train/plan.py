@@ -172,6 +172,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
     device = "cuda" if job.resources.gpus_per_worker else "cpu"
     dtype, dtype_reason = resolve_dtype(job.model.dtype, device if torch.cuda.is_available() else "cpu")
     check_virtual_tokens(job)
+    check_pruned(job)
     rows_per_step, samples, steps = _schedule(job, len(ready.rows))
     shape = read_shape(
         ready.model.folder,
@@ -220,20 +221,12 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         memory_bytes=memory_parts(shape, rows, **settings, sharding=sharding, reads_whole=loading == "whole"),
         row_bytes=bytes_per_row(shape, rows, dtype, device=device),
         flops=_flops(job, shape, data, rows_per_step=rows_per_step, steps=steps),
-        warnings=(
-            *_trust_warnings(job),
-            *job.method.warnings(),
-            *_schedule_warnings(job),
-            *_disk_warnings(sharding),
-            *data_warnings(data),
-        ),
+        warnings=(*_job_warnings(job), *_disk_warnings(sharding), *data_warnings(data)),
     )
 
 
 def _attached(job: TrainJob, model: Any, steps: int) -> Any:
     adapted = job.adapter.for_steps(steps).attach(model, seed=0)
-    if job.method.prunes and job.model.quantization:  # before what is said of its layers
-        check_pruned(job)
     job.method.check(adapted)
     return adapted
 
@@ -296,6 +289,10 @@ def _earlier(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or not {"run_key", "fields", "model", "data", *KEPT} <= found.keys():
         raise ArtifactError(str(path), "is spoilt: it is no plan", hint=hint)
     return found
+
+
+def _job_warnings(job: TrainJob) -> list[str]:
+    return [*_trust_warnings(job), *job.method.warnings(), *_schedule_warnings(job)]
 
 
 def _trust_warnings(job: TrainJob) -> list[str]:

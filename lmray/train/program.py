@@ -1,8 +1,9 @@
 """The training program: from a job to a kept adapter or model. Runs on every rank; rank 0 writes the run folder.
 
 Run folder: `job.yaml`, `plan.json`, `data.json`, `events.jsonl`, `attempts.json`, checkpoints, `adapter/` or `model/`,
-`answers-*.jsonl`, `loss.png`, `report.html`, and last `result.json`; `memory.json` where memory ran out,
-`stacks-RANK.txt` where a worker hung. A run whose folder holds `result.json` is done and is not run again.
+`answers-*.jsonl`, `loss.png`, `report.html`, and last `result.json`; `masks.jsonl` where the method prunes,
+`memory.json` where memory ran out, `stacks-RANK.txt` where a worker hung. A run whose folder holds `result.json` is
+done and is not run again.
 """
 
 from __future__ import annotations

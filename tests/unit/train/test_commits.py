@@ -76,8 +76,8 @@ class Store:
             if step == held + 1:
                 assert self.begun.wait(LONG_S), "the copy goes on beside the step"
 
-        def snapshot(folder, progress, *rest, write) -> None:
-            save(folder, progress, *rest, write=write)
+        def snapshot(folder, progress, *rest, **how) -> None:
+            save(folder, progress, *rest, **how)
             self.log.append(f"snapshot {progress.step}")
             if progress.step == held + 2:
                 self.let.set()
