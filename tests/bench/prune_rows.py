@@ -82,19 +82,18 @@ def loss_difference(one: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]
     """Held-out loss of `other` less that of `one`, nats a token, with its 95 % interval, paired over examples. Each
     holds a list for every seed, of the summed loss and the tokens of each example; seeds are averaged first, example by
     example."""
+    if len({tuple(tokens for _, tokens in losses) for losses in (*one, *other)}) > 1:
+        raise ValueError("losses of different tokens cannot be compared")
     means = [_over_seeds(seeds) for seeds in (one, other)]
-    task = Loss(name="loss")
+    task = Loss()
     found = deltas({"first": [(task, means[0])], "second": [(task, means[1])]})
     return found["second"]["eval.loss"]
 
 
 def _over_seeds(seeds: Sequence[Sequence[Any]]) -> tuple[Scored, ...]:
-    scored = []
-    for of_seeds in zip(*seeds, strict=True):
-        (tokens,) = {count for _, count in of_seeds}
-        mean = statistics.fmean(loss for loss, _ in of_seeds)
-        scored.append(Scored("", "", {}, statistics=(mean, tokens)))
-    return tuple(scored)
+    by_example = zip(*seeds, strict=True)
+    means = ((statistics.fmean(loss for loss, _ in one), one[0][1]) for one in by_example)
+    return tuple(Scored("", "", {}, statistics=mean) for mean in means)
 
 
 def relative(found: dict[str, float], dense: dict[str, float], scores: Sequence[str]) -> float:
