@@ -112,7 +112,8 @@ def table(rows: Rows, budgets: Sequence[float], scores: Sequence[str]) -> str:
     of the same budget, speeds with the dense model beside which they were measured."""
     names = [name.partition(".")[2] for name in scores]
     head = ["method", "asked", "prunable", "parameters", "loss", "difference to the best two-stage (95 %)", *names]
-    head += ["relative to dense", "prefill 1", "prefill 8", "decode 1", "decode 8", "memory", "file", "seeds"]
+    head += ["relative to dense", "prefill 1", "prefill 8", "decode 1", "decode 8", "memory", "file"]
+    head += ["training memory", "LoRA tokens", "seeds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     dense = rows.of("dense", 1.0, "quality")
     for budget in (1.0, *budgets):
@@ -124,13 +125,20 @@ def table(rows: Rows, budgets: Sequence[float], scores: Sequence[str]) -> str:
             found = rows.of(method, budget, "quality")
             against = rows.of(best, budget, "quality") if best and method != best else None
             cells_ = [method, f"{budget:g}", *_sizes(found[0]), *_quality(found, against, dense, scores)]
-            cells_ += [*_speed(rows.of(method, budget, "speed")), f"{found[0]['bytes'] / 1e6:.0f} MB", str(len(found))]
+            cells_ += [*_speed(rows.of(method, budget, "speed")), f"{found[0]['bytes'] / 1e6:.0f} MB"]
+            cells_ += [*_training(found[0]), str(len(found))]
             lines.append("| " + " | ".join(cells_) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _sizes(found: dict[str, Any]) -> list[str]:
     return [f"{found['prunable_share']:.3f}", f"{found['parameters'] / 1e6:.1f} M"]
+
+
+def _training(found: dict[str, Any]) -> list[str]:
+    if "train_tokens" not in found:  # `base` is not trained
+        return ["", ""]
+    return [f"{found['train_peak_bytes'] / 2**20:.0f} MiB", f"{found['train_tokens']:,}"]
 
 
 def _quality(
