@@ -45,8 +45,12 @@ from prune_rows import METHODS, TWO_STAGE, Cell, Rows, cells, table  # noqa: E40
 QUICK = {"steps": 4, "batch_size": 4, "max_examples": 12, "pairs": 1, "calibration_rows": 4}
 """Shows that every column is filled; the numbers say nothing."""
 KEY = ("data", "model", "dtype", "steps", "batch_size", "learning_rate", "r", "max_length")
-KEY += ("max_examples", "calibration_rows", "multiple_of", "pairs", "quick")
+KEY += ("max_examples", "calibration_rows", "multiple_of", "quick")
 """Options that measurements belong to; threads do not change what is learnt beyond rounding."""
+
+
+class FailedError(Exception):
+    """A process of one cell failed; the others go on without it."""
 
 
 class Bench:
@@ -96,9 +100,11 @@ class Bench:
 
     def speed(self, cell: Cell) -> dict[str, Any]:
         """Pairs of measurements, `own` and `dense`, in turns; both are in memory all the time, one of them computes."""
-        self.made(cell)
+        settings = self.settings(cell)
+        if settings["tuned"] and not Path(settings["tuned"]).is_dir():
+            self.made(cell)
         with tempfile.TemporaryFile("w+") as log:
-            own, dense = (self._speaker(one, log) for one in (self.settings(cell)["tuned"] or self.model, self.model))
+            own, dense = (self._speaker(one, log) for one in (settings["tuned"] or self.model, self.model))
             try:
                 pairs, peak = [], 0
                 for pair in range(self.arguments.pairs):
@@ -132,7 +138,7 @@ def ask(process: subprocess.Popen[str], log: Any) -> dict[str, Any]:
         return json.loads(process.stdout.readline())
     except (BrokenPipeError, ValueError):
         log.seek(0)
-        raise SystemExit(f"measuring speed failed:\n{log.read()[-3000:]}") from None
+        raise FailedError(f"measuring speed failed:\n{log.read()[-3000:]}") from None
 
 
 def step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def step(name: str, settings: dict[str, Any]) -> dict[str, Any]:
             command, env=_environment(settings["threads"]), capture_output=True, text=True, check=False
         )
     if done.returncode:
-        raise SystemExit(f"{name} of {settings['name']} failed:\n{done.stderr[-3000:]}")
+        raise FailedError(f"{name} of {settings['name']} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1]) or {}
 
 
@@ -155,20 +161,23 @@ def _environment(threads: int) -> dict[str, str]:
     return env | {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(HERE.parents[1])}
 
 
-def run(bench: Bench, rows: Rows, wanted: Sequence[Cell]) -> None:
-    """Measures what of `wanted` is not there yet. Speed hangs on a model's shape alone: that of the first seed."""
-    first = min((cell.seed for cell in wanted if cell.method != "base"), default=0)
+def run(bench: Bench, rows: Rows, wanted: Sequence[Cell]) -> int:
+    """Measures what of `wanted` is not there yet; returns how many failed. Speed hangs on a model's shape alone: that
+    of the first seed."""
+    first, failed = min((cell.seed for cell in wanted if cell.method != "base"), default=0), 0
     for cell in wanted:
-        for part in ("quality", "speed"):
-            if part == "speed" and cell.method != "base" and cell.seed != first:
-                continue
-            started = time.monotonic()
-            rows.once(cell, part, lambda cell=cell, part=part: getattr(bench, part)(cell))
-            took = time.monotonic() - started
-            name = f"{cell.method} {cell.remaining:g} seed {cell.seed}"
-            print(f"{name}  {part}: {took:.0f} s", file=sys.stderr, flush=True)
+        name, started = f"{cell.method} {cell.remaining:g} seed {cell.seed}", time.monotonic()
+        try:
+            rows.once(cell, "quality", lambda cell=cell: bench.quality(cell))
+            if cell.method == "base" or cell.seed == first:
+                rows.once(cell, "speed", lambda cell=cell: bench.speed(cell))
+            print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        except FailedError as error:
+            failed += 1
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
         if not bench.arguments.keep:
             shutil.rmtree(bench.work / "tuned" / f"{name_of(cell)}-{cell.seed}", ignore_errors=True)
+    return failed
 
 
 def main() -> None:
@@ -176,7 +185,7 @@ def main() -> None:
     bench = Bench(arguments, Path(os.environ.get("LMRAY_BENCH_DATA", "")))
     rows = Rows(arguments.rows, bench.key)
     wanted = cells(arguments.methods, arguments.remaining, arguments.seeds)
-    run(bench, rows, wanted)
+    failed = run(bench, rows, wanted)
     answers = [row["completion"] for row in read_rows(bench.data_folder / QUESTIONS)]
     command = shlex.join(["lmray", "bench", "prune", *sys.argv[1:]])
     text = f"\n## Smaller models for one task, {time.strftime('%Y-%m-%d')}\n\n`{command}`\n\n"
@@ -188,6 +197,8 @@ def main() -> None:
     if arguments.out:
         before = arguments.out.read_text(encoding="utf-8") if arguments.out.is_file() else "# Results\n"
         write_atomic(arguments.out, before + text)
+    if failed:
+        raise SystemExit(f"{failed} of {len(wanted)} failed; the same command tries them again")
 
 
 def _arguments() -> argparse.Namespace:

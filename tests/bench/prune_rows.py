@@ -82,19 +82,18 @@ def loss_difference(one: Sequence[Sequence[Any]], other: Sequence[Sequence[Any]]
     """Held-out loss of `other` less that of `one`, nats a token, with its 95 % interval, paired over examples. Each
     holds a list for every seed, of the summed loss and the tokens of each example; seeds are averaged first, example by
     example."""
+    if len({tuple(tokens for _, tokens in losses) for losses in (*one, *other)}) > 1:
+        raise ValueError("losses of different tokens cannot be compared")
     means = [_over_seeds(seeds) for seeds in (one, other)]
-    task = Loss(name="loss")
+    task = Loss()
     found = deltas({"first": [(task, means[0])], "second": [(task, means[1])]})
     return found["second"]["eval.loss"]
 
 
 def _over_seeds(seeds: Sequence[Sequence[Any]]) -> tuple[Scored, ...]:
-    scored = []
-    for of_seeds in zip(*seeds, strict=True):
-        (tokens,) = {count for _, count in of_seeds}
-        mean = statistics.fmean(loss for loss, _ in of_seeds)
-        scored.append(Scored("", "", {}, statistics=(mean, tokens)))
-    return tuple(scored)
+    by_example = zip(*seeds, strict=True)
+    means = ((statistics.fmean(loss for loss, _ in one), one[0][1]) for one in by_example)
+    return tuple(Scored("", "", {}, statistics=mean) for mean in means)
 
 
 def relative(found: dict[str, float], dense: dict[str, float], scores: Sequence[str]) -> float:
@@ -113,7 +112,8 @@ def table(rows: Rows, budgets: Sequence[float], scores: Sequence[str]) -> str:
     of the same budget, speeds with the dense model beside which they were measured."""
     names = [name.partition(".")[2] for name in scores]
     head = ["method", "asked", "prunable", "parameters", "loss", "difference to the best two-stage (95 %)", *names]
-    head += ["relative to dense", "prefill 1", "prefill 8", "decode 1", "decode 8", "memory", "file", "seeds"]
+    head += ["relative to dense", "prefill 1", "prefill 8", "decode 1", "decode 8", "memory", "file"]
+    head += ["training memory", "LoRA tokens", "seeds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     dense = rows.of("dense", 1.0, "quality")
     for budget in (1.0, *budgets):
@@ -125,13 +125,20 @@ def table(rows: Rows, budgets: Sequence[float], scores: Sequence[str]) -> str:
             found = rows.of(method, budget, "quality")
             against = rows.of(best, budget, "quality") if best and method != best else None
             cells_ = [method, f"{budget:g}", *_sizes(found[0]), *_quality(found, against, dense, scores)]
-            cells_ += [*_speed(rows.of(method, budget, "speed")), f"{found[0]['bytes'] / 1e6:.0f} MB", str(len(found))]
+            cells_ += [*_speed(rows.of(method, budget, "speed")), f"{found[0]['bytes'] / 1e6:.0f} MB"]
+            cells_ += [*_training(found[0]), str(len(found))]
             lines.append("| " + " | ".join(cells_) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _sizes(found: dict[str, Any]) -> list[str]:
     return [f"{found['prunable_share']:.3f}", f"{found['parameters'] / 1e6:.1f} M"]
+
+
+def _training(found: dict[str, Any]) -> list[str]:
+    if "train_tokens" not in found:  # `base` is not trained
+        return ["", ""]
+    return [f"{found['train_peak_bytes'] / 2**20:.0f} MiB", f"{found['train_tokens']:,}"]
 
 
 def _quality(

@@ -56,9 +56,17 @@ def cut(settings: Settings) -> None:
             target, lambda folder: _optipfair(settings, model, folder, [one.input_ids.tolist() for one in chosen])
         )
         return
-    rows = [tuple(torch.tensor(ids.tolist())[None] for ids in (one.input_ids, one.labels)) for one in chosen]
-    asked = {"remaining": settings["remaining"], "multiple_of": settings["multiple_of"]}
-    build_once(target, lambda folder: write_pruned(model, folder, settings["method"], rows, **asked))  # type: ignore[arg-type]
+    rows = [(as_row(one.input_ids), as_row(one.labels)) for one in chosen]
+    way, remaining, multiple_of = settings["method"], settings["remaining"], settings["multiple_of"]
+    build_once(
+        target,
+        lambda folder: write_pruned(model, folder, way, rows, remaining=remaining, multiple_of=multiple_of),
+    )
+
+
+def as_row(ids: Any) -> torch.Tensor:
+    """[1, T] int64."""
+    return torch.tensor(ids.tolist())[None]
 
 
 def _optipfair(settings: Settings, model: Path, target: Path, rows: list[list[int]]) -> None:

@@ -75,8 +75,9 @@ def test_seeds_are_averaged_example_by_example():
 
 
 def test_losses_of_other_tokens_are_not_compared():
-    with pytest.raises(ValueError, match="unpack"):
-        loss_difference([[[1.0, 2]], [[1.0, 3]]], [[[1.0, 2]]])
+    for one, other in (([[[1.0, 2]], [[1.0, 3]]], [[[1.0, 2]]]), ([[[1.0, 2]]], [[[1.0, 3]]])):
+        with pytest.raises(ValueError, match="different tokens"):
+            loss_difference(one, other)
 
 
 def test_relative_performance_is_one_for_the_dense_model_and_inverts_the_perplexity():
@@ -90,7 +91,8 @@ def test_the_table_compares_with_the_best_two_stage_method_and_shows_speeds_besi
     rows = Rows(None, KEY)
     rows.once(Cell("base", 1.0, 0), "quality", lambda: found(4.0))
     for seed, loss in ((0, 1.9), (1, 2.1)):
-        rows.once(Cell("dense", 1.0, seed), "quality", lambda loss=loss: found(loss))
+        tuned = {"train_tokens": 6768, "train_peak_bytes": 3 * 2**20}
+        rows.once(Cell("dense", 1.0, seed), "quality", lambda loss=loss, tuned=tuned: found(loss) | tuned)
         rows.once(Cell("taylor", 0.6, seed), "quality", lambda loss=loss: found(loss + 1, share=0.6))
         rows.once(Cell("depth", 0.6, seed), "quality", lambda loss=loss: found(loss + 2, share=0.6))
     pair = {"own": dict.fromkeys(("prefill_1", "prefill_8", "decode_1", "decode_8"), 30.0)}
@@ -101,6 +103,7 @@ def test_the_table_compares_with_the_best_two_stage_method_and_shows_speeds_besi
     of = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines[2:]}
     assert list(of) == ["base", "dense", "taylor", "depth"]
     assert of["dense"][4] == "2.0000" and of["taylor"][4] == "3.0000" and of["dense"][-1].strip(" |") == "2"
+    assert of["dense"][-3:-1] == ["3 MiB", "6,768"] and of["base"][-3:-1] == ["", ""]
     assert of["taylor"][5] == "" and of["depth"][5].startswith("+1.0000 (")
     assert of["dense"][8] == "100.0%" and "30 (1.50x)" in of["taylor"] and "1 MiB" in of["taylor"]
     assert "0.600" in of["depth"] and "60.0 M" in of["depth"] and "120 MB" in of["depth"]
