@@ -71,7 +71,7 @@ def _splitting(described: dict[str, Any], folder: Path) -> str:
         return "gpt-2"  # where nothing is merged, nothing hangs on it
     if described.get("normalizer") not in (None, {"type": "NFC"}):
         raise _unnamed(folder, f"normalises text by {described['normalizer']['type']}")
-    split = described["pre_tokenizer"] or {"type": "nothing"}
+    split: dict[str, Any] = described["pre_tokenizer"] or {"type": "nothing"}
     steps = split["pretokenizers"] if split["type"] == "Sequence" else [split]
     kinds = [step["type"] for step in steps]
     regexes = [step.get("pattern", {}).get("Regex") for step in steps if step["type"] == "Split"]

@@ -106,7 +106,8 @@ def _build(facts: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> Any:
     )
     embedding = state["model.embed_tokens.weight"]
     with torch.device("meta"):
-        model: Any = MistralForCausalLM(config).to(embedding.dtype)
+        model: Any = MistralForCausalLM(config)
+        model.to(embedding.dtype)
         for layer, block in zip(model.model.layers, blocks, strict=True):
             narrow = deepcopy(config)
             narrow.intermediate_size = block["ffn"]["intermediate_size"]
