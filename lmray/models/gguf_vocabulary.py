@@ -71,10 +71,12 @@ def _splitting(described: dict[str, Any], folder: Path) -> str:
         return "gpt-2"  # where nothing is merged, nothing hangs on it
     if described.get("normalizer") not in (None, {"type": "NFC"}):
         raise _unnamed(folder, f"normalises text by {described['normalizer']['type']}")
-    split = described["pre_tokenizer"]
+    split: dict[str, Any] = described["pre_tokenizer"] or {"type": "nothing"}
     steps = split["pretokenizers"] if split["type"] == "Sequence" else [split]
     kinds = [step["type"] for step in steps]
     regexes = [step.get("pattern", {}).get("Regex") for step in steps if step["type"] == "Split"]
+    if any(step.get("add_prefix_space") for step in steps):
+        raise _unnamed(folder, "puts a space before text in a way")
     if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -69,7 +70,7 @@ def make_tokenizer(splitting=None) -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = make_tokenizer()
-COMMON = {
+COMMON: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -251,8 +252,11 @@ def test_scaled_positions_are_told(tmp_path: Path):
     assert torch.allclose(logits(tmp_path, gguf_file=file.name, config=config), logits(folder), atol=1e-4), (
         "with the rotation that the config says, the rest is the same"
     )
+
+
+def test_positions_that_are_all_slowed_alike_are_told_in_keys(tmp_path: Path):
     linear = LlamaConfig(**COMMON, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0})
-    _, file = written(tmp_path / "linear", linear) if (tmp_path / "linear").mkdir() is None else (None, file)
+    _, file = written(tmp_path, linear)
     fields = GGUFReader(file).fields
     assert fields["llama.rope.scaling.type"].contents() == "linear"
     assert fields["llama.rope.scaling.factor"].contents() == 3.0
@@ -292,6 +296,14 @@ def unnamed_split(tokenizer):
     tokenizer.pre_tokenizer = after(r"\p{L}+")
 
 
+def no_split(tokenizer):
+    tokenizer.pre_tokenizer = None
+
+
+def space_before(tokenizer):
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
 def unnamed_normalizer(tokenizer):
     tokenizer.normalizer = normalizers.Lowercase()
 
@@ -302,6 +314,8 @@ def sentence_pieces(tokenizer):
 
 REFUSED = {
     "a split": (unnamed_split, "splits text by Split and ByteLevel in a way that GGUF has no name for"),
+    "no split": (no_split, "splits text by nothing in a way that GGUF has no name for"),
+    "a space before": (space_before, "puts a space before text in a way that GGUF has no name for"),
     "a normalizer": (unnamed_normalizer, "normalises text by Lowercase that GGUF has no name for"),
     "another kind": (sentence_pieces, "is BPE over characters, which cannot be written as GGUF"),
 }

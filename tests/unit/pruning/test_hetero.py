@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lmray.pruning.record import Pruning
 from lmray.pruning.shrink import shrunk
 from lmray.pruning.structure import structure_of
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 44,
     "num_hidden_layers": 3,

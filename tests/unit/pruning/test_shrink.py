@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from lmray.pruning.shrink import save_pruned, shrunk
 from lmray.pruning.structure import structure_of
 
 GROUPS, PER_GROUP, HEAD_DIM, CHANNELS, BLOCK = 4, 2, 8, 44, 8
-COMMON = {
+COMMON: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": CHANNELS,
     "num_hidden_layers": 2,
