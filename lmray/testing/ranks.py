@@ -19,7 +19,7 @@ from lmray.train.group import torchrun_context
 from lmray.train.program import train
 
 _PROCESSES = get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["lmray.train.program", "lmray.train.group", "deepspeed"])
+_PROCESSES.set_forkserver_preload(["lmray.train.program", "lmray.train.group"])
 
 
 class RankDiedError(Exception):

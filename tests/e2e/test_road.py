@@ -93,7 +93,7 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
     try:
         wait_until(lambda: answers(f"http://127.0.0.1:{port}/ready") or service.poll() is not None, "readiness")
         assert service.poll() is None, service.communicate()
-        taken = shell.lmray_here("run", "serve.yaml", "name=second")
+        taken = shell.lmray("run", "serve.yaml", "name=second")
         assert taken.returncode == 2 and f"{port}" in taken.stderr, taken.stderr
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         names = [model.id for model in client.models.list()]
