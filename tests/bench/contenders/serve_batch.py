@@ -60,7 +60,7 @@ def make_core(model: Any, settings: dict[str, Any], folders: list[Path]) -> Page
         model = PeftModel.from_pretrained(model, folders[0], autocast_adapter_dtype=False).merge_and_unload()
     longest = settings["num_in"] + settings["num_out"]
     compiled = settings["contender"] == "lmray compiled"
-    sizes = {"max_batch_size": settings["batch"], "max_adapters": len(folders), "max_length": longest}
+    sizes: dict[str, Any] = {"max_batch_size": settings["batch"], "max_adapters": len(folders), "max_length": longest}
     config = Native(**sizes, torch_compile=compiled)
     core = config.make_stepper(model.requires_grad_(False), stop_token_ids=())
     assert isinstance(core, PagedStepper)

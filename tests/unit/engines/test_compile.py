@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from lmray.engines import native
 from lmray.engines._adapter_folder import read_adapter_folder
 from lmray.engines._paged import PagedStepper
-from lmray.engines.base import Request, Sampling
+from lmray.engines.base import Request, Sampling, TokenEvent
 from lmray.engines.native import Native
 from lmray.errors import ConfigError
 from tests.unit.engines.conftest import NUM_NEW, STOP
@@ -33,6 +33,7 @@ def test_compiled_greedy_text_is_that_of_transformers(model, adapter_folders, pr
     answers: dict[str, list[int]] = {name: [] for name in asked}
     while stepper.busy:
         for name, outcome in stepper.step():
+            assert isinstance(outcome, TokenEvent)
             answers[name] += [] if outcome.token_id is None else [outcome.token_id]
     assert answers == {name: expected[adapter][place] for name, (adapter, place) in asked.items()}
     assert counters["stats"]["unique_graphs"] >= 4, "something was compiled"

@@ -58,7 +58,7 @@ def pieces_of(rows):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("gathers_a", [False, True])
 def test_every_row_gets_its_own_adapter_and_no_other(rows, parts, sizes, gathers_a):
-    parts = {name: [part % len(sizes) for part in some] for name, some in parts.items()}
+    parts = {name: tuple(part % len(sizes) for part in some) for name, some in parts.items()}
     stack, factors = filled(sizes, parts)
     stack.gathers_a = gathers_a
     x = torch.randn(sum(count for _, count in rows), NUM_INPUTS, dtype=torch.float64)
