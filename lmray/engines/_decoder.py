@@ -24,6 +24,7 @@ from lmray.models.rope import follows_length
 from lmray.ops.frozen_linear import FrozenLinear, PackedLinear, can_pack
 from lmray.ops.low_rank import LowRankStack, Piece
 from lmray.ops.paged_attention import Group, PagedAttention, Run
+from lmray.ops.pointwise import Pointwise
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 """Architectures whose classes are known, by the start of their names."""
@@ -137,6 +138,7 @@ class _Layer:
     name: str
     module: Any
     kv: slice
+    ops: Pointwise
     qkv: Linears = field(init=False)
     out: Linears = field(init=False)
     both: Linears = field(init=False)
@@ -156,22 +158,21 @@ class _Layer:
         self.activation = mlp.act_fn
 
     def forward(self, x_NI: torch.Tensor, angles: Any, batch: Batch, attention: PagedAttention) -> torch.Tensor:
-        told = batch.pieces, batch.adapters
-        qkv_NED = self.qkv(self.norm(x_NI), *told).unflatten(-1, (-1, self.head_dim))
+        told, ops = (batch.pieces, batch.adapters), self.ops
+        qkv_NED = self.qkv(ops.rms_norm(x_NI, *self.norm), *told).unflatten(-1, (-1, self.head_dim))
         self._turn(qkv_NED, angles)
         attention.write(self.kv, qkv_NED[:, self.num_heads :], batch.places_N)
-        x_NI = x_NI + self.out(self._attend(qkv_NED, batch, attention), *told)
-        gate_NF, up_NF = self.both(self.mlp_norm(x_NI), *told).split(self.both.sizes, dim=-1)
-        return x_NI + self.down(self.activation(gate_NF).mul_(up_NF), *told)
+        mixed_NI = self.out(self._attend(qkv_NED, batch, attention), *told)
+        x_NI, normed_NI = ops.add_rms_norm(x_NI, mixed_NI, *self.mlp_norm)
+        gate_NF, up_NF = self.both(normed_NI, *told).split(self.both.sizes, dim=-1)
+        return x_NI + self.down(ops.gate(gate_NF, up_NF, self.activation), *told)
 
     def _turn(self, qkv_NED: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Norms of heads, where the model has them, and rotary positions (arXiv 2104.09864, equation 34), in place."""
+        """Norms of heads, where the model has them, and rotary positions, in place."""
         num_kv = (qkv_NED.shape[1] - self.num_heads) // 2
         for norm, part_NHD in zip(self.head_norms, qkv_NED.split([self.num_heads, num_kv, num_kv], 1), strict=False):
-            part_NHD.copy_(norm(part_NHD))
-        turning = qkv_NED[:, : self.num_heads + num_kv]
-        cos_N1D, sin_N1D = angles
-        torch.addcmul(turning * cos_N1D, turning.roll(self.head_dim // 2, -1), sin_N1D, out=turning)
+            part_NHD.copy_(self.ops.rms_norm(part_NHD, *norm))
+        self.ops.rotate(qkv_NED[:, : self.num_heads + num_kv], *angles)
 
     def _attend(self, qkv_NED: torch.Tensor, batch: Batch, attention: PagedAttention) -> torch.Tensor:
         num_single = sum(len(group.rows_n) for group in batch.groups)
@@ -186,25 +187,25 @@ class _Layer:
         return mixed_NI
 
 
-def _norm(module: Any):
-    """Root-mean-square norm (arXiv 1910.07467, equation 4) with the weight of `module`."""
-    weight, eps = module.weight.detach(), module.variance_epsilon
-    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+def _norm(module: Any) -> tuple[torch.Tensor, float]:
+    """Weight and epsilon of a root-mean-square norm."""
+    return module.weight.detach(), module.variance_epsilon
 
 
 class Decoder:
     """A model for which `unfit` said None."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, compiled: bool = False):
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         inner = base.model
         self._embedding = inner.embed_tokens.weight.detach()
         self._rotary, self._norm = inner.rotary_emb, _norm(inner.norm)
+        self._ops = Pointwise().compiled() if compiled else Pointwise()
         self.layers: list[_Layer] = []
         end = 0
         for index, module in enumerate(inner.layers):
             start, end = end, end + 2 * linear_of(module.self_attn.k_proj).out_features // module.self_attn.head_dim
-            self.layers.append(_Layer(f"model.layers.{index}", module, slice(start, end)))
+            self.layers.append(_Layer(f"model.layers.{index}", module, slice(start, end), self._ops))
         self.head = Linears("", base, ["lm_head"])
         self.num_kv = end
         """Heads of keys and of values, of all layers together."""
@@ -247,7 +248,7 @@ class Decoder:
         angles = cos[0][:, None], signed[0][:, None]
         for layer in self.layers:
             x_NI = layer.forward(x_NI, angles, batch, attention)
-        drawn_nI = self._norm(x_NI.index_select(0, batch.drawn_n))
+        drawn_nI = self._ops.rms_norm(x_NI.index_select(0, batch.drawn_n), *self._norm)
         return self.head(drawn_nI, batch.drawn_pieces, batch.adapters)
 
 

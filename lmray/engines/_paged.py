@@ -31,11 +31,19 @@ BLOCK_SIZE = 16
 class PagedStepper:
     """A model for which `_decoder.unfit` said None, its blocks and its adapters; see `Core`."""
 
-    def __init__(self, model: nn.Module, *, sampler: Sampler, capabilities: Capabilities, limits: Limits):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sampler: Sampler,
+        capabilities: Capabilities,
+        limits: Limits,
+        compiled: bool = False,
+    ):
         self.capabilities = capabilities
         self.scheduler = Scheduler(limits)
         self.num_generated = 0
-        decoder = Decoder(model)
+        decoder = Decoder(model, compiled=compiled)
         self.adapters = LoraBank(model, decoder)
         self._pass = Pass(decoder, limits)
         self._sampler = sampler

@@ -9,7 +9,10 @@ of the two, and why, is `forward` in the engine's stats.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -40,6 +43,7 @@ class Native(EngineConfig):
         "max_prefill_tokens",
         "cache_tokens",
         "speculation",
+        "torch_compile",
     }
     max_prefill_tokens: Annotated[int, Field(ge=1)] = 512
     """Prompt tokens read in a step, beside one token for each request that generates. Lower: running answers pause
@@ -50,6 +54,9 @@ class Native(EngineConfig):
     through their own forward always keep that many."""
     speculation: Annotated[Speculation, Member(SPECULATIONS)] | None = None
     """Who proposes tokens ahead of the model. Empty: nobody."""
+    torch_compile: bool = False
+    """Compiles what stands between the matrix products, at the first requests, with the C++ compiler that `CXX` names,
+    else g++, on a GPU with Triton."""
 
     @model_validator(mode="after")
     def _holds_one_request(self):
@@ -77,13 +84,14 @@ class Native(EngineConfig):
         sampler = Sampler(frozenset(stop_token_ids), grammars)
         reason = unfit(model)
         if reason is not None:
-            self._check_speculation(reason)
+            self._check_forward(reason)
             budget = self.max_prefill_tokens
             return Stepper(model, sampler=sampler, capabilities=capabilities, max_prefill_tokens=budget, reason=reason)
-        limits = self._limits()
-        stepper = PagedStepper(model, sampler=sampler, capabilities=capabilities, limits=limits)
+        self._check_compiler(base.device.type)
+        told: dict[str, Any] = {"limits": self._limits(), "compiled": self.torch_compile}
+        stepper = PagedStepper(model, sampler=sampler, capabilities=capabilities, **told)
         if self.speculation is not None:
-            stepper.speculate(self.speculation.start(base, limits), self.speculation.num_tokens)
+            stepper.speculate(self.speculation.start(base, self._limits()), self.speculation.num_tokens)
         return stepper
 
     def _limits(self) -> Limits:
@@ -100,17 +108,29 @@ class Native(EngineConfig):
 
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
         check_model(model, self.max_length)
+        self._check_forward(unfit(model))
+        self._check_compiler(model.device.type)
         if self.speculation is not None:
-            self._check_speculation(unfit(model))
             self.speculation.check(model)
         for folder in adapters.values():
             read_adapter_folder(folder, model)
 
-    def _check_speculation(self, reason: str | None) -> None:
-        """`reason`: why the model does not run through blocks, where alone several tokens of a row can be read."""
-        if self.speculation is not None and reason is not None:
-            found = f"`native` cannot speculate with this model: {reason}"
-            raise ConfigError("engine.speculation", found, hint="leave it out")
+    def _check_forward(self, reason: str | None) -> None:
+        """`reason`: why the model does not run through blocks, where alone several tokens of a row can be read, and
+        the forward is ours to compile."""
+        asked = {"speculation": self.speculation is not None, "torch_compile": self.torch_compile}
+        for name, does in {"speculation": "speculate with", "torch_compile": "compile"}.items():
+            if reason is not None and asked[name]:
+                found = f"`native` cannot {does} this model: {reason}"
+                raise ConfigError(f"engine.{name}", found, hint="leave it out")
+
+    def _check_compiler(self, device_type: str) -> None:
+        if not self.torch_compile:
+            return
+        compiler = os.environ.get("CXX", "g++")
+        if not (shutil.which(compiler) if device_type == "cpu" else find_spec("triton")):
+            found = f"there is no `{compiler if device_type == 'cpu' else 'triton'}` to compile with"
+            raise ConfigError("engine.torch_compile", found, hint="install it, or leave the field out")
 
     def start(
         self, model: Any, *, stop_token_ids: tuple[int, ...], threads: int, tokenizer: Any = None

@@ -153,6 +153,8 @@ class LowRankStack:
         self.b_SRO = like.new_zeros(0, WIDTH, sum(sizes))
         self._carries = [False] * len(sizes)
         """Whether an adapter has the part."""
+        self.gathers_a = like.device.type != "cpu"
+        """Whether A is copied for each row: sums so long and narrow would keep a GPU waiting."""
 
     def put(self, part: int, slots: range, a_RI: torch.Tensor, b_OR: torch.Tensor) -> None:
         """Puts one layer's adapter into its slots, the first ranks of them where it has fewer."""
@@ -198,10 +200,10 @@ class LowRankStack:
 
     def _look_up(self, y_nO: torch.Tensor, x_nI: torch.Tensor, at: _Lookup) -> None:
         x_mI = x_nI if at.rows_m is None else x_nI.index_select(0, at.rows_m)
-        if x_nI.device.type == "cpu":
-            u_mW = _sums(self.a_SIW.flatten(0, 1), at.inputs_mI, at.input_starts_m, x_mI)
-        else:  # sums so long and narrow keep a GPU waiting
+        if self.gathers_a:
             u_mW = torch.bmm(x_mI[:, None], self.a_SIW.index_select(0, at.slots_m))
+        else:
+            u_mW = _sums(self.a_SIW.flatten(0, 1), at.inputs_mI, at.input_starts_m, x_mI)
         u_R = u_mW.view(-1, WIDTH)
         if at.order is not None:
             u_R = u_R.index_select(0, at.order)

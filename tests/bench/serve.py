@@ -6,6 +6,7 @@ Every request has 128 tokens of random ids in and 64 out; adapters have rank 16 
 and requests take turns with them.
 
 - `lmray` is the engine's core in one process, which reads the prompts within the same steps; all requests come at once.
+- `lmray compiled` is the same with `engine.torch_compile`.
 - `lmray merged` has one adapter merged into the model.
 - `lmray base beside adapters` asks the base model while the adapters are loaded.
 - `lmray in turn` keeps the batch full: whenever a request ends another comes, with the next adapter, of which there may
@@ -42,6 +43,7 @@ from machine import describe  # noqa: E402
 
 CONTENDERS: dict[str, Callable[[int, int], bool]] = {
     "lmray": lambda batch, distinct: distinct <= batch,
+    "lmray compiled": lambda batch, distinct: distinct <= batch,
     "lmray merged": lambda batch, distinct: distinct == 1,
     "lmray base beside adapters": lambda batch, distinct: 0 < distinct <= batch,
     "lmray in turn": lambda batch, distinct: batch > 1,

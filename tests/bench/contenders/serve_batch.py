@@ -59,7 +59,9 @@ def make_core(model: Any, settings: dict[str, Any], folders: list[Path]) -> Page
     if is_merged:
         model = PeftModel.from_pretrained(model, folders[0], autocast_adapter_dtype=False).merge_and_unload()
     longest = settings["num_in"] + settings["num_out"]
-    config = Native(max_batch_size=settings["batch"], max_adapters=len(folders), max_length=longest)
+    compiled = settings["contender"] == "lmray compiled"
+    sizes: dict[str, Any] = {"max_batch_size": settings["batch"], "max_adapters": len(folders), "max_length": longest}
+    config = Native(**sizes, torch_compile=compiled)
     core = config.make_stepper(model.requires_grad_(False), stop_token_ids=())
     assert isinstance(core, PagedStepper)
     core.pack()

@@ -56,9 +56,11 @@ def pieces_of(rows):
 )
 @pytest.mark.parametrize("parts", [{}, {"a": (0,), "b": (-1,), "c": (0,)}])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_every_row_gets_its_own_adapter_and_no_other(rows, parts, sizes):
-    parts = {name: [part % len(sizes) for part in some] for name, some in parts.items()}
+@pytest.mark.parametrize("gathers_a", [False, True])
+def test_every_row_gets_its_own_adapter_and_no_other(rows, parts, sizes, gathers_a):
+    parts = {name: tuple(part % len(sizes) for part in some) for name, some in parts.items()}
     stack, factors = filled(sizes, parts)
+    stack.gathers_a = gathers_a
     x = torch.randn(sum(count for _, count in rows), NUM_INPUTS, dtype=torch.float64)
     y = torch.zeros(len(x), sum(sizes), dtype=torch.float64)
     for _ in range(2):  # the second time by what was kept
