@@ -328,7 +328,7 @@ class ServeJob(Job):
     engine: Annotated[EngineConfig, Member(ENGINES)]
     http: Http = Http()
     filters: tuple[Annotated[TextFilter, Member(FILTERS)], ...] = ()
-    """Of prompts and answers, one after the other."""
+    """Of prompts and answers, one after the other; see `lmray show filters`."""
     autoscaling: Autoscaling = Autoscaling()
     resources: Resources = Resources()
     monitor: Monitor = Monitor()

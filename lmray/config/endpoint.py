@@ -13,6 +13,10 @@ Seconds = Annotated[float, Field(gt=0)]
 
 class HttpLimits(Config):
     max_body_bytes: Annotated[int, Field(ge=1)] = 2**20
+    max_messages: Annotated[int, Field(ge=1)] = 2000
+    """Of one conversation."""
+    max_parts: Annotated[int, Field(ge=1)] = 2000
+    """Parts of text and calls of functions in all messages of one conversation together."""
     body_timeout_s: Seconds = 30.0
     """For a request's body to arrive."""
     answer_timeout_s: Seconds = 600.0

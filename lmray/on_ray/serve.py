@@ -42,6 +42,7 @@ CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
 """An exception as a traceback ends with it, with the lines `allowed:` and `hint:` below."""
 _LOG = logging.getLogger(__name__)
+_START_ERRORS = (RayError, RayServeException, RuntimeError, TimeoutError)
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -157,7 +158,7 @@ class Service:
                     hint = "its replicas may find no room: lower `resources`, or stop the endpoint and start it again"
                     raise RemoteError(where, f"did not start within {limit_s:.0f} s: {_why(found)}", hint=hint)
                 time.sleep(POLL_S)
-        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
+        except _START_ERRORS as error:
             raise RemoteError(where, f"did not start: {error}") from None
 
     def _follow(self) -> None:
@@ -205,14 +206,21 @@ def serve(job: ServeJob, *, ended: Callable[[], bool] = lambda: False) -> Servic
     service = Service(_Serving(job, prepare(job), _cpus_per_replica(job)), ended=ended)
     _check_free(job)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray_serve.start(http_options={"host": job.http.host, "port": job.http.port}, logging_config=_QUIET)
     try:
+        _start_ray_serve(job)
         service._start(service._serving)
         _await_ready(service.url)
     except BaseException:
         service.stop()
         raise
     return service
+
+
+def _start_ray_serve(job: ServeJob) -> None:
+    try:
+        ray_serve.start(http_options={"host": job.http.host, "port": job.http.port}, logging_config=_QUIET)
+    except _START_ERRORS as error:
+        raise RemoteError(f"endpoint `{job.name}`", f"did not start: {error}") from None
 
 
 def _end_ray_serve() -> None:

@@ -146,7 +146,8 @@ class _Gateway:
         return self._card(name, await self._adapter(name, key))
 
     async def chat(self, http: Request) -> Response:
-        return await self._answer(http, lambda body: Chat(read_request(ChatRequest, body), self._tokenizer))
+        limits = self._settings.limits
+        return await self._answer(http, lambda body: Chat(read_request(ChatRequest, body, limits), self._tokenizer))
 
     async def complete(self, http: Request) -> Response:
         return await self._answer(http, lambda body: Completion(read_request(CompletionRequest, body), self._tokenizer))
