@@ -6,6 +6,7 @@ Tokens pass between them as a streaming handle call.
 
 from __future__ import annotations
 
+import gc
 import logging
 import logging.handlers
 import os
@@ -128,6 +129,8 @@ class Gateway:
         app = make_app(fleet, tokenizer, settings)
         monitoring.add_to(app, fleet)
         add_admin(app, fleet, plan, monitoring.drift)
+        gc.collect()
+        gc.freeze()  # what is there by now stays: looking through it again and again takes a third of a second each
         return app
 
 

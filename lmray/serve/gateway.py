@@ -34,6 +34,7 @@ from lmray.serve.filters import of_answers
 from lmray.serve.forms import Chat, Completion, Form, engine_requests
 from lmray.serve.generate import answer_pieces, side_by_side
 from lmray.serve.guided import check_grammar
+from lmray.serve.json_text import json_parts
 from lmray.serve.keys import ApiKey, find_key
 from lmray.serve.metrics import Metrics
 from lmray.serve.openai import ChatRequest, CompletionRequest, read_request
@@ -174,7 +175,7 @@ class _Gateway:
         account.leaving.push_async_callback(pieces.aclose)
         head = {"id": form.id, "created": int(time.time()), "model": form.asked.model}
         if not form.asked.stream:
-            return JSONResponse(await _whole(head, form, len(answers), pieces, account))
+            return Response(await _whole(head, form, len(answers), pieces, account), media_type="application/json")
         first = await anext(pieces)  # what fails before the first token is answered with a status, not in the stream
         events = _events(head, form, len(answers), _with(first, pieces), account)
         return StreamingResponse(events, media_type="text/event-stream")
@@ -248,14 +249,19 @@ def _account(http: Request) -> Account:
     return http.state.account
 
 
-async def _whole(head: Mapping[str, Any], form: Form, num: int, pieces: Pieces, account: Account) -> dict[str, Any]:
-    """The answer of a request without `stream`."""
+async def _whole(head: Mapping[str, Any], form: Form, num: int, pieces: Pieces, account: Account) -> bytes:
+    """The answer of a request without `stream`, as JSON."""
     found: list[list[Piece]] = [[] for _ in range(num)]
     async with aclosing(pieces):
         async for index, piece in pieces:
             found[index].append(piece)
-    choices = await _formed(form, lambda: [form.whole(index, one) for index, one in enumerate(found)])
-    return {**head, "object": form.whole_object, "choices": choices, "usage": _usage(account)}
+
+    def written() -> bytes:
+        choices = [form.whole(index, one) for index, one in enumerate(found)]
+        body = {**head, "object": form.whole_object, "choices": choices, "usage": _usage(account)}
+        return "".join(json_parts(body)).encode()
+
+    return await _formed(form, written)
 
 
 async def _events(
