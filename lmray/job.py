@@ -23,9 +23,10 @@ from lmray.config import (
     set_value,
     with_overrides,
 )
-from lmray.config.endpoint import Autoscaling, Http, TextFilter
+from lmray.config.endpoint import Autoscaling, Http
 from lmray.config.generation import AnswerFiles, SamplingArgs
 from lmray.config.monitor import Monitor
+from lmray.data.filters.base import TextFilter
 from lmray.data.spec import DataSpec, PromptSpec
 from lmray.engines.base import EngineConfig
 from lmray.errors import ConfigError, did_you_mean
@@ -34,7 +35,7 @@ from lmray.metrics.names import metric
 from lmray.models.spec import ModelSpec
 from lmray.models.workers import ONE, Workers
 from lmray.optim.base import OptimizerConfig
-from lmray.registry import ADAPTERS, ENGINES, METHODS, OPTIMIZERS, SCHEDULES, SHARDINGS, TASKS, TRACKERS
+from lmray.registry import ADAPTERS, ENGINES, FILTERS, METHODS, OPTIMIZERS, SCHEDULES, SHARDINGS, TASKS, TRACKERS
 from lmray.schedules.base import Schedule
 from lmray.sharding.base import Sharding
 from lmray.tasks.base import Task
@@ -331,8 +332,8 @@ class ServeJob(Job):
     adapter_cache: AdapterCache = AdapterCache()
     engine: Annotated[EngineConfig, Member(ENGINES)]
     http: Http = Http()
-    filters: tuple[TextFilter, ...] = ()
-    """Of prompts and answers, one after the other."""
+    filters: tuple[Annotated[TextFilter, Member(FILTERS)], ...] = ()
+    """Of prompts and answers, one after the other; see `lmray show filters`."""
     autoscaling: Autoscaling = Autoscaling()
     resources: Resources = Resources()
     monitor: Monitor = Monitor()

@@ -60,6 +60,7 @@ SPECULATIONS = Family("lmray.engines._speculation", "speculation")
 OPTIMIZERS = Family("lmray.optim", "optimizer")
 SCHEDULES = Family("lmray.schedules", "learning-rate schedule")
 MAPPINGS = Family("lmray.data.mappings", "data mapping")
+FILTERS = Family("lmray.data.filters", "filter of texts")
 FAMILIES = {
     "methods": METHODS,
     "adapters": ADAPTERS,
@@ -71,4 +72,5 @@ FAMILIES = {
     "optim": OPTIMIZERS,
     "schedules": SCHEDULES,
     "mappings": MAPPINGS,
+    "filters": FILTERS,
 }

@@ -150,7 +150,8 @@ def check_serve(job: ServeJob, *, cluster: bool, examples: int) -> Found:
     plan = prepare(job)
     folder = find_model(plan.source, plan.revision, storage=plan.store).folder
     rows = {"rows": job.engine.max_batch_size, "tokens": job.engine.max_length}
-    memory, lines = _generation(job, folder, cluster=cluster, **rows)
+    replicas = max(1, job.autoscaling.min_replicas) * (1 + len(plan.merged))  # a merged model has its own
+    memory, lines = _generation(job, folder, cluster=cluster, replicas=replicas, **rows)
     named = [f"{name} ({version[:12]})" for name, version in plan.adapters.items()]
     asked_for = [f"{one.artifact} at {one.stage or 'newest'}, when asked for" for one in plan.served if one.is_pattern]
     merged = [f"{name} (merged, {own.digest[:12]})" for name, own in plan.merged.items()]
@@ -159,7 +160,8 @@ def check_serve(job: ServeJob, *, cluster: bool, examples: int) -> Found:
         f"serve      {plan.model_name}, digest {plan.digest[:12]}",
         f"adapters   {adapters}",
         f"http       {job.http.host}:{job.http.port} is free, {len(plan.keys)} key(s)",
-        f"replicas   {job.autoscaling.min_replicas} to {job.autoscaling.max_replicas}",
+        f"replicas   {job.autoscaling.min_replicas} to {job.autoscaling.max_replicas}"
+        + (f" of each of {1 + len(plan.merged)} models" if plan.merged else ""),
     ]
     value = {"model": plan.model_name, "digest": plan.digest, "adapters": plan.adapters, "keys": len(plan.keys)}
     return Found(value | memory, head + lines)
@@ -178,8 +180,11 @@ def check_generate(job: GenerateJob, *, cluster: bool, examples: int) -> Found:
     return Found(plan.to_json() | {"answers": str(answers_folder(job))} | memory, head + lines)
 
 
-def _generation(job: Any, folder: Any, *, cluster: bool, rows: int, tokens: int) -> tuple[dict[str, Any], list[str]]:
-    """Memory of a worker that answers `rows` sequences of `tokens` tokens side by side. Raises CapacityError."""
+def _generation(
+    job: Any, folder: Any, *, cluster: bool, rows: int, tokens: int, replicas: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """Memory of a worker that answers `rows` sequences of `tokens` tokens side by side; of an endpoint, of each of the
+    fewest `replicas` that run. Raises CapacityError."""
     import torch
 
     from lmray.models.precision import resolve_dtype
@@ -198,11 +203,14 @@ def _generation(job: Any, folder: Any, *, cluster: bool, rows: int, tokens: int)
         "cache": shape.cache_bytes(dtype, rows=rows, tokens=tokens),
         "process": CUDA_PROCESS_BYTES if on_gpu else process_bytes(),
     }
-    total, there = sum(parts.values()), worker_memory(machines, workers=job.resources.workers.max, on_gpu=on_gpu)
+    workers = replicas or job.resources.workers.max
+    total, there = sum(parts.values()), worker_memory(machines, workers=workers, on_gpu=on_gpu)
+    whole = f", {human_bytes(workers * total)} for {workers} of them" if workers > 1 else ""
     text = ", ".join(f"{part} {human_bytes(size)}" for part, size in parts.items())
     lines = [
         f"precision  {dtype}: {reason}",
-        f"memory     at most {human_bytes(total)} a worker: {text}; the cache is of {rows} rows of {tokens} tokens",
+        f"memory     at most {human_bytes(total)} a worker{whole}: {text}; the cache is of {rows} rows of {tokens}"
+        " tokens",
         *_machines(machines),
     ]
     warnings = []
@@ -214,7 +222,7 @@ def _generation(job: Any, folder: Any, *, cluster: bool, rows: int, tokens: int)
             )
     lines += [f"warning    {line}" for line in warnings]
     memory = {"dtype": dtype, "memory_bytes": parts | {"total": total}, "worker_memory_bytes": there}
-    return memory | {"machines": [asdict(one) for one in machines], "warnings": warnings}, lines
+    return memory | {"workers": workers, "machines": [asdict(one) for one in machines], "warnings": warnings}, lines
 
 
 def _machines(machines: Sequence[Machine]) -> list[str]:

@@ -1,56 +1,28 @@
-"""How an endpoint is reached and scaled, and what it lets in and out."""
+"""How an endpoint is reached and scaled."""
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from lmray.config.base import Config, Name
+from lmray.config.base import Config
 
 Seconds = Annotated[float, Field(gt=0)]
 
 
 class HttpLimits(Config):
     max_body_bytes: Annotated[int, Field(ge=1)] = 2**20
+    max_messages: Annotated[int, Field(ge=1)] = 2000
+    """Of one conversation."""
+    max_parts: Annotated[int, Field(ge=1)] = 2000
+    """Parts of text and calls of functions in all messages of one conversation together."""
     body_timeout_s: Seconds = 30.0
     """For a request's body to arrive."""
     answer_timeout_s: Seconds = 600.0
     """For an answer, from the request to its last token."""
     send_timeout_s: Seconds = 60.0
     """For a client to take a piece of its answer; one that takes longer has left."""
-
-
-class TextFilter(Config):
-    """A regular expression that prompts or answers must not match."""
-
-    name: Name
-    """What clients and metrics are told."""
-    pattern: str
-    """As Python's `re` reads it."""
-    on: Literal["prompts", "answers", "both"] = "both"
-    replacement: str | None = None
-    """Put into answers instead of each match. Empty: a match ends the answer."""
-    max_match_length: Annotated[int, Field(ge=1)] = 100
-    """Characters. So much of an answer is held back while it is streamed; a longer match may go out in part."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_one(cls, pattern: str) -> str:
-        try:
-            matches_nothing = re.compile(pattern).match("") is not None
-        except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from None
-        if matches_nothing:
-            raise ValueError("matches the empty text, and so every text")
-        return pattern
-
-    @model_validator(mode="after")
-    def _replaces_in_answers(self):
-        if self.replacement is not None and self.on != "answers":
-            raise ValueError("a `replacement` is for answers; set `on: answers`, and another filter for prompts")
-        return self
 
 
 class Http(Config):

@@ -75,7 +75,7 @@ SERVE = {
     "lmray_serve_running_requests": Metric("requests", "Requests being answered."),
     "lmray_serve_prompt_tokens_total": Metric("tokens", "Tokens of prompts, once a prompt."),
     "lmray_serve_generated_tokens_total": Metric("tokens", "Tokens of answers."),
-    "lmray_serve_filtered_total": Metric("matches", "Matches of filters in prompts and answers."),
+    "lmray_serve_filtered_total": Metric("matches", "Matches of filters in prompts and answers, by their kind."),
     "lmray_serve_time_to_first_token_seconds": Metric("s", "From the whole request to an answer's first token.", "min"),
     "lmray_serve_queue_time_seconds": Metric("s", "Part of that before the engine began to read the prompt.", "min"),
     "lmray_serve_inter_token_latency_seconds": Metric("s", "From a token of an answer to its next.", "min"),

@@ -6,7 +6,9 @@ Tokens pass between them as a streaming handle call.
 
 from __future__ import annotations
 
+import gc
 import logging
+import logging.handlers
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -26,6 +28,7 @@ from lmray.models.load import load_tokenizer, stop_token_ids
 from lmray.models.precision import resolve_dtype
 from lmray.models.source import ARTIFACT
 from lmray.on_ray.failures import error_inside, reason
+from lmray.serve.account import ACCESS_LOG, FILTERS_LOG
 from lmray.serve.admin import add_admin
 from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
@@ -100,6 +103,7 @@ class Gateway:
         self._plan, self._max_length, self._engines, self._merged = plan, max_length, engines, merged
 
     def __serve_build_asgi_app__(self) -> FastAPI:
+        _log_requests()
         plan = self._plan
         store = open_store(plan.store)
         catalogue = Catalogue(store, plan.served, plan.fit, reserved=plan.model_name)
@@ -125,6 +129,8 @@ class Gateway:
         app = make_app(fleet, tokenizer, settings)
         monitoring.add_to(app, fleet)
         add_admin(app, fleet, plan, monitoring.drift)
+        gc.collect()
+        gc.freeze()  # what is there by now stays: looking through it again and again takes a third of a second each
         return app
 
 
@@ -159,6 +165,15 @@ class RoutedReplicas:
             if isinstance(one, Exception):
                 raise as_lmray_error(one) from None
         return answers
+
+
+def _log_requests() -> None:
+    """Writes what is told of requests into this replica's file among Ray Serve's logs, and not to the driver's
+    terminal."""
+    files = [one for one in _LOG.handlers if isinstance(one, logging.handlers.MemoryHandler)]
+    for log in (logging.getLogger(ACCESS_LOG), logging.getLogger(FILTERS_LOG)):
+        log.setLevel(logging.INFO)
+        log.propagate, log.handlers = False, list(files)
 
 
 def as_lmray_error(error: Exception) -> LmrayError:

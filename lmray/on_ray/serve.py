@@ -42,6 +42,7 @@ CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
 """An exception as a traceback ends with it, with the lines `allowed:` and `hint:` below."""
 _LOG = logging.getLogger(__name__)
+_START_ERRORS = (RayError, RayServeException, RuntimeError, TimeoutError)
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _PATIENT = {"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{READY_TIMEOUT_S:.0f}"}}}
 """Of Ray Serve's controller, which else kills a proxy that takes 5 s to start, as one does on a busy machine."""
@@ -159,7 +160,7 @@ class Service:
                     hint = "its replicas may find no room: lower `resources`, or stop the endpoint and start it again"
                     raise RemoteError(where, f"did not start within {limit_s:.0f} s: {_why(found)}", hint=hint)
                 time.sleep(POLL_S)
-        except (RayError, RayServeException, RuntimeError, TimeoutError) as error:
+        except _START_ERRORS as error:
             raise RemoteError(where, f"did not start: {error}") from None
 
     def _follow(self) -> None:
@@ -222,7 +223,7 @@ def _start_ray_serve(job: ServeJob) -> None:
     http = {"host": job.http.host, "port": job.http.port}
     try:
         ray_serve.start(http_options=http, logging_config=_QUIET, controller_options=_PATIENT)
-    except (RayError, RuntimeError, TimeoutError) as error:
+    except _START_ERRORS as error:
         found = f"Ray Serve did not start: {str(error).strip().splitlines()[-1]}"
         raise RemoteError(f"endpoint `{job.name}`", found, hint="is the port free, and the machine idle?") from None
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
+from lmray.data.filters.base import Found
 from lmray.engines.base import TokenEvent
 from lmray.serve.metrics import Metrics
 
-_LOG = logging.getLogger("lmray.serve.access")
+ACCESS_LOG, FILTERS_LOG = "lmray.serve.access", "lmray.serve.filters"
+"""Loggers of requests and of what filters found."""
 
 
 @dataclass
@@ -32,6 +36,10 @@ class Account:
     asked_s: float = 0.0
     leaving: AsyncExitStack = field(default_factory=AsyncExitStack)
     """What is closed when the request ends."""
+    _found: defaultdict[tuple[str, str, str], Counter[str]] = field(
+        default_factory=lambda: defaultdict(Counter), init=False
+    )
+    """Filter, where it looked and what it did -> what it found, how often."""
     _is_used: bool = field(default=False, init=False)
     """Whether it counted as a use of its model and key."""
 
@@ -69,16 +77,31 @@ class Account:
             self.metrics.queue_s.labels(model).observe(max(0.0, now_s - self.asked_s - event.prefill_s))
         return now_s
 
+    def find(self, on: str, found: Sequence[Found]) -> None:
+        """Counts what filters found in `prompts` or `answers`."""
+        for one in found:
+            self.metrics.filtered.labels(one.label, on, one.kind, one.action).inc()
+            self._found[one.label, on, one.action][one.kind] += 1
+
+    def _tell_found(self) -> None:
+        for (label, on, action), kinds in self._found.items():
+            told = " ".join(f"{kind}={num}" for kind, num in sorted(kinds.items()))
+            logging.getLogger(FILTERS_LOG).info(
+                "request=%s filter=%s on=%s action=%s %s", self.request_id, label, on, action, told
+            )
+
     async def close(self) -> None:
-        """Closes what the request holds, counts it and logs one line, which has no text of it."""
+        """Closes what the request holds, counts it and logs one line, and one for each filter that found something;
+        none has any of its text."""
         await self.leaving.aclose()
+        self._tell_found()
         if not self.path:
             return
         model, key = self._labels
         self.metrics.requests.labels(self.path, model, key, str(self.status)).inc()
         self.metrics.prompt_tokens.labels(model, key).inc(self.num_prompt_tokens)
         self.metrics.answer_tokens.labels(model, key).inc(self.num_answer_tokens)
-        _LOG.info(
+        logging.getLogger(ACCESS_LOG).info(
             "request=%s path=%s model=%s key=%s status=%d prompt_tokens=%d answer_tokens=%d seconds=%.3f",
             self.request_id,
             self.path,

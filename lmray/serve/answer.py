@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from lmray.config.endpoint import TextFilter
 from lmray.data.detokenise import AnswerText, Detokeniser
+from lmray.data.filters.base import Found, TextFilter
 from lmray.engines.base import Request, TokenEvent, TokenLogprob
 from lmray.serve.filters import FilteredText
 from lmray.serve.tokens import Told
@@ -57,8 +57,8 @@ class Piece:
     """Log probabilities of tokens, where they were asked for."""
     read: tuple[TokenLogprob | None, ...] = ()
     """Those of the prompt's tokens, with the first piece."""
-    filtered: tuple[str, ...] = ()
-    """Names of filters that found something, once a match."""
+    filtered: tuple[Found, ...] = ()
+    """What filters found, once a match."""
 
 
 class Answer:

@@ -11,6 +11,8 @@ from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, Re
 
 MAX_MESSAGE, MAX_PARAM = 2000, 200
 """Characters."""
+MAX_FRAMES = 50
+"""Of what failed, in the log: a recursion has a thousand."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -54,6 +56,6 @@ def failure_of(error: Exception) -> AnswerError:
     if isinstance(error, LmrayError):
         _LOG.error("a request failed: %s", error)
         return AnswerError(500, error_body(error.found, kind="server_error"))
-    frames = "".join(traceback.format_tb(error.__traceback__))  # without its message, which may quote the request
+    frames = "".join(traceback.format_tb(error.__traceback__)[-MAX_FRAMES:])  # without its message, which may quote
     _LOG.error("a request failed: %s\n%s", type(error).__name__, frames)
     return AnswerError(500, error_body("internal error", kind="server_error"))

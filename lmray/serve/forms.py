@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from lmray.config.endpoint import TextFilter
+from lmray.data.filters.base import TextFilter
 from lmray.data.pieces import Messages, Tools
 from lmray.data.tokenise import prompt_ids
 from lmray.engines.base import Request
@@ -43,6 +43,10 @@ class Form(Protocol):
         """The prompts. Raises RequestError for what the model cannot be asked."""
         ...
 
+    def rewrite(self, change: Callable[[str], str]) -> bool:
+        """Puts every text of the prompts through `change`; whether that changed any."""
+        ...
+
     def answer(self, question: Question, filters: Sequence[TextFilter]) -> Answer:
         """An answer before its first token, that goes out through `filters`."""
         ...
@@ -68,10 +72,16 @@ class Chat:
     def __init__(self, asked: ChatRequest, tokenizer: PreTrainedTokenizerBase):
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.asked, self._tokenizer = asked, tokenizer
+        self._messages = [message.plain() for message in asked.messages]
         self._num_calls: dict[int, int] = {}
 
+    def rewrite(self, change: Callable[[str], str]) -> bool:
+        """What is said, and what functions were called with; not the tools, which are the application's own words."""
+        before, self._messages = self._messages, [_rewritten(message, change) for message in self._messages]
+        return self._messages != before
+
     def questions(self) -> list[Question]:
-        messages, tools = [message.plain() for message in self.asked.messages], self.asked.offered_tools
+        messages, tools = self._messages, self.asked.offered_tools
         try:
             ids = prompt_ids(self._tokenizer, messages, tools)
             _check_shown(self._tokenizer, messages, tools, ids)
@@ -118,9 +128,17 @@ class Completion:
     def __init__(self, asked: CompletionRequest, tokenizer: PreTrainedTokenizerBase):
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self.asked, self._tokenizer = asked, tokenizer
+        self._prompts = asked.prompt
+
+    def rewrite(self, change: Callable[[str], str]) -> bool:
+        """A prompt of tokens stays as it is where its text does."""
+        before = self._prompts
+        texts = [(one, one if isinstance(one, str) else self._text(one)) for one in before]
+        self._prompts = tuple(one if (new := change(text)) == text else new for one, text in texts)
+        return self._prompts != before
 
     def questions(self) -> list[Question]:
-        return [self._question(prompt) for prompt in self.asked.prompt]
+        return [self._question(prompt) for prompt in self._prompts]
 
     def _question(self, prompt: str | tuple[int, ...]) -> Question:
         if isinstance(prompt, str):
@@ -128,8 +146,11 @@ class Completion:
         if (odd := next((token for token in prompt if not 0 <= token < len(self._tokenizer)), None)) is not None:
             allowed = f"0 to {len(self._tokenizer) - 1}"
             raise RequestError("prompt", f"token {odd} is none of the model's", allowed=allowed)
+        return Question(prompt, self._text(prompt) if self.asked.echo else "")
+
+    def _text(self, prompt: tuple[int, ...]) -> str:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return Question(prompt, str(self._tokenizer.decode(list(prompt), **options)) if self.asked.echo else "")
+        return str(self._tokenizer.decode(list(prompt), **options))
 
     def answer(self, question: Question, filters: Sequence[TextFilter]) -> Answer:
         echo = question if self.asked.echo else None
@@ -193,6 +214,23 @@ def _too_long(param: str, num_tokens: int, max_length: int) -> RequestError:
     }[param]
     found, allowed = f"{what} {num_tokens} tokens long", f"at most {max_length - 1} tokens"
     return RequestError(param, found, allowed=allowed, hint=hint)
+
+
+def _rewritten(message: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": _of_values(call["function"]["arguments"], change)}}
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "content": change(message["content"])} | ({"tool_calls": calls} if calls else {})
+
+
+def _of_values(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` of JSON, with every text in it but the names."""
+    if isinstance(value, dict):
+        return {name: _of_values(one, change) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_of_values(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _chat_chunk(index: int, delta: Any, *, logprobs: Any = None, finish_reason: str | None = None) -> Choice:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -20,7 +20,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
 from lmray import __version__
-from lmray.config.endpoint import HttpLimits, TextFilter
+from lmray.config.endpoint import HttpLimits
+from lmray.data.filters.base import TextFilter
 from lmray.engines.base import Request as EngineRequest
 from lmray.errors import LmrayError, did_you_mean
 from lmray.serve.account import Account
@@ -28,16 +29,18 @@ from lmray.serve.answer import Backend, Piece, Question
 from lmray.serve.body import decode, read_body
 from lmray.serve.disconnect import ClientGoneError, unless_gone, until_gone
 from lmray.serve.envelope import CLIENT_CLOSED, answer_failures
-from lmray.serve.failures import AnswerError, RequestError, error_body, failure_of
-from lmray.serve.filters import of_answers, refusing
+from lmray.serve.failures import AnswerError, error_body, failure_of
+from lmray.serve.filters import of_answers
 from lmray.serve.forms import Chat, Completion, Form, engine_requests
 from lmray.serve.generate import answer_pieces, side_by_side
 from lmray.serve.guided import check_grammar
+from lmray.serve.json_text import json_parts
 from lmray.serve.keys import ApiKey, find_key
 from lmray.serve.metrics import Metrics
 from lmray.serve.openai import ChatRequest, CompletionRequest, read_request
 from lmray.serve.openapi import openapi_document
 from lmray.serve.page import add_page
+from lmray.serve.prompt_filters import PromptFilters
 from lmray.serve.quotas import Quotas
 from lmray.serve.visitors import VISITOR
 
@@ -103,6 +106,7 @@ class _Gateway:
     def __init__(self, backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: GatewaySettings):
         self._backend, self._tokenizer, self._settings = backend, tokenizer, settings
         self._created = int(time.time())
+        self._filters = PromptFilters(settings.filters, tokenizer)
         self._quotas = Quotas(settings.keys, time.monotonic)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lmray-tokenise")
         tokenizer("")  # the first call may change its settings, which must not happen while another thread reads
@@ -143,7 +147,8 @@ class _Gateway:
         return self._card(name, await self._adapter(name, key))
 
     async def chat(self, http: Request) -> Response:
-        return await self._answer(http, lambda body: Chat(read_request(ChatRequest, body), self._tokenizer))
+        limits = self._settings.limits
+        return await self._answer(http, lambda body: Chat(read_request(ChatRequest, body, limits), self._tokenizer))
 
     async def complete(self, http: Request) -> Response:
         return await self._answer(http, lambda body: Completion(read_request(CompletionRequest, body), self._tokenizer))
@@ -157,8 +162,7 @@ class _Gateway:
         form = await self._beside(http, lambda: form_of(decode(content)))
         adapter = await self._adapter(form.asked.model, key)
         account.model = adapter or self._settings.model
-        salt = key.name if key is not None else ""  # or a key could find out what others asked, by how fast it is read
-        requests = await self._beside(http, lambda: self._read(form, adapter, salt))
+        requests = await self._beside(http, lambda: self._read(form, adapter, account))
         num_prompt_tokens = sum(len(request.prompt_ids) for request, _ in requests) // form.asked.n
         take(num_prompt_tokens)
         account.ask(num_prompt_tokens)
@@ -171,7 +175,7 @@ class _Gateway:
         account.leaving.push_async_callback(pieces.aclose)
         head = {"id": form.id, "created": int(time.time()), "model": form.asked.model}
         if not form.asked.stream:
-            return JSONResponse(await _whole(head, form, len(answers), pieces, account))
+            return Response(await _whole(head, form, len(answers), pieces, account), media_type="application/json")
         first = await anext(pieces)  # what fails before the first token is answered with a status, not in the stream
         events = _events(head, form, len(answers), _with(first, pieces), account)
         return StreamingResponse(events, media_type="text/event-stream")
@@ -180,26 +184,15 @@ class _Gateway:
         """What `work` gives, of a reader's thread. Raises ClientGoneError once the client has left."""
         return await unless_gone(http, asyncio.get_running_loop().run_in_executor(self._readers, work))
 
-    def _read(self, form: Form, adapter: str | None, salt: str) -> list[tuple[EngineRequest, Question]]:
+    def _read(self, form: Form, adapter: str | None, account: Account) -> list[tuple[EngineRequest, Question]]:
         """What the engine is asked. Takes as long as the prompts are; raises RequestError and AnswerError."""
         check_grammar(form.asked.grammar, where=form.asked.grammar_field)
-        requests = engine_requests(form, adapter, self._settings.max_length, cache_salt=salt)
-        self._filter(form, [question for _, question in requests[:: form.asked.n]])
+        max_length, salt = self._settings.max_length, account.key  # or a key could tell by the time what others asked
+        requests = engine_requests(form, adapter, max_length, cache_salt=salt)
+        if self._filters.replace(form, account):  # after a first look, that refuses a prompt too long to search
+            requests = engine_requests(form, adapter, max_length, cache_salt=salt)
+        self._filters.check(form, [question for _, question in requests[:: form.asked.n]], account)
         return requests
-
-    def _filter(self, form: Form, questions: Sequence[Question]) -> None:
-        """Raises AnswerError (400) for a prompt that a filter refuses, and for log probabilities of filtered answers:
-        they would tell what the filter takes out."""
-        filters = self._settings.filters
-        if form.asked.num_logprobs is not None and of_answers(filters):
-            raise RequestError("logprobs", "are not told where answers are filtered")
-        for question in questions if filters else ():
-            options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-            refused = refusing(filters, str(self._tokenizer.decode(list(question.ids), **options)))
-            if refused is not None:
-                self.metrics.filtered.labels(refused.name, "prompts").inc()
-                found = f"filter `{refused.name}` lets no such text through"
-                raise AnswerError(400, error_body(found, code="content_filter", param=form.param))
 
     async def _names(self, key: ApiKey | None = None) -> dict[str, str | None]:
         """Every name that a request with `key` may give as `model`, with the adapter behind it; None is the base
@@ -256,14 +249,19 @@ def _account(http: Request) -> Account:
     return http.state.account
 
 
-async def _whole(head: Mapping[str, Any], form: Form, num: int, pieces: Pieces, account: Account) -> dict[str, Any]:
-    """The answer of a request without `stream`."""
+async def _whole(head: Mapping[str, Any], form: Form, num: int, pieces: Pieces, account: Account) -> bytes:
+    """The answer of a request without `stream`, as JSON."""
     found: list[list[Piece]] = [[] for _ in range(num)]
     async with aclosing(pieces):
         async for index, piece in pieces:
             found[index].append(piece)
-    choices = await _formed(form, lambda: [form.whole(index, one) for index, one in enumerate(found)])
-    return {**head, "object": form.whole_object, "choices": choices, "usage": _usage(account)}
+
+    def written() -> bytes:
+        choices = [form.whole(index, one) for index, one in enumerate(found)]
+        body = {**head, "object": form.whole_object, "choices": choices, "usage": _usage(account)}
+        return "".join(json_parts(body)).encode()
+
+    return await _formed(form, written)
 
 
 async def _events(

@@ -25,8 +25,7 @@ async def answer_pieces(
             before_s = account.take(event, before_s)
             long = event.prompt_logprobs is not None  # a whole prompt's, which would keep all others waiting
             piece = await asyncio.to_thread(answer.push, event) if long else answer.push(event)
-            for name in piece.filtered:
-                account.metrics.filtered.labels(name, "answers").inc()
+            account.find("answers", piece.filtered)
             yield piece
             if piece.finish_reason is not None:
                 return

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lmray.serve.json_text import MAX_DEPTH, read_json
+
 T = TypeVar("T")
 Items = Annotated[list[T], Field(fail_fast=True)]
 """A list that is read up to the first item that is wrong: one body may hold half a million of them."""
@@ -69,7 +71,7 @@ class Called(Wire):
     @field_validator("arguments")
     @classmethod
     def _is_object(cls, text: str) -> str:
-        if not isinstance(json.loads(text), dict):  # what is no JSON raises a ValueError too
+        if not isinstance(read_json(text, max_depth=MAX_DEPTH), dict):
             raise ValueError("are no JSON object")
         return text
 

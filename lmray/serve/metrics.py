@@ -38,7 +38,7 @@ class Metrics:
         self.running = self._make(Gauge, "lmray_serve_running_requests", of_model)
         self.prompt_tokens = self._make(Counter, "lmray_serve_prompt_tokens_total", of_key)
         self.answer_tokens = self._make(Counter, "lmray_serve_generated_tokens_total", of_key)
-        self.filtered = self._make(Counter, "lmray_serve_filtered_total", ("filter", "on"))
+        self.filtered = self._make(Counter, "lmray_serve_filtered_total", ("filter", "on", "kind", "action"))
         self.first_token_s = self._make(
             Histogram, "lmray_serve_time_to_first_token_seconds", of_model, buckets=FIRST_TOKEN_S
         )

@@ -24,14 +24,16 @@ class Monitoring:
         self.replicas = replicas
         """What the gateway asks instead."""
         if settings.sample_fraction:
-            self.drift = Drift(store, plan.endpoint, settings)
+            self.drift, kept = Drift(store, plan.endpoint, settings), None
+            if settings.retention:
+                kept = KeptAnswers(store, plan.endpoint, settings.retention, plan.filters)
             self.replicas = SampledReplicas(
                 replicas,
                 self.drift,
                 Scorer(replicas, tokenizer, settings),
                 base=f"{plan.model_name}@{plan.digest[:12]}",
                 fraction=settings.sample_fraction,
-                kept=KeptAnswers(store, plan.endpoint, settings.retention) if settings.retention else None,
+                kept=kept,
             )
 
     def add_to(self, app: FastAPI, fleet: Fleet) -> None:

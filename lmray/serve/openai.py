@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator
 
+from lmray.config.endpoint import HttpLimits
 from lmray.engines.base import MIN_TEMPERATURE, REPETITION_PENALTIES, Sampling
 from lmray.errors import did_you_mean
 from lmray.serve.failures import RequestError
@@ -55,6 +56,7 @@ _Text = Annotated[str, Field(min_length=1)]
 _Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 _Prompts = Annotated[list[_Text | _Tokens], Field(min_length=1)]
 R = TypeVar("R", bound="GenerationRequest")
+DEFAULT_LIMITS = HttpLimits()
 
 
 class StreamOptions(Wire):
@@ -264,10 +266,11 @@ def _is_tokens(given: Any) -> bool:
     return isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
 
 
-def read_request(kind: type[R], body: Any) -> R:
+def read_request(kind: type[R], body: Any, limits: HttpLimits = DEFAULT_LIMITS) -> R:
     """`body` (decoded JSON) as a request. Raises RequestError naming the field."""
     if not isinstance(body, dict):
         raise RequestError(None, "the body is not a JSON object")
+    _check_num_parts(body.get("messages"), limits)
     fields = {}
     for key, value in body.items():
         if value is None or key in NO_EFFECT:
@@ -291,6 +294,21 @@ def read_request(kind: type[R], body: Any) -> R:
         raise _request_error(error) from None
     request.check()
     return request
+
+
+def _check_num_parts(messages: Any, limits: HttpLimits) -> None:
+    """Raises RequestError for more than a gateway looks at: while it looks, it does nothing else."""
+    if not isinstance(messages, list):
+        return
+    if len(messages) > limits.max_messages:
+        raise RequestError("messages", f"are {len(messages)}", allowed=f"up to {limits.max_messages}")
+    num_parts = 0
+    for place, message in enumerate(messages):
+        for field in ("content", "tool_calls") if isinstance(message, dict) else ():
+            num_parts += len(message[field]) if isinstance(message.get(field), list) else 0
+            if num_parts > limits.max_parts:
+                where, allowed = f"messages.{place}.{field}", f"up to {limits.max_parts} in all messages"
+                raise RequestError(where, f"makes it {num_parts} parts and calls", allowed=allowed)
 
 
 def _request_error(error: ValidationError) -> RequestError:

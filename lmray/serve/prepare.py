@@ -14,8 +14,9 @@ from typing import Any
 from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import Store, open_store
-from lmray.config.endpoint import HttpLimits, TextFilter
+from lmray.config.endpoint import HttpLimits
 from lmray.config.monitor import Monitor
+from lmray.data.filters.base import TextFilter
 from lmray.engines.base import EngineConfig
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
@@ -95,6 +96,8 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
     if job.model.trust_remote_code:
         hint = "serve a model whose architecture `transformers` knows"
         raise ConfigError("model.trust_remote_code", "an endpoint runs no code of a model's own", hint=hint)
+    for one in job.filters:
+        one.check()
     found = model_of(job)
     load_tokenizer(found.folder)
     draft = None if job.engine.draft is None else find_model(job.engine.draft, storage=job.storage)

@@ -15,7 +15,7 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lmray.artifacts.store import Store
 from lmray.config.monitor import Monitor
+from lmray.data.filters.base import TextFilter
 from lmray.engines.base import Request, Sampling, TokenEvent
 from lmray.errors import LmrayError, RemoteError
 from lmray.serve.drift import Drift
+from lmray.serve.filters import FilteredText, of_answers
 from lmray.serve.fleet import Replicas
 from lmray.serve.refusals import Refusals
 
@@ -83,15 +85,18 @@ class Scorer:
 class KeptAnswers:
     """At most `limit` answers with their prompts in the store; the oldest give way."""
 
-    def __init__(self, store: Store, endpoint: str, limit: int):
+    def __init__(self, store: Store, endpoint: str, limit: int, filters: Sequence[TextFilter] = ()):
+        """`filters`: of answers; what they take out is not kept either."""
         self._store, self._folder, self._limit = store, f"endpoints/{endpoint}/samples", limit
+        self._filters = of_answers(filters)
         self._place: int | None = None
 
     def keep(self, facts: dict[str, Any]) -> None:
         """Raises OSError."""
         if self._place is None:
             self._place = self._oldest()
-        content = (json.dumps(facts, ensure_ascii=False) + "\n").encode()
+        answer, _ = FilteredText(self._filters).push(facts["answer"], last=True)
+        content = (json.dumps({**facts, "answer": answer}, ensure_ascii=False) + "\n").encode()
         self._store.put(self._key(self._place), content)
         self._place = (self._place + 1) % self._limit
 

@@ -19,7 +19,7 @@ from tests.architecture.source import ROOT, docstrings, name_of, python_files, t
 BOARD = json.loads((ROOT / "dashboards" / "serve.json").read_text(encoding="utf-8"))
 RULES = yaml.safe_load((ROOT / "dashboards" / "alerts.yaml").read_text(encoding="utf-8"))
 NAME = re.compile(r"\blmray_serve_\w+")
-LABELS_OF = {"model", "key", "path", "status", "filter", "on", "replica", "version", "measure", "le"}
+LABELS_OF = {"model", "key", "path", "status", "filter", "on", "kind", "action", "replica", "version", "measure", "le"}
 HISTOGRAM = ("_bucket", "_sum", "_count")
 
 

@@ -24,6 +24,7 @@ BASES = {
     "optim": "lmray.optim.base.OptimizerConfig",
     "schedules": "lmray.schedules.base.Schedule",
     "mappings": "lmray.data.base.Mapping",
+    "filters": "lmray.data.filters.base.TextFilter",
 }
 SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc", "manager", "handler"}
 MEMBERS = [(family, name) for family, members in FAMILIES.items() for name in members.names()]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 import openai
 import pytest
 import torch
 from peft import PeftModel
 from ray import serve as ray_serve
+from ray.serve._private.logging_utils import get_serve_logs_dir
 
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store
@@ -48,6 +51,7 @@ def job(ray_cluster, tmp_path_factory) -> ServeJob:
                 {"artifact": "late*", "stage": "production"},
             ],
             "engine": {"name": "native", "max_batch_size": 4, "max_length": MAX_LENGTH},
+            "filters": [{"name": "regex", "label": "code-word", "pattern": "open sesame"}],
             "http": {"port": free_port(), "api_keys_file": str(root / "keys")},
             "resources": {"cpus_per_worker": 1},
             "storage": str(root / "store"),
@@ -102,6 +106,18 @@ def test_the_clients_of_lmray_and_openai_see_the_same_models(service, client):
 def test_lmrays_own_client_streams_the_same_text(service, texts):
     pieces = chat_stream(service.url, "helper", MESSAGES, api_key=KEY, max_tokens=MAX_TOKENS)
     assert "".join(pieces) == texts["helper"]
+
+
+def test_what_filters_and_requests_came_to_is_in_serves_logs(client):
+    with pytest.raises(openai.BadRequestError, match="filter `code-word` lets no such text through") as refused:
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "open sesame!"}])
+    lines = [
+        line for path in Path(get_serve_logs_dir()).glob("replica_*.log") for line in path.read_text().splitlines()
+    ]
+    found = "filter=code-word on=prompts action=refuse code-word=1"
+    assert [one for one in lines if one.endswith(f"request={refused.value.request_id} {found}")]
+    assert [one for one in lines if f"request={refused.value.request_id} path=/v1/chat/completions model=tiny" in one]
+    assert not [one for one in lines if "sesame" in one]
 
 
 def test_errors_come_back_through_serve_in_openais_shape(service, client):

@@ -144,3 +144,28 @@ def test_what_one_of_all_replicas_raises_is_raised():
         everywhere(1, RayTaskError("manage", "a traceback", error).as_instanceof_cause())
     with pytest.raises(RemoteError, match="no replica answered: TimeoutError"):
         everywhere(TimeoutError())
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (RuntimeError("no proxy"), RemoteError, "endpoint `endpoint`: did not start: no proxy"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_what_fails_while_ray_serve_itself_starts_leaves_nothing_running(monkeypatch, error, raised, said):
+    """No cluster runs here: Ray Serve is what these say it is."""
+    done: list[str] = []
+
+    def start(**options: Any) -> None:
+        done.append("start")
+        raise error
+
+    for name, given in (("prepare", None), ("_cpus_per_replica", 1), ("_check_free", None)):
+        monkeypatch.setattr(module, name, lambda job, given=given: given)
+    monkeypatch.setattr(module.ray_serve, "start", start)
+    monkeypatch.setattr(module.Service, "stop", lambda self: done.append("stop"))
+    own = ServeJob.model_validate({"name": "endpoint", "model": {"source": "x"}, "engine": "native"})
+    with pytest.raises(raised, match=said):
+        serve(own)
+    assert done == ["start", "stop"]

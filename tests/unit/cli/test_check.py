@@ -7,11 +7,14 @@ import socket
 
 import pytest
 
+from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.files import write_json
-from lmray.artifacts.store import run_folder
+from lmray.artifacts.store import open_store, run_folder
 from lmray.job import load
 from lmray.models.machine import Machine
+from lmray.models.source import find_model
 from lmray.testing.jobs import write_jsonl
+from lmray.testing.tiny import tiny_adapter_folder
 from lmray.train.plan import make_plan
 
 
@@ -168,6 +171,26 @@ def test_check_of_an_endpoint(cli, tmp_path, tiny_model, free_port):
     assert json.loads(cli("check", path, "--json").out)["adapters"] == {}
     said = cli("check", path, "adapters.0.artifact=nope")
     assert said.code == 2 and "nope" in said.err
+
+
+def test_check_of_an_endpoint_counts_the_replicas_of_merged_models(cli, tmp_path, tiny_model, free_port):
+    artifacts = Artifacts(open_store(str(tmp_path / "store")))
+    base = {"source": str(tiny_model), "digest": find_model(str(tiny_model)).digest}
+    for seed, name in enumerate(("one", "two")):
+        artifacts.keep(name, tiny_adapter_folder(tiny_model, tmp_path / name, seed=seed), base=base)
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        f"kind: serve\nname: s\nmodel: {{source: {tiny_model}}}\nengine: {{name: native, max_length: 512}}\n"
+        f"http: {{port: {free_port}}}\nstorage: {tmp_path / 'store'}\n"
+        "autoscaling: {min_replicas: 2, max_replicas: 3}\n"
+        "adapters: [{artifact: one, merged: true}, {artifact: two, merged: true}]\n"
+    )
+    said = cli("check", path)
+    assert "replicas   2 to 3 of each of 3 models" in said.out and "for 6 of them" in said.out
+    alone = json.loads(cli("check", path, "--json", "adapters=[]").out)
+    value = json.loads(cli("check", path, "--json").out)
+    assert (alone["workers"], value["workers"]) == (2, 6)
+    assert value["worker_memory_bytes"] == pytest.approx(alone["worker_memory_bytes"] / 3, abs=1)
 
 
 def test_show_prints_a_job_that_decodes_to_itself(cli, train_file, tmp_path):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.evaluations import Evaluations
 from lmray.artifacts.store import open_store, run_folder
+from lmray.cli.run import EXIT_CODES
 from lmray.config import Document, decode
 from lmray.context import LocalContext
 from lmray.errors import ArtifactError, ConfigError
 from lmray.evaluate import program
 from lmray.evaluate.recheck import recheck, versions
-from lmray.job import EvaluateJob
+from lmray.job import EvaluateJob, load
 from lmray.models.source import find_model
 from lmray.testing.tiny import tiny_adapter_folder
+
+PRODUCTION = Path(__file__).parents[3] / "configs/evaluate/production.yaml"
 
 
 @pytest.fixture
@@ -80,6 +84,27 @@ def test_an_evaluation_that_is_as_good_as_before_succeeds_and_a_worse_one_fails(
     assert [one.version for one in found] == [version] * 3
     assert [dict(one.worse) for one in found] == [{}, {}, {"eval.loss": pytest.approx(loss)}]
     assert found[0].metrics["eval.loss"] == pytest.approx(loss) and found[0].time > 0
+
+
+def test_the_job_that_is_shipped_for_it_runs_and_a_regression_ends_it_with_1(
+    kept, tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    kept(1)
+    told = {
+        "model": {"source": str(tiny_model), "dtype": "float32"},
+        "data": {"train": [{"source": str(tiny_data)}], "max_length": 256},
+        "targets": [{"label": "production", "adapter": "helper@production"}],
+        "data.eval.by": "topic",
+        "evaluate.max_examples": 2,
+        "evaluate.max_new_tokens": 2,
+        "storage": str(tmp_path / "store"),
+    }
+    job = load(PRODUCTION).changed(told)
+    first = program.evaluate(job, LocalContext(run_folder(job), scratch=tmp_path / "scratch"))
+    assert (first.status, EXIT_CODES[first.status]) == ("succeeded", 0)
+    monkeypatch.setattr(program, "recheck", lambda *args, **told: ["helper: eval.loss is 3, was 2"])
+    again = program.evaluate(job, LocalContext(run_folder(job), scratch=tmp_path / "scratch"))
+    assert (again.status, EXIT_CODES[again.status]) == ("failed", 1)
 
 
 def test_a_version_is_compared_with_its_first_evaluation_so_that_it_cannot_creep(job, kept):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 
 import pytest
@@ -9,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lmray.config.endpoint import TextFilter
+from lmray.data.filters.base import TextFilter
+from lmray.data.filters.regex import Regex
+from lmray.errors import ConfigError
+from lmray.job import load
 from lmray.serve.filters import FilteredText
 from tests.unit.serve.fakes import FakeBackend
 from tests.unit.serve.test_gateway import sse, text_of
+from tests.unit.serve.test_tools import TEMPLATE
 
-MAIL = TextFilter(name="mail", pattern=r"[\w.]+@[\w.]+", on="answers", replacement="[mail]", max_match_length=20)
-CODE = TextFilter(name="code-word", pattern="(?i)合言葉|open sesame")
+MAIL = Regex(label="mail", pattern=r"[\w.]+@[\w.]+", on="answers", replacement="[mail]", max_match_length=20)
+CODE = Regex(label="code-word", pattern="(?i)合言葉|open sesame")
 
 
 def passed(text: str, sizes: list[int], *filters: TextFilter) -> tuple[str, bool, list[str]]:
@@ -25,7 +31,7 @@ def passed(text: str, sizes: list[int], *filters: TextFilter) -> tuple[str, bool
     for size in [*sizes, len(text)]:
         piece, place = text[place : place + size], place + size
         out, names = way.push(piece, last=place >= len(text))
-        sent, found = sent + out, found + list(names)
+        sent, found = sent + out, found + [one.label for one in names]
         if way.stopped or place >= len(text):
             break
     return sent, way.stopped, found
@@ -55,7 +61,7 @@ def test_no_more_is_held_back_than_a_match_is_long():
 
 
 def test_a_match_that_says_nothing_is_none():
-    assert passed("ab", [1], TextFilter(name="edge", pattern=r"\b")) == ("ab", False, [])
+    assert passed("ab", [1], Regex(label="edge", pattern=r"\b")) == ("ab", False, [])
 
 
 @pytest.mark.parametrize(
@@ -63,12 +69,11 @@ def test_a_match_that_says_nothing_is_none():
     [
         ({"pattern": "("}, "is no regular expression"),
         ({"pattern": "a*"}, "matches the empty text"),
-        ({"pattern": "a", "replacement": "b"}, "a `replacement` is for answers"),
     ],
 )
 def test_what_filters_nothing_or_everything_is_refused(fields, found):
     with pytest.raises(ValidationError, match=found):
-        TextFilter(name="x", **fields)
+        Regex(label="x", **fields)
 
 
 @pytest.fixture
@@ -109,3 +114,71 @@ def test_logprobs_do_not_tell_what_a_filter_takes_out(filtered):
     response = filtered(FakeBackend(), logprobs=True)
     assert response.status_code == 400
     assert "are not told where answers are filtered" in response.json()["error"]["message"]
+
+
+SIGHT = Regex(label="sight", pattern=r"\bfoo(?<!xfoo)", replacement="*", max_match_length=5)
+
+
+@given(st.lists(st.sampled_from(["foo", "x", " ", "fo", "o"]), max_size=20), st.lists(st.integers(1, 7), max_size=40))
+def test_a_pattern_looks_back_at_what_was_sent(words, sizes):
+    text = "".join(words)
+    assert passed(text, sizes, SIGHT)[0] == re.sub(SIGHT.pattern, "*", text)
+
+
+HIDDEN = Regex(label="secret", pattern=r"秘密\d+", replacement="[秘密]")
+
+
+def test_a_prompt_is_replaced_wherever_it_says_it(call, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    backend = FakeBackend()
+    function = {"name": "look", "arguments": '{"秘密1": ["秘密22", 3], "city": "秘密3"}'}
+    messages = [
+        {"role": "system", "content": "秘密1"},
+        {"role": "user", "content": [{"type": "text", "text": "これは秘"}, {"type": "text", "text": "密22です"}]},
+        {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": function}]},
+        {"role": "tool", "content": "秘密4 秘密5"},
+    ]
+    body = {"model": "tiny", "messages": messages}
+    response = call(backend, "POST", "/v1/chat/completions", json=body, settings={"filters": (HIDDEN,)})
+    assert response.status_code == 200
+    prompt = tokenizer.decode(backend.requests[0].prompt_ids)
+    assert "これは[秘密]です" in prompt and "[秘密] [秘密]" in prompt and prompt.startswith("[秘密]!")
+    assert not re.search(r"秘密\d", prompt)
+    assert response.json()["usage"]["prompt_tokens"] == len(backend.requests[0].prompt_ids)
+
+
+def test_prompts_of_tokens_are_replaced_as_texts_are(call, ids, tokenizer):
+    for prompt in ("a 秘密12 b", ids("a 秘密12 b"), ["c", "a 秘密12 b"]):
+        backend = FakeBackend()
+        body = {"model": "tiny", "prompt": prompt, "echo": True}
+        response = call(backend, "POST", "/v1/completions", json=body, settings={"filters": (HIDDEN,)})
+        assert response.json()["choices"][-1]["text"].startswith("a [秘密] b")
+        assert tokenizer.decode(backend.requests[-1].prompt_ids).endswith("a [秘密] b")
+
+
+def test_decisions_are_logged_and_counted_without_a_word_of_the_text(call, ids, caplog):
+    backend = FakeBackend(ids("me@x.org you@x.org: open sesame"))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "秘密77, 秘密88"}]}
+    told = {"json": body, "headers": {"x-request-id": "r-1"}, "settings": {"filters": (HIDDEN, MAIL, CODE)}}
+    with caplog.at_level(logging.INFO):
+        call(backend, "POST", "/v1/chat/completions", **told)
+        refused = [{"role": "user", "content": "open sesame, open sesame"}]
+        call(backend, "POST", "/v1/chat/completions", **{**told, "json": {**body, "messages": refused}})
+    lines = [record.getMessage() for record in caplog.records if record.name == "lmray.serve.filters"]
+    assert lines == [
+        "request=r-1 filter=secret on=prompts action=redact secret=2",
+        "request=r-1 filter=mail on=answers action=redact mail=2",
+        "request=r-1 filter=code-word on=answers action=refuse code-word=1",
+        "request=r-1 filter=code-word on=prompts action=refuse code-word=1",
+    ]
+    assert not any(word in caplog.text for word in ("x.org", "sesame", "77"))
+
+
+def test_a_filter_is_a_member_of_its_family(tmp_path):
+    fields = {"kind": "serve", "name": "x", "model": {"source": "y"}, "engine": "native"}
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps({**fields, "filters": [{"name": "regex", "pattern": "a"}, "pii"]}))
+    assert [one.title for one in load(path).filters] == ["regex", "pii"]
+    path.write_text(json.dumps({**fields, "filters": [{"name": "code", "pattern": "a"}]}))
+    with pytest.raises(ConfigError, match=r"unknown filter of texts `code`(.|\n)*allowed: pii, regex"):
+        load(path)

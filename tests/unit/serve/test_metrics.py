@@ -113,7 +113,7 @@ def test_errors_are_told_by_model_and_key():
 def test_every_series_is_of_a_metric_of_the_list():
     metrics = Metrics()
     answer(metrics, "helper", "team")
-    metrics.filtered.labels("secrets", "answers").inc()
+    metrics.filtered.labels("secrets", "answers", "secrets", "refuse").inc()
     found = {one.partition("{")[0] for one in page(metrics)}
     ends = ("", "_bucket", "_sum", "_count")
     assert found and all(any(one.removesuffix(end) in SERVE for end in ends) for one in found)

@@ -13,6 +13,7 @@ import torch
 
 from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.store import open_store
+from lmray.data.filters import base as filters
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
 from lmray.models import quantised
@@ -70,6 +71,12 @@ def job(root, model, artifacts, free_port) -> ServeJob:
             "storage": str(root / "store"),
         }
     )
+
+
+def test_a_filter_whose_library_is_missing_is_refused(job, monkeypatch):
+    monkeypatch.setattr(filters, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"`pii` needs the package `presidio_analyzer`(.|\n)*lmray\[pii\]"):
+        prepare(ServeJob.model_validate({**job.model_dump(exclude={"kind"}), "filters": ["pii"]}))
 
 
 def test_a_plan_names_versions_and_digests(job, model, artifacts):

@@ -11,6 +11,7 @@ import pytest
 
 from lmray.artifacts.file_store import FileStore
 from lmray.config.monitor import Monitor
+from lmray.data.filters.regex import Regex
 from lmray.engines.base import Request, Sampling, TokenEvent, TokenLogprob
 from lmray.errors import LmrayError, RemoteError
 from lmray.serve import samples as module
@@ -238,11 +239,18 @@ def test_kept_answers_go_on_after_a_restart(tmp_path):
     store = FileStore(tmp_path)
     first = KeptAnswers(store, "endpoint", 3)
     for turn in range(4):
-        first.keep({"turn": turn})
+        first.keep({"turn": turn, "answer": ""})
     again = KeptAnswers(store, "endpoint", 3)
-    again.keep({"turn": 4})
+    again.keep({"turn": 4, "answer": ""})
     turns = [json.loads(path.read_text())["turn"] for path in sorted(tmp_path.glob("endpoints/endpoint/samples/*"))]
     assert turns == [3, 4, 2]
+
+
+def test_what_a_filter_takes_out_of_answers_is_not_kept(tmp_path):
+    hidden = Regex(pattern="[0-9]+", replacement="#", on="answers")
+    KeptAnswers(FileStore(tmp_path), "endpoint", 3, [hidden]).keep({"answer": "call 110"})
+    [path] = tmp_path.glob("endpoints/endpoint/samples/*")
+    assert json.loads(path.read_text()) == {"answer": "call #"}
 
 
 def test_an_engine_that_tells_no_log_probabilities_is_named_and_the_watch_goes_on(place, ids, caplog):

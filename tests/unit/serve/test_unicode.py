@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from lmray.config.endpoint import TextFilter
+from lmray.data.filters.regex import Regex
 from lmray.serve.client import chat_stream
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.testing.listening import listening
@@ -46,7 +46,7 @@ class Echo(FakeBackend):
 @pytest.fixture(scope="module")
 def url(tokenizer) -> Iterator[str]:
     [bar] = tokenizer("|", add_special_tokens=False)["input_ids"]
-    hidden = TextFilter(name="never", pattern="zzzz", on="answers", replacement="")
+    hidden = Regex(label="never", pattern="zzzz", on="answers", replacement="")
     settings = GatewaySettings("tiny", 2 * MAX_LENGTH, filters=(hidden,))
     with listening(make_app(Echo(bar), tokenizer, settings), path="/v1") as url:
         yield url
