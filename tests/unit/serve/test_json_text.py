@@ -28,4 +28,4 @@ def test_no_part_is_long(num, item):
     value = {"choices": [{"logprobs": [item] * num}] * 3}
     parts = list(json_parts(value))
     assert json.loads("".join(parts)) == value
-    assert max(map(len, parts)) <= 256 * len(json.dumps(item)) + 2
+    assert max(map(len, parts)) <= 256 * (len(json.dumps(item)) + 1) + 2
