@@ -149,7 +149,7 @@ def test_what_one_of_all_replicas_raises_is_raised():
 @pytest.mark.parametrize(
     ("error", "raised", "said"),
     [
-        (RuntimeError("no proxy"), RemoteError, "endpoint `endpoint`: did not start: no proxy"),
+        (RuntimeError("no proxy"), RemoteError, "endpoint `endpoint`: Ray Serve did not start: no proxy"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
