@@ -55,7 +55,7 @@ def project(
     Raises ConfigError where a key-value group and the narrowest MLP in each layer are more than that.
     """
     if shape == "uniform":
-        worths = {kind: worth(scores[kind].float()) for kind in KINDS}
+        worths: Masks = {kind: worth(scores[kind].float()) for kind in KINDS}
         groups, channels = _uniform(worths, sizes, target, multiple_of, groups_multiple_of)
         counts = {"groups": [groups] * sizes.layers, "channels": [channels] * sizes.layers}
     else:
