@@ -143,7 +143,9 @@ def method_tree(settings: Settings) -> dict[str, Any]:
     name, *fields = settings["method"].split(":")
     if name != "atp":
         return {"name": "sft"}
-    given = {key: parse_value(value) for key, _, value in (field.partition("=") for field in fields)}
+    given = {
+        key: parse_value(value, settings["method"]) for key, _, value in (field.partition("=") for field in fields)
+    }
     return {"name": name, "remaining": settings["remaining"], "block": settings["multiple_of"], **given}
 
 
