@@ -8,22 +8,20 @@ removed are zero and stay zero, and tuning goes on. Runs on every rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from lmray.artifacts.files import write_json
 from lmray.methods._distill import distilled
 from lmray.methods.base import Companion, Gradients, Objective, Ranks
 from lmray.pruning.gates import Gates, kept_units, shrink_removed
 from lmray.pruning.masks import Budget, Masks, budget_loss, remaining
+from lmray.pruning.record import Counts, Kept, record_of
 from lmray.pruning.search import Decider
-from lmray.pruning.shrink import Kept, shrunk
+from lmray.pruning.shrink import num_parameters, shrunk
 from lmray.pruning.structure import KINDS, Structure
-
-RECORD = "pruning.json"
 
 
 class Masking(Companion):
@@ -97,43 +95,27 @@ class Masking(Companion):
         return {kind: self.ranks.of_first(masks[kind].detach()) for kind in KINDS}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Smaller:
     """What is left of a model once its adapter is merged."""
 
     structure: Structure
     budget: Budget
     units: Kept
+    num_whole: int = 0
+    """Weights of the model before it was cut, once it is."""
 
     def model(self, adapted: Any) -> Any:
         """Merged and cut in float32, and rounded once to the type that `adapted` has."""
         dtype = adapted.get_base_model().dtype
         whole = adapted.float().merge_and_unload(safe_merge=True)
+        self.num_whole = num_parameters(whole)
         return shrunk(whole, self.structure, self.units).to(dtype)
 
     def record(self, folder: Path, model: Any, parent: Mapping[str, Any]) -> None:
         """`pruning.json`: which units were kept, of which model, what was asked and what it came to."""
-        sizes = self.budget.sizes
-        left = sum(sizes.costs(kind)[unit] for kind in KINDS for units in self.units[kind] for unit in units)
-        removed = sizes.prunable - left
-        padding = sum(self._padding(kind) for kind in KINDS)
-        write_json(
-            folder / RECORD,
-            {
-                "shape": self.budget.shape,
-                "asked": self.budget.remaining,
-                "remaining": left / sizes.prunable,
-                "parent": {name: parent.get(name) for name in ("source", "revision", "digest")},
-                "prunable": {"before": sizes.prunable, "after": left},
-                "parameters": {"before": model.num_parameters() + removed - padding, "after": model.num_parameters()},
-                "sizes": asdict(sizes),
-                "kept": {kind: [list(units) for units in self.units[kind]] for kind in KINDS},
-            },
+        counts = Counts(before=self.num_whole, after=num_parameters(model))
+        asked, shape = self.budget.remaining, self.budget.shape
+        record_of(self.structure.sizes, self.units, shape=shape, asked=asked, parent=parent, parameters=counts).save(
+            folder
         )
-
-    def _padding(self, kind: Any) -> int:
-        """Zeros that layers are filled up with, in weights."""
-        sizes = self.budget.sizes
-        costs = sizes.costs(kind)
-        most = max(sum(costs[unit] for unit in units) for units in self.units[kind])
-        return sum(most - sum(costs[unit] for unit in units) for units in self.units[kind])
