@@ -92,8 +92,8 @@ def joined(found: Sequence[tuple[float, Span]]) -> list[Span]:
 
 @lru_cache(maxsize=16)
 def _recognisers(kinds: tuple[Kind, ...], regions: tuple[str, ...]) -> list[Any]:
-    from presidio_analyzer import predefined_recognizers as known  # type: ignore[import-not-found] # noqa: PLC0415
-    from tldextract import TLDExtract  # type: ignore[import-not-found] # noqa: PLC0415
+    from presidio_analyzer import predefined_recognizers as known
+    from tldextract import TLDExtract
 
     logging.getLogger("presidio-analyzer").disabled = True  # it quotes what it cannot check
     suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)  # as they came with the library: nothing is fetched
