@@ -24,9 +24,11 @@ def distilled(gates: Gates, weight: float) -> Callable[[torch.nn.Module, Batch],
     def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         training = model.training
         with torch.no_grad(), gates.off():
-            model.eval()
+            if training:  # a search has its own say of which parts are
+                model.eval()
             teacher_NV, _ = supervised_logits(model, batch.inputs, batch.labels_BT)
-            model.train(training)
+            if training:
+                model.train()
         logits_NV, targets_N = supervised_logits(model, batch.inputs, batch.labels_BT)
         taught_NV, said_NV = (torch.log_softmax(one.float(), dim=-1) for one in (teacher_NV, logits_NV))
         apart = torch.nn.functional.kl_div(said_NV, taught_NV, reduction="sum", log_target=True)

@@ -19,10 +19,12 @@ import torch
 
 @contextmanager
 def noisy_embeddings(model: Any, alpha: float, lengths_BT: torch.Tensor) -> Iterator[None]:
-    """Within the block what `model` embeds gets noise, from the global generator. `lengths_BT`: tokens of the example
-    that each token is of."""
+    """Within the block what `model` embeds gets noise, from the global generator, but in evaluation mode. `lengths_BT`:
+    tokens of the example that each token is of."""
 
     def add(_embedding: torch.nn.Module, _args: Any, embedded_BTD: torch.Tensor) -> torch.Tensor:
+        if not model.training:
+            return embedded_BTD
         scale_BT = alpha / torch.sqrt(lengths_BT * float(embedded_BTD.shape[-1]))
         noise_BTD = torch.empty_like(embedded_BTD).uniform_(-1, 1)
         return embedded_BTD + noise_BTD * scale_BT[..., None].to(embedded_BTD.dtype)

@@ -84,8 +84,8 @@ class Account:
             self._found[one.label, on, one.action][one.kind] += 1
 
     def _tell_found(self) -> None:
-        for (label, on, action), kinds in self._found.items():
-            told = " ".join(f"{kind}={num}" for kind, num in sorted(kinds.items()))
+        for (label, on, action), kinds in list(self._found.items()):  # a reader may still be at it
+            told = " ".join(f"{kind}={num}" for kind, num in sorted(kinds.copy().items()))
             logging.getLogger(FILTERS_LOG).info(
                 "request=%s filter=%s on=%s action=%s %s", self.request_id, label, on, action, told
             )

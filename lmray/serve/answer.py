@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lmray.data.detokenise import AnswerText, Detokeniser
 from lmray.data.filters.base import Found, TextFilter
 from lmray.engines.base import Request, TokenEvent, TokenLogprob
-from lmray.serve.filters import FilteredText
+from lmray.serve.filters import FilteredText, filtered_call
 from lmray.serve.tokens import Told
 from lmray.serve.tools import ToolCalls
 
@@ -77,7 +77,7 @@ class Answer:
         see."""
         self._tokenizer = tokenizer
         self._said = AnswerText(self._decoding(special=False), stops)
-        self._filters = FilteredText(filters)
+        self._wanted, self._filters = tuple(filters), FilteredText(filters)
         self._calls = calls
         self._echo = echo
         self._start = len(echo.text) if echo is not None else 0
@@ -87,8 +87,6 @@ class Answer:
         model ended itself has `tool_calls` for a reason. Nothing may follow a piece with a `finish_reason`."""
         told = self._told(event)
         text, reason = self._said.push(event.token_id, event.finish_reason)
-        text, found = self._filters.push(text, last=reason is not None)
-        reason = "content_filter" if self._filters.stopped else reason
         calls: tuple[dict[str, Any], ...] = ()
         if self._calls is not None:
             text, calls = self._calls.push(text)
@@ -96,9 +94,31 @@ class Answer:
             if reason is not None:
                 reason = "tool_calls" if self._calls.num_calls and reason == "stop" else reason
                 text += self._calls.finish()
+        text, calls, reason, found = self._filtered(text, calls, reason)
         if self._echo is not None:
             text, self._echo = self._echo.text + text, None
         return Piece(text, reason, calls, told, event.prompt_logprobs or (), found)
+
+    def _filtered(
+        self, text: str, calls: tuple[dict[str, Any], ...], reason: str | None
+    ) -> tuple[str, tuple[dict[str, Any], ...], str | None, tuple[Found, ...]]:
+        """What the filters let through, and the reason where they end it: text and calls are filtered apart, for calls
+        are written as JSON, in which a text may look like another."""
+        if not self._wanted:
+            return text, calls, reason, ()
+        passed: list[dict[str, Any]] = []
+        found: list[Found] = []
+        for call in calls:
+            one, matches = filtered_call(call, self._wanted)
+            found += matches
+            if one is None:
+                reason = "content_filter"
+                break
+            passed.append(one)
+        text, matches = self._filters.push(text, last=reason is not None)
+        if self._filters.stopped:  # where the answer ended before these calls
+            passed, reason = [], "content_filter"
+        return text, tuple(passed), reason, (*found, *matches)
 
     def _told(self, event: TokenEvent) -> tuple[Told, ...]:
         """Log probabilities of `event`'s token, behind those of an echoed prompt."""

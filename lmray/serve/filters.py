@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from lmray.data.filters.base import Found, TextFilter
+from lmray.serve.json_text import changed_values
 
 
 def of_prompts(filters: Sequence[TextFilter]) -> tuple[TextFilter, ...]:
@@ -33,3 +36,27 @@ class FilteredText:
             if way.stopped:
                 self.stopped = last = True  # what stands before the match still passes the filters that follow
         return piece, tuple(found)
+
+
+def filtered_call(
+    call: dict[str, Any], filters: Sequence[TextFilter]
+) -> tuple[dict[str, Any] | None, tuple[Found, ...]]:
+    """A tool call as OpenAI's clients take it, each text and number among its arguments filtered as it reads, not as
+    JSON escapes it; None where a filter ends one."""
+    found: list[Found] = []
+    stopped = False
+
+    def change(text: str) -> str:
+        nonlocal stopped
+        way = FilteredText(filters)
+        passed, matches = way.push(text, last=True)
+        found.extend(matches)
+        stopped = stopped or way.stopped
+        return passed
+
+    function = call["function"]
+    arguments = changed_values(json.loads(function["arguments"]), change)
+    if not found:
+        return call, ()
+    passed = {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+    return (None if stopped else passed), tuple(found)

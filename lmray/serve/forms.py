@@ -15,6 +15,7 @@ from lmray.data.tokenise import prompt_ids
 from lmray.engines.base import Request
 from lmray.serve.answer import Answer, Piece, Question
 from lmray.serve.failures import RequestError
+from lmray.serve.json_text import changed_values
 from lmray.serve.openai import ChatRequest, CompletionRequest, GenerationRequest
 from lmray.serve.tokens import chat_logprobs, prompt_logprobs, text_logprobs
 from lmray.serve.tools import ToolCalls, writes_tool_calls
@@ -134,8 +135,15 @@ class Completion:
         """A prompt of tokens stays as it is where its text does."""
         before = self._prompts
         texts = [(one, one if isinstance(one, str) else self._text(one)) for one in before]
-        self._prompts = tuple(one if (new := change(text)) == text else new for one, text in texts)
+        changed = [(one, text, change(text)) for one, text in texts]
+        self._prompts = tuple(one if new == text else self._as_sent(one, new) for one, text, new in changed)
         return self._prompts != before
+
+    def _as_sent(self, prompt: str | tuple[int, ...], text: str) -> str | tuple[int, ...]:
+        """`text` as text or as tokens, whichever `prompt` was; tokens bring their own first one."""
+        if isinstance(prompt, str):
+            return text
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
     def questions(self) -> list[Question]:
         return [self._question(prompt) for prompt in self._prompts]
@@ -218,19 +226,10 @@ def _too_long(param: str, num_tokens: int, max_length: int) -> RequestError:
 
 def _rewritten(message: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     calls = [
-        {**call, "function": {**call["function"], "arguments": _of_values(call["function"]["arguments"], change)}}
+        {**call, "function": {**call["function"], "arguments": changed_values(call["function"]["arguments"], change)}}
         for call in message.get("tool_calls", ())
     ]
     return {**message, "content": change(message["content"])} | ({"tool_calls": calls} if calls else {})
-
-
-def _of_values(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` of JSON, with every text in it but the names."""
-    if isinstance(value, dict):
-        return {name: _of_values(one, change) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_of_values(one, change) for one in value]
-    return change(value) if isinstance(value, str) else value
 
 
 def _chat_chunk(index: int, delta: Any, *, logprobs: Any = None, finish_reason: str | None = None) -> Choice:

@@ -109,6 +109,8 @@ class _Gateway:
         self._filters = PromptFilters(settings.filters, tokenizer)
         self._quotas = Quotas(settings.keys, time.monotonic)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lmray-tokenise")
+        for one in settings.filters:
+            one.open().push("a.b@example.com", last=True)  # loads what it needs before anybody waits for it
         tokenizer("")  # the first call may change its settings, which must not happen while another thread reads
         self._document = openapi_document(version=__version__, has_keys=bool(settings.keys))
         self.metrics = Metrics()

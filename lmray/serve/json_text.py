@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 MAX_DEPTH = 100
@@ -25,6 +25,19 @@ def read_json(text: str, *, max_depth: int | None = None) -> Any:
     if max_depth is not None and _is_deeper(value, max_depth):
         raise ValueError(f"more than {max_depth} lists and objects within one another")
     return value
+
+
+def changed_values(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` of JSON with every text in it changed, but for names; and every number that `change` makes another text
+    of."""
+    if isinstance(value, dict):
+        return {name: changed_values(one, change) for name, one in value.items()}
+    if isinstance(value, list):
+        return [changed_values(one, change) for one in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    text = value if isinstance(value, str) else json.dumps(value)
+    return value if (new := change(text)) == text else new
 
 
 def json_parts(value: Any) -> Iterator[str]:

@@ -28,9 +28,10 @@ from lmray.data.filters.base import TextFilter
 from lmray.engines.base import Request, Sampling, TokenEvent
 from lmray.errors import LmrayError, RemoteError
 from lmray.serve.drift import Drift
-from lmray.serve.filters import FilteredText, of_answers
+from lmray.serve.filters import FilteredText, filtered_call, of_answers
 from lmray.serve.fleet import Replicas
 from lmray.serve.refusals import Refusals
+from lmray.serve.tools import CLOSE, OPEN, ToolCalls
 
 MAX_PENDING = 32
 """Answers that wait to be scored; beyond them the oldest is dropped."""
@@ -95,10 +96,19 @@ class KeptAnswers:
         """Raises OSError."""
         if self._place is None:
             self._place = self._oldest()
-        answer, _ = FilteredText(self._filters).push(facts["answer"], last=True)
-        content = (json.dumps({**facts, "answer": answer}, ensure_ascii=False) + "\n").encode()
+        content = (json.dumps({**facts, "answer": self._passed(facts["answer"])}, ensure_ascii=False) + "\n").encode()
         self._store.put(self._key(self._place), content)
         self._place = (self._place + 1) % self._limit
+
+    def _passed(self, answer: str) -> str:
+        """What the filters let through, of calls as they read."""
+        if not self._filters:
+            return answer
+        reading, way = ToolCalls(), FilteredText(self._filters)
+        text, calls = reading.push(answer)
+        text, _ = way.push(text + reading.finish(), last=True)
+        passed = () if way.stopped else [one for call in calls if (one := filtered_call(call, self._filters)[0])]
+        return text + "".join(f"{OPEN}{json.dumps(one['function'], ensure_ascii=False)}{CLOSE}" for one in passed)
 
     def _oldest(self) -> int:
         """The first place that is free, or else was written longest ago."""

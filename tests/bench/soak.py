@@ -1,5 +1,5 @@
-"""An endpoint under load for a long time: nothing may be lost, nobody may be answered by another's adapter, and memory
-must not grow.
+"""An endpoint under load for a long time: nothing may be lost, nobody may be answered by another's adapter. What its
+processes hold is told.
 
     lmray bench soak [--minutes 30] [--adapters 20] [--at-once 2]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import ray
@@ -154,6 +155,6 @@ class Load:
             for chunk in client.chat.completions.create(model=model, **self._told):
                 first_s = first_s or time.monotonic()
                 text += chunk.choices[0].delta.content or ""
-        except openai.OpenAIError as failure:
+        except (openai.OpenAIError, httpx.HTTPError) as failure:
             error = f"{type(failure).__name__}: {failure}"
         return Outcome(model, text, started_s, bool(first_s), first_s, error, time.monotonic())

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 MAX_LENGTH, MAX_MATCH = 256, 128
 """Characters of a part, and of a match that holds spaces. What is longer than a part is searched where it overlaps."""
@@ -42,7 +42,7 @@ def plain(text: str) -> str:
     return text if text.isascii() else "".join(map(_plain, text))
 
 
-@cache
+@lru_cache(maxsize=2**14)
 def _plain(char: str) -> str:
     if char in _DASHES:
         return "-"

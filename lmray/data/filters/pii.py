@@ -16,11 +16,12 @@ from pydantic import Field, field_validator
 
 from lmray.data.filters._segments import Segments, Span
 from lmray.data.filters.base import Action, Passage, TextFilter
+from lmray.errors import ConfigError
 
 Kind = Literal["EMAIL_ADDRESS", "PHONE_NUMBER", "CREDIT_CARD", "IBAN_CODE", "CRYPTO", "IP_ADDRESS", "US_SSN", "URL"]
 MIN_SCORE = 0.4
 """Of 1; what a recogniser is less sure of is a number like any other."""
-_COULD_BE = re.compile("[0-9@.:]")
+_COULD_BE = re.compile(r"[\d@.:]")
 """Some of these is in everything that is found."""
 
 
@@ -54,6 +55,15 @@ class Pii(TextFilter):
         if odd:
             raise ValueError(f"`{odd[0]}` is no country of two capital letters")
         return regions
+
+    def check(self) -> None:
+        super().check()
+        from phonenumbers import SUPPORTED_REGIONS
+
+        unknown = [region for region in self.regions if region not in SUPPORTED_REGIONS]
+        if unknown:
+            hint = "ISO 3166, such as `GB` for the United Kingdom"
+            raise ConfigError("filters", f"`{unknown[0]}` is no country with telephone numbers", hint=hint)
 
     @property
     def takes(self) -> Action:

@@ -43,7 +43,7 @@ class _Passage:
 
     def __init__(self, wanted: Regex):
         self.stopped = False
-        self._search = re.compile(wanted.pattern).search
+        self._matches = re.compile(wanted.pattern).finditer
         self._kind, self._replacement, self._most = wanted.title, wanted.replacement, wanted.max_match_length
         self._text, self._place = "", 0
         """What is held back, and before it what was sent last, which a pattern may look back at."""
@@ -51,8 +51,8 @@ class _Passage:
     def push(self, piece: str, *, last: bool) -> tuple[str, list[str]]:
         text, place, sent, found = self._text + piece, self._place, [], []
         safe = len(text)
-        while (match := self._search(text, place)) is not None and match.group():
-            grows = match.end() == len(text) and len(match.group()) < self._most and not last
+        while match := next((one for one in self._matches(text, place) if one.group()), None):
+            grows = len(text) - match.start() < self._most and not last  # it may grow, or be none
             if grows:
                 safe = match.start()
                 break

@@ -97,7 +97,8 @@ def tune(settings: Settings) -> Settings:
     source, adapter = Path(settings["cut"] or settings["model"]), folder / "adapter"
     if job.kept == "model":  # it is cut already
         source, adapter = folder / "model", None
-    build_once(target, lambda into: write_merged(source, adapter, into))
+    dtype = str(load_empty_model(Path(settings["model"])).dtype).removeprefix("torch.")  # of all ways alike
+    build_once(target, lambda into: write_merged(source, adapter, into, dtype=dtype))
     events = read_events(folder / "events.jsonl")
     return {
         "train_tokens": sum(event.get("train.tokens", 0) for event in events),

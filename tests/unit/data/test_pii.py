@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from lmray.data.filters._segments import Span
 from lmray.data.filters.pii import Pii, joined
+from lmray.errors import ConfigError
 
 FOUND = {
     "taro.yamada@example.co.jp": "EMAIL_ADDRESS",
@@ -118,3 +119,10 @@ def test_matches_that_overlap_are_one():
 def test_a_country_is_two_letters():
     with pytest.raises(ValidationError, match="`Japan` is no country"):
         Pii(regions=("Japan",))
+    with pytest.raises(ConfigError, match=r"`UK` is no country with telephone numbers(.|\n)*hint: .*`GB`"):
+        Pii(regions=("UK",)).check()
+
+
+def test_digits_of_other_scripts_are_digits():
+    number = "".join(chr(0x660 + int(digit)) for digit in "01001234567")  # Arabic-Indic
+    assert passed(number, [], regions=["EG"])[1] == ["PHONE_NUMBER"]

@@ -17,7 +17,7 @@ from lmray.errors import ConfigError
 from lmray.job import load
 from lmray.serve.filters import FilteredText
 from tests.unit.serve.fakes import FakeBackend
-from tests.unit.serve.test_gateway import sse, text_of
+from tests.unit.serve.test_gateway import TOOL, sse, text_of
 from tests.unit.serve.test_tools import TEMPLATE
 
 MAIL = Regex(label="mail", pattern=r"[\w.]+@[\w.]+", on="answers", replacement="[mail]", max_match_length=20)
@@ -47,6 +47,25 @@ def test_matches_are_replaced_wherever_pieces_are_cut(words, sizes):
     sent, stopped, found = passed(text, sizes, MAIL)
     assert (sent, len(found)) == re.subn(MAIL.pattern, "[mail]", text)
     assert not stopped
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (r"password(: \S+)?", "my password: hunter2 ok"),
+        (r"sk-\w+(-\w+)*", "key sk-abc-def99."),
+        (r"\d{4}(-\d{4}){3}|\d{4}", "1234-1234-1234-1234 5678"),
+        (r"cat(?!fish)", "catfish, cat"),
+        (r"\b\d*", "my card 1234-1234"),
+    ],
+)
+@given(sizes=st.lists(st.integers(1, 6), max_size=30))
+def test_a_match_that_may_grow_is_waited_for(pattern, text, sizes):
+    hidden = Regex(label="hidden", pattern=pattern, replacement="*", max_match_length=30)
+    sent, _, found = passed(text, sizes, hidden)
+    ends = [match.group() for match in re.finditer(pattern, text) if match.group()]
+    assert sent == re.sub(pattern, lambda match: "*" if match.group() else "", text)
+    assert len(found) == len(ends)
 
 
 @given(st.lists(st.integers(1, 4), max_size=20))
@@ -154,6 +173,39 @@ def test_prompts_of_tokens_are_replaced_as_texts_are(call, ids, tokenizer):
         response = call(backend, "POST", "/v1/completions", json=body, settings={"filters": (HIDDEN,)})
         assert response.json()["choices"][-1]["text"].startswith("a [秘密] b")
         assert tokenizer.decode(backend.requests[-1].prompt_ids).endswith("a [秘密] b")
+
+
+ESCAPED = r'<tool_call>{"name": "weather", "arguments": {"city": "bob\u0040x.org", "n": [12345, "\n\u79d8\u5bc69"]}}'
+NUMBER = Regex(label="number", pattern=r"12345", replacement="[n]")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_are_filtered_as_they_read_and_not_as_they_are_escaped(
+    filtered, call, ids, stream, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    backend = FakeBackend(ids(f"a@x.org {ESCAPED}</tool_call>"))
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "tools": [TOOL], "stream": stream}
+    told = {"json": body, "settings": {"filters": (MAIL, NUMBER, HIDDEN)}}
+    response = call(backend, "POST", "/v1/chat/completions", **told)
+    if stream:
+        deltas = [one["choices"][0] for one in sse(response.text)[:-1] if one["choices"]]
+        (made,) = [one for delta in deltas for one in delta["delta"].get("tool_calls", ())]
+        text = "".join(delta["delta"].get("content") or "" for delta in deltas)
+        reason = deltas[-1]["finish_reason"]
+    else:
+        choice = response.json()["choices"][0]
+        (made,), text, reason = choice["message"]["tool_calls"], choice["message"]["content"], choice["finish_reason"]
+    assert json.loads(made["function"]["arguments"]) == {"city": "[mail]", "n": ["[n]", "\n[秘密]"]}
+    assert text.strip() == "[mail]" and reason == "tool_calls"
+
+
+def test_a_call_that_holds_what_ends_an_answer_is_not_made(filtered, call, ids, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    bad = r'<tool_call>{"name": "weather", "arguments": {"city": "open\u0020sesame"}}</tool_call>'
+    choice = filtered(FakeBackend(ids(f"So: {bad} and more")), tools=[TOOL]).json()["choices"][0]
+    assert choice["finish_reason"] == "content_filter"
+    assert choice["message"]["content"] == "So: " and "tool_calls" not in choice["message"]
 
 
 def test_decisions_are_logged_and_counted_without_a_word_of_the_text(call, ids, caplog):

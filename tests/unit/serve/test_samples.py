@@ -253,6 +253,14 @@ def test_what_a_filter_takes_out_of_answers_is_not_kept(tmp_path):
     assert json.loads(path.read_text()) == {"answer": "call #"}
 
 
+def test_a_call_is_kept_as_filters_read_it(tmp_path):
+    hidden = Regex(pattern="bob@", replacement="#", on="answers")
+    called = r'So: <tool_call>{"name": "f", "arguments": {"to": "bob\u0040x.org"}}</tool_call>'
+    KeptAnswers(FileStore(tmp_path), "endpoint", 3, [hidden]).keep({"answer": called})
+    [path] = tmp_path.glob("endpoints/endpoint/samples/*")
+    assert "#x.org" in path.read_text() and "u0040" not in path.read_text()
+
+
 def test_an_engine_that_tells_no_log_probabilities_is_named_and_the_watch_goes_on(place, ids, caplog):
     async def main():
         replicas = Replicas(ids(SECRET))

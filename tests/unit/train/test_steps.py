@@ -91,13 +91,15 @@ def test_eager_attention_keeps_its_weights(tiny_model):
 
 
 def test_noise_is_as_large_as_the_examples_own_length_says(tiny_model):
-    model = load_model(tiny_model, "float32")
+    model = load_model(tiny_model, "float32").train()
     embedding, width = model.get_input_embeddings(), 32
     batch = collate([(example(9), example(25)), (example(4),)], pad_token_id=0, padded=lambda longest: 40)
     assert batch.example_lengths.tolist() == [[9] * 9 + [25] * 25 + [1] * 6, [4] * 4 + [1] * 36]
     plain = embedding(batch.input_ids_BT)
     with noisy_embeddings(model, 5.0, batch.example_lengths):
         noise = embedding(batch.input_ids_BT) - plain
+        model.eval()
+        assert torch.equal(embedding(batch.input_ids_BT), plain), "what is measured gets none"
     for length, part in ((9, noise[0, :9]), (25, noise[0, 9:34]), (4, noise[1, :4])):
         bound = 5.0 / math.sqrt(length * width)
         assert 0.9 * bound < part.abs().max() <= bound * (1 + 1e-5)
