@@ -33,6 +33,7 @@ from typing import Any
 
 from lmray.artifacts.files import build_once, sha256_json, write_atomic
 from lmray.config.places import cache_root
+from lmray.metrics.pruning_plots import pareto
 from lmray.models.precision import resolve_dtype
 from lmray.models.source import find_model
 
@@ -40,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from machine import describe  # noqa: E402
 from prune_data import DATA, QUESTIONS, majority, read_rows, write_data  # noqa: E402
-from prune_rows import METHODS, TWO_STAGE, Cell, Rows, cells, table  # noqa: E402
+from prune_rows import METHODS, TWO_STAGE, Cell, Rows, cells, points, table  # noqa: E402
 
 QUICK = {"steps": 4, "batch_size": 4, "max_examples": 12, "pairs": 1, "calibration_rows": 4}
 """Shows that every column is filled; the numbers say nothing."""
@@ -197,6 +198,8 @@ def main() -> None:
     if arguments.out:
         before = arguments.out.read_text(encoding="utf-8") if arguments.out.is_file() else "# Results\n"
         write_atomic(arguments.out, before + text)
+    if arguments.plot and (shown := points(rows)):
+        write_atomic(arguments.plot, pareto(shown, title=f"{arguments.model}, {arguments.data}"))
     if failed:
         raise SystemExit(f"{failed} of {len(wanted)} failed; the same command tries them again")
 
@@ -223,6 +226,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rows", type=Path, help="JSON lines to append each measurement to, and to go on from")
     parser.add_argument("--out", type=Path, help="Markdown file to append the table to")
+    parser.add_argument("--plot", type=Path, help="PNG of quality against size and against time")
     parser.add_argument("--work", type=Path, default=cache_root() / "bench" / "prune", help="runs and models")
     parser.add_argument("--keep", action="store_true", help="keep the merged models")
     parser.add_argument("--quick", action="store_true", help=f"see that it works: {QUICK}")

@@ -131,6 +131,21 @@ def table(rows: Rows, budgets: Sequence[float], scores: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def points(rows: Rows) -> list[dict[str, Any]]:
+    """A row a model for `lmray.metrics.pruning_plots.pareto`: how good it is, how large, and how fast."""
+    found = []
+    for (cell, part), quality in rows.made.items():
+        if part != "quality":
+            continue
+        point = {"method": cell.method, "remaining": quality["prunable_share"], "loss": quality["metrics"]["eval.loss"]}
+        if (speed := rows.made.get((cell, "speed"))) is not None:
+            for name in ("prefill", "decode"):
+                own = [pair["own"][f"{name}_1"] for pair in speed["pairs"]]
+                point[f"{name}_tokens_per_s"] = statistics.median(own)
+        found.append(point)
+    return found
+
+
 def _sizes(found: dict[str, Any]) -> list[str]:
     return [f"{found['prunable_share']:.3f}", f"{found['parameters'] / 1e6:.1f} M"]
 

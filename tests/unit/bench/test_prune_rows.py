@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 from prune_data import evenly, majority, read_rows, write_data
-from prune_rows import Cell, Rows, cells, loss_difference, relative, table
+from prune_rows import Cell, Rows, cells, loss_difference, points, relative, table
 
 KEY = {"data": "pubmedqa", "steps": 4}
 SCORES = ("eval.accuracy", "eval.macro_f1")
@@ -143,3 +143,15 @@ def test_the_majority_is_right_as_often_as_it_is_there():
     accuracy, macro_f1 = majority(["yes"] * 6 + ["no"] * 3 + ["maybe"])
     assert accuracy == 0.6 and macro_f1 == pytest.approx((2 * 0.6 / 1.6) / 3)
     assert evenly(range(10), 3) == [0, 3, 6] and evenly([1, 2], 5) == [1, 2]
+
+
+def test_a_picture_has_a_point_a_model_and_its_speed_where_that_was_measured():
+    rows = Rows(None, KEY)
+    rows.once(Cell("dense", 1.0, 0), "quality", lambda: found(2.0))
+    rows.once(Cell("atp", 0.6, 0), "quality", lambda: found(2.5, share=0.59))
+    pairs = [{"own": {"prefill_1": 10.0 * place, "decode_1": 3.0 * place}} for place in (1, 2, 9)]
+    rows.once(Cell("atp", 0.6, 0), "speed", lambda: {"pairs": pairs})
+    assert points(rows) == [
+        {"method": "dense", "remaining": 1.0, "loss": 2.0},
+        {"method": "atp", "remaining": 0.59, "loss": 2.5, "prefill_tokens_per_s": 20.0, "decode_tokens_per_s": 6.0},
+    ]
