@@ -40,9 +40,9 @@ def killed(request, tiny_model, tiny_data, tmp_path, monkeypatch):
                 place[:] = [now, start]  # one thread makes all batches
                 return made(self, start)
 
-            def feeds(self, rows):
+            def feeds(self, source, rows):
                 fed[tuple(place)].extend(rows)
-                return batch(self, rows)
+                return batch(self, source, rows)
 
             monkeypatch.setattr(LocalContext, "report", dies)
             monkeypatch.setattr(Loop, "_made", begins)

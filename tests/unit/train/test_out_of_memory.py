@@ -164,11 +164,11 @@ def test_a_step_that_was_applied_before_memory_ran_out_is_not_applied_twice(job,
     run_here(straight, tmp_path / "scratch")
     real, short = Learner._follow, [True]
 
-    def follow(self, step):
+    def follow(self, step, learning_rate):
         if step == 4 and short:
             short.pop()
             allocate()
-        real(self, step)
+        real(self, step, learning_rate)
 
     monkeypatch.setattr(Learner, "_follow", follow)
     one = job(name="halved", **HALVE)
