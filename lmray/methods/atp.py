@@ -19,8 +19,8 @@ from pydantic import Field
 
 from lmray.methods._pruning import Pruning
 from lmray.methods.base import Ranks
+from lmray.pruning.masks import Budget
 from lmray.pruning.search import Decider, Search, SearchArgs, stages_to
-from lmray.pruning.structure import Structure
 
 
 class Atp(Pruning):
@@ -54,7 +54,7 @@ class Atp(Pruning):
     def searched(self, steps: int) -> int:
         return math.floor(self.freeze_after * steps)
 
-    def decider(self, structure: Structure, ranks: Ranks, *, steps: int, seed: int) -> Decider:
+    def decider(self, budget: Budget, ranks: Ranks, *, steps: int, seed: int) -> Decider:
         args = SearchArgs(
             steps=self.searched(steps),
             alpha=self.alpha,
@@ -64,4 +64,4 @@ class Atp(Pruning):
             stages=stages_to(self.remaining) if self.in_steps else 1,
             seed=seed,
         )
-        return Search(self.budget(structure), args, ranks.of_first)
+        return Search(budget, args, ranks.of_first)

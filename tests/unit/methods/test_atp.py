@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
 
+from lmray.adapters.lora import Lora
 from lmray.artifacts.store import run_folder
 from lmray.config import dump
 from lmray.errors import ConfigError, DataError
 from lmray.job import TrainJob
+from lmray.methods.atp import Atp
 from lmray.metrics.events import read_events
+from lmray.pruning.masks import Budget
+from lmray.pruning.structure import structure_of
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.testing.kills import Killed, file_operations
 from lmray.train.plan import make_plan
@@ -267,3 +271,55 @@ def test_more_than_a_third_at_once_is_warned_of(job):
 def test_kernels_are_plain_and_the_plan_says_why(job):
     plan = make_plan(job())
     assert plan.kernels == "plain" and "masks lie between" in plan.reasons["kernels"]
+
+
+def adapted_to(config: Any) -> Any:
+    with torch.device("meta"):
+        return Lora(r=2).attach(AutoModelForCausalLM.from_config(config), seed=0)
+
+
+def sized(groups: int, hidden: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": groups,
+        "num_key_value_heads": groups,
+        "vocab_size": 50,
+        "pad_token_id": 0,
+    }
+
+
+def test_a_tensor_that_goes_with_the_heads_undescribed_is_found_before_training():
+    model = adapted_to(Olmo2Config(**sized(4, 64)))
+    with pytest.raises(ConfigError, match=r"q_norm.weight` goes with the heads .*: \[64\] would be left") as caught:
+        Atp(remaining=0.6, block=8).check(model)
+    assert caught.value.where == "method.name" and "LAYOUTS" in str(caught.value.hint)
+
+
+def test_heads_that_no_config_is_written_for_are_never_kept():
+    model = adapted_to(LlamaConfig(**sized(4, 64), attention_bias=True))
+    structure = structure_of(model, block=8)
+    budget = Atp(remaining=0.8, block=8).budget(model, structure)
+    assert budget.group_counts == (1, 2, 4), "3 heads do not divide 64"
+    scores = {"groups": torch.tensor([[4.0, 4.0, 4.0, -9.0]] * 2), "channels": torch.zeros(2, 4)}
+    assert budget.cut(scores)["groups"].sum(1).tolist() != [3, 3]
+    free = Budget(structure.sizes, 0.8, "uniform")
+    assert free.cut(scores)["groups"].sum(1).tolist() == [3, 3], "which is what they are worth"
+    Atp(remaining=0.8, block=8).check(model)
+    with pytest.raises(ConfigError, match="configs of 1, 2, 4 of them only") as caught:
+        Atp(remaining=0.8, block=8, shape="padded").check(model)
+    assert caught.value.where == "method.shape" and "uniform" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("shape", ["uniform", "padded"])
+def test_a_llama_without_biases_may_keep_any_number_of_heads(shape):
+    model = adapted_to(LlamaConfig(**sized(3, 48)))
+    Atp(remaining=0.8, block=8, shape=shape).check(model)
+
+
+def test_a_model_of_which_no_part_has_a_config_is_refused():
+    model = adapted_to(LlamaConfig(**{**sized(4, 64), "num_key_value_heads": 2}, attention_bias=True))
+    model.get_base_model().config.hidden_size = 61
+    with pytest.raises(ConfigError, match="no config can be written"):
+        Atp(remaining=0.8, block=8).check(model)
