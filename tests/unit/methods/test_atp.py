@@ -141,7 +141,11 @@ def test_no_row_is_both_trained_and_searched_on(job):
     prepared = prepare(job())
     sets = [{example.where for example in part.examples} for part in (prepared.train, prepared.search, prepared.eval)]
     assert all(sets) and sum(map(len, sets)) == len(set().union(*sets)) == 40
-    assert len(sets[1]) == round(0.25 * (len(sets[0]) + len(sets[1])))
+    topics = [
+        {example.columns["topic"] for example in prepared.examples.train if example.where in one} for one in sets[:2]
+    ]
+    assert topics[0] and topics[1] and not topics[0] & topics[1], "`data.eval.by` keeps rows together here, too"
+    assert len(sets[1]) == pytest.approx(0.25 * (len(sets[0]) + len(sets[1])), abs=4)
     assert {example.where for row in prepared.search_rows for example in row} == sets[1]
     assert {example.where for row in prepared.rows for example in row} == sets[0]
 
@@ -166,8 +170,23 @@ def test_the_report_says_which_rows_each_part_had(job, tmp_path):
 def test_one_row_cannot_be_set_aside(job, tmp_path):
     path = write_jsonl(tmp_path / "one.jsonl", tiny_rows(1))
     one = job().changed({"data.train": [{"source": str(path)}], "data.eval": None, "train.eval_steps": None})
-    with pytest.raises(DataError, match=r"1 row\(s\), of which 1 would be set aside"):
+    with pytest.raises(DataError, match=r"1 row\(s\) of one group, and none would be left"):
         prepare(one)
+    write_jsonl(path, [{**row, "prompt": "the same"} for row in tiny_rows(5)])
+    with pytest.raises(DataError, match=r"5 row\(s\) of one group"):
+        prepare(one)
+
+
+def test_rows_that_share_a_prompt_go_to_one_side(job, tmp_path):
+    rows = [{**row, "prompt": f"question {number % 9}"} for number, row in enumerate(tiny_rows(36))]
+    path = write_jsonl(tmp_path / "twice.jsonl", rows)
+    changes = {"data.train": [{"source": str(path)}], "data.eval": None, "train.eval_steps": None}
+    prepared = prepare(job().changed(changes))
+    asked = {example.where: example.prompt[0]["content"] for example in prepared.examples.train}
+    trained, searched = (
+        {asked[example.where] for example in part.examples} for part in (prepared.train, prepared.search)
+    )
+    assert len(searched) == 2 and trained and not trained & searched, "2 of 9 are as near to a quarter as it comes"
 
 
 def test_layers_that_run_again_change_no_number(job, tmp_path):
