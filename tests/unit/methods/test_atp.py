@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
 from lmray.adapters.lora import Lora
 from lmray.artifacts.store import run_folder
 from lmray.config import dump
-from lmray.errors import ConfigError, DataError
+from lmray.errors import ConfigError, DataError, DivergenceError
 from lmray.job import TrainJob
 from lmray.methods.atp import Atp
 from lmray.metrics.events import read_events
@@ -22,6 +23,7 @@ from lmray.pruning.masks import Budget
 from lmray.pruning.structure import structure_of
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.testing.kills import Killed, file_operations
+from lmray.train.learner import Learner
 from lmray.train.plan import make_plan
 from lmray.train.prepare import prepare
 
@@ -342,3 +344,17 @@ def test_a_model_of_which_no_part_has_a_config_is_refused():
     model.get_base_model().config.hidden_size = 61
     with pytest.raises(ConfigError, match="no config can be written"):
         Atp(remaining=0.8, block=8).check(model)
+
+
+def test_a_search_that_is_not_finite_ends_the_run_and_names_its_rows(job, tmp_path, monkeypatch):
+    def gradients(self, share, leaves):
+        return math.nan, [torch.zeros_like(leaf) for leaf in leaves]
+
+    monkeypatch.setattr(Learner, "_gradients", gradients)
+    one = job()
+    with pytest.raises(DivergenceError, match="step 1: the search loss is nan") as caught:
+        run_here(one, tmp_path / "scratch")
+    written = json.loads((folder_of(one) / "diverged.json").read_text())
+    searched = {example.where for example in prepare(one).search.examples}
+    assert written["step"] == 1 and written["rows"] and set(written["rows"]) <= searched
+    assert caught.value.final and (folder_of(one) / "report.html").exists()
