@@ -35,7 +35,7 @@ class Pruning(Method):
     """`uniform`: layers stay alike, which loads everywhere. `padded`: each keeps as much as it is worth, and is filled
     up with zeros to the widest: better, and no faster than that one."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
-    """Devices that it will be served on together: they divide the key-value heads that are kept."""
+    """Devices that it will be served on together: they divide the key-value heads that are kept, and `block`."""
     distill: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the KL divergence (nats/token) from the same weights without masks. 0: none, and a third less time."""
 
@@ -43,6 +43,11 @@ class Pruning(Method):
     def _divides(self):
         if self.tensor_parallel > 1 and self.shape != "uniform":
             raise ValueError("keeps different heads in every layer; hint: `shape: uniform` with `tensor_parallel`")
+        if self.block % self.tensor_parallel:
+            found = (
+                f"{self.tensor_parallel} devices do not divide `block: {self.block}`, whose multiple the MLP's width is"
+            )
+            raise ValueError(f"{found}; hint: a `block` that `tensor_parallel` divides")
         return self
 
     @abstractmethod
@@ -64,7 +69,7 @@ class Pruning(Method):
         counts = tuple(count for count in counts if count % self.tensor_parallel == 0)
         return Budget(structure.sizes, self.remaining, self.shape, counts)
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Any, *, steps: int) -> None:
         structure = structure_of(model, block=self.block)
         check_adapted(structure.layers(model), structure)
         sizes = structure.sizes

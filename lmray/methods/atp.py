@@ -13,10 +13,11 @@ is measured on.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from lmray.errors import ConfigError
 from lmray.methods._pruning import Pruning
 from lmray.methods.base import Ranks
 from lmray.pruning.masks import Budget
@@ -53,6 +54,14 @@ class Atp(Pruning):
 
     def searched(self, steps: int) -> int:
         return math.floor(self.freeze_after * steps)
+
+    def check(self, model: Any, *, steps: int) -> None:
+        super().check(model, steps=steps)
+        if not self.searched(steps):
+            found = f"{self.freeze_after:g} of {steps} step(s) leaves none to search masks in"
+            allowed = f"1 / {steps} or more" if steps > 1 else "a run of at least 2 steps"
+            hint = "raise `method.freeze_after`, or train for more steps"
+            raise ConfigError("method.freeze_after", found, allowed=allowed, hint=hint)
 
     def decider(self, budget: Budget, ranks: Ranks, *, steps: int, seed: int) -> Decider:
         args = SearchArgs(

@@ -20,6 +20,7 @@ from lmray.job import TrainJob
 from lmray.methods.atp import Atp
 from lmray.metrics.events import read_events
 from lmray.pruning.masks import Budget
+from lmray.pruning.record import Pruning
 from lmray.pruning.structure import structure_of
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.testing.kills import Killed, file_operations
@@ -74,6 +75,8 @@ def test_a_run_ends_with_a_smaller_model_that_plain_transformers_loads(job, tmp_
     model = AutoModelForCausalLM.from_pretrained(folder_of(one) / "model")
     base = AutoModelForCausalLM.from_pretrained(one.model.source)
     record = json.loads((folder_of(one) / "model" / "pruning.json").read_text())
+    read = Pruning.beside(folder_of(one) / "model")
+    assert read is not None and read.model_dump(mode="json") == record, "what a run wrote, its class reads"
     assert record["parameters"] == {"before": base.num_parameters(), "after": model.num_parameters()}
     assert result.metrics["model.parameters"] == model.num_parameters() < base.num_parameters()
     assert base.num_parameters() - model.num_parameters() == record["prunable"]["before"] - record["prunable"]["after"]
@@ -252,7 +255,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "sharding.name",
         "through the engine of `deepspeed`",
     ),
-    "devices": ({"method__tensor_parallel": 3}, "method.tensor_parallel", "3 devices do not divide 2"),
+    "devices": (
+        {"method__tensor_parallel": 3, "method__block": 6},
+        "method.tensor_parallel",
+        "3 devices do not divide 2",
+    ),
+    "no step to search": ({"method__freeze_after": 0.09}, "method.freeze_after", "0.09 of 10 step(s) leaves none"),
+    "one step": ({"train__max_steps": 1, "train__eval_steps": 1}, "method.freeze_after", "a run of at least 2 steps"),
     "wide blocks": ({"method__block": 65}, "method.block", "is 65"),
 }
 
@@ -281,6 +290,12 @@ def test_devices_divide_the_heads_that_are_kept(job, tmp_path):
 def test_devices_and_layers_of_different_widths_do_not_go_together(job):
     with pytest.raises(ConfigError, match="keeps different heads in every layer"):
         job(method__shape="padded", method__tensor_parallel=2)
+
+
+def test_devices_divide_the_width_of_the_mlp(job):
+    with pytest.raises(ConfigError, match=r"2 devices do not divide `block: 7`") as caught:
+        job(method__tensor_parallel=2, method__block=7)
+    assert "a `block` that `tensor_parallel` divides" in str(caught.value)
 
 
 def test_more_than_a_third_at_once_is_warned_of(job):
@@ -314,7 +329,7 @@ def sized(groups: int, hidden: int) -> dict[str, Any]:
 def test_a_tensor_that_goes_with_the_heads_undescribed_is_found_before_training():
     model = adapted_to(Olmo2Config(**sized(4, 64)))
     with pytest.raises(ConfigError, match=r"q_norm.weight` goes with the heads .*: \[64\] would be left") as caught:
-        Atp(remaining=0.6, block=8).check(model)
+        Atp(remaining=0.6, block=8).check(model, steps=10)
     assert caught.value.where == "method.name" and "LAYOUTS" in str(caught.value.hint)
 
 
@@ -327,23 +342,23 @@ def test_heads_that_no_config_is_written_for_are_never_kept():
     assert budget.cut(scores)["groups"].sum(1).tolist() != [3, 3]
     free = Budget(structure.sizes, 0.8, "uniform")
     assert free.cut(scores)["groups"].sum(1).tolist() == [3, 3], "which is what they are worth"
-    Atp(remaining=0.8, block=8).check(model)
+    Atp(remaining=0.8, block=8).check(model, steps=10)
     with pytest.raises(ConfigError, match="configs of 1, 2, 4 of them only") as caught:
-        Atp(remaining=0.8, block=8, shape="padded").check(model)
+        Atp(remaining=0.8, block=8, shape="padded").check(model, steps=10)
     assert caught.value.where == "method.shape" and "uniform" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("shape", ["uniform", "padded"])
 def test_a_llama_without_biases_may_keep_any_number_of_heads(shape):
     model = adapted_to(LlamaConfig(**sized(3, 48)))
-    Atp(remaining=0.8, block=8, shape=shape).check(model)
+    Atp(remaining=0.8, block=8, shape=shape).check(model, steps=10)
 
 
 def test_a_model_of_which_no_part_has_a_config_is_refused():
     model = adapted_to(LlamaConfig(**{**sized(4, 64), "num_key_value_heads": 2}, attention_bias=True))
     model.get_base_model().config.hidden_size = 61
     with pytest.raises(ConfigError, match="no config can be written"):
-        Atp(remaining=0.8, block=8).check(model)
+        Atp(remaining=0.8, block=8).check(model, steps=10)
 
 
 def test_a_search_that_is_not_finite_ends_the_run_and_names_its_rows(job, tmp_path, monkeypatch):
