@@ -6,6 +6,7 @@ Shapes: M examples in the order they were read.
 from __future__ import annotations
 
 import hashlib
+import json
 from decimal import ROUND_HALF_UP, Decimal
 
 import numpy as np
@@ -47,16 +48,29 @@ def held_out(groups_M: np.ndarray, spec: EvalData) -> np.ndarray:
     return chosen[group_M]
 
 
-def set_aside(sources_M: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Whether each example belongs to the `fraction` of all rows that is set aside, at least one row; `sources_M`: the
-    row that each was made of, which goes to one side whole. Raises DataError where no other row would be left."""
+def question_group(example: Example, by: str | None) -> int:
+    """The group of `example`, as 64 bits of a digest: of its column `by`, or of all that stands before its last answer;
+    of plain text, of the text."""
+    if by is not None:
+        return _number(str(example.columns[by]))
+    asked = [example.text] if example.text is not None else [*example.prompt, example.tools]
+    return _number(json.dumps(asked, ensure_ascii=False, sort_keys=True))
+
+
+def set_aside(sources_M: np.ndarray, groups_R: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Whether each example is set aside: whole groups, in an order fixed by the seed, as near as they come to
+    `fraction` of all rows, at least one. `sources_M`: the row, below R, that each example was made of; `groups_R`
+    (uint64): the group of each row. Raises DataError where no other group would be left."""
     rows = np.unique(sources_M)
-    count = max(1, round(fraction * len(rows)))
-    if count >= len(rows):
-        found = f"has {len(rows)} row(s), of which {count} would be set aside to search on, and none left to train on"
-        raise DataError("data.train", found, hint="add data, or lower `method.search_fraction`")
-    order = np.argsort(np.fromiter((_number(f"{seed} search {row}") for row in rows), np.uint64, len(rows)))
-    return np.isin(sources_M, rows[order[:count]])
+    numbers, group_of_row, sizes = np.unique(groups_R[rows], return_inverse=True, return_counts=True)
+    if len(numbers) < 2:
+        found = f"has {len(rows)} row(s) of one group, and none would be left to train on beside those to search on"
+        raise DataError("data.train", found, hint="add data: rows with one prompt, or one `data.eval.by`, are a group")
+    order = np.argsort(np.fromiter((_number(f"{seed} search {one}") for one in numbers), np.uint64, len(numbers)))
+    count = 1 + np.abs(np.cumsum(sizes[order])[:-1] - fraction * len(rows)).argmin()
+    chosen = np.zeros(len(numbers), dtype=bool)
+    chosen[order[:count]] = True
+    return np.isin(sources_M, rows[chosen[group_of_row]])
 
 
 def weighted(indices: np.ndarray, source: DataSource) -> np.ndarray:

@@ -15,6 +15,7 @@ from lmray.methods.sft import sft_loss
 from lmray.pruning.gates import check_adapted
 from lmray.pruning.masks import Budget, Shape
 from lmray.pruning.search import Decider
+from lmray.pruning.shrink import check_writable, group_counts
 from lmray.pruning.structure import Structure, structure_of
 
 MOST_AT_ONCE = 1 / 3
@@ -34,7 +35,7 @@ class Pruning(Method):
     """`uniform`: layers stay alike, which loads everywhere. `padded`: each keeps as much as it is worth, and is filled
     up with zeros to the widest: better, and no faster than that one."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
-    """Devices that it will be served on together: they divide the key-value heads that are kept."""
+    """Devices that it will be served on together: they divide the key-value heads that are kept, and `block`."""
     distill: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the KL divergence (nats/token) from the same weights without masks. 0: none, and a third less time."""
 
@@ -42,10 +43,15 @@ class Pruning(Method):
     def _divides(self):
         if self.tensor_parallel > 1 and self.shape != "uniform":
             raise ValueError("keeps different heads in every layer; hint: `shape: uniform` with `tensor_parallel`")
+        if self.block % self.tensor_parallel:
+            found = (
+                f"{self.tensor_parallel} devices do not divide `block: {self.block}`, whose multiple the MLP's width is"
+            )
+            raise ValueError(f"{found}; hint: a `block` that `tensor_parallel` divides")
         return self
 
     @abstractmethod
-    def decider(self, structure: Structure, ranks: Ranks, *, steps: int, seed: int) -> Decider:
+    def decider(self, budget: Budget, ranks: Ranks, *, steps: int, seed: int) -> Decider:
         """Where the masks come from in a run of `steps` steps."""
         raise NotImplementedError
 
@@ -57,20 +63,30 @@ class Pruning(Method):
     def objectives(self) -> tuple[Objective, ...]:
         return (Objective(self.name, sft_loss, lambda batch: batch.num_supervised),)
 
-    def budget(self, structure: Structure) -> Budget:
-        """What is to remain of `structure`."""
-        return Budget(structure.sizes, self.remaining, self.shape, self.tensor_parallel)
+    def budget(self, model: Any, structure: Structure) -> Budget:
+        """What is to remain of `model`, which `structure` describes."""
+        counts = group_counts(model, structure)
+        counts = tuple(count for count in counts if count % self.tensor_parallel == 0)
+        return Budget(structure.sizes, self.remaining, self.shape, counts)
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Any, *, steps: int) -> None:
         structure = structure_of(model, block=self.block)
         check_adapted(structure.layers(model), structure)
         sizes = structure.sizes
         if sizes.groups % self.tensor_parallel:
             found = f"{self.tensor_parallel} devices do not divide {sizes.groups} key-value heads"
             raise ConfigError("method.tensor_parallel", found, hint="a divisor of them")
-        if self.remaining < (fewest := self.budget(structure).least):
+        budget = self.budget(model, structure)
+        if not budget.group_counts:
+            found = "no config can be written of what would be left, whichever heads are kept"
+            raise ConfigError("method.name", found, hint="tune this architecture with `method: sft`")
+        if self.shape == "padded" and len(budget.group_counts) < sizes.groups:
+            found = f"may keep any number of key-value heads, and there are configs of {_listed(budget)} of them only"
+            raise ConfigError("method.shape", found, allowed="uniform", hint="set `method.shape: uniform`")
+        check_writable(model, structure, budget.fewest_groups)
+        if self.remaining < (fewest := budget.least):
             found = f"{self.remaining:g} is less than the narrowest model has that can be kept"
-            allowed = f"{fewest:.3f} to 1: {self.tensor_parallel} key-value head(s) and {self.block} MLP channels"
+            allowed = f"{fewest:.3f} to 1: {budget.fewest_groups} key-value head(s) and {self.block} MLP channels"
             raise ConfigError("method.remaining", found, allowed=allowed, hint="a smaller `method.block` allows less")
 
     def warnings(self) -> tuple[str, ...]:
@@ -89,5 +105,10 @@ class Pruning(Method):
 
     def companion(self, ranks: Ranks, *, steps: int, seed: int) -> Companion:
         structure = structure_of(ranks.model, block=self.block)
-        decider = self.decider(structure, ranks, steps=steps, seed=seed)
-        return Masking(ranks, structure, self.budget(structure), decider, distill=self.distill)
+        budget = self.budget(ranks.model, structure)
+        decider = self.decider(budget, ranks, steps=steps, seed=seed)
+        return Masking(ranks, structure, budget, decider, distill=self.distill)
+
+
+def _listed(budget: Budget) -> str:
+    return ", ".join(map(str, budget.group_counts))

@@ -13,14 +13,15 @@ is measured on.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from lmray.errors import ConfigError
 from lmray.methods._pruning import Pruning
 from lmray.methods.base import Ranks
+from lmray.pruning.masks import Budget
 from lmray.pruning.search import Decider, Search, SearchArgs, stages_to
-from lmray.pruning.structure import Structure
 
 
 class Atp(Pruning):
@@ -54,7 +55,15 @@ class Atp(Pruning):
     def searched(self, steps: int) -> int:
         return math.floor(self.freeze_after * steps)
 
-    def decider(self, structure: Structure, ranks: Ranks, *, steps: int, seed: int) -> Decider:
+    def check(self, model: Any, *, steps: int) -> None:
+        super().check(model, steps=steps)
+        if not self.searched(steps):
+            found = f"{self.freeze_after:g} of {steps} step(s) leaves none to search masks in"
+            allowed = f"1 / {steps} or more" if steps > 1 else "a run of at least 2 steps"
+            hint = "raise `method.freeze_after`, or train for more steps"
+            raise ConfigError("method.freeze_after", found, allowed=allowed, hint=hint)
+
+    def decider(self, budget: Budget, ranks: Ranks, *, steps: int, seed: int) -> Decider:
         args = SearchArgs(
             steps=self.searched(steps),
             alpha=self.alpha,
@@ -64,4 +73,4 @@ class Atp(Pruning):
             stages=stages_to(self.remaining) if self.in_steps else 1,
             seed=seed,
         )
-        return Search(self.budget(structure), args, ranks.of_first)
+        return Search(budget, args, ranks.of_first)

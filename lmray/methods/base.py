@@ -132,8 +132,9 @@ class Method(MemberConfig):
         """What one optimizer step minimises."""
         raise NotImplementedError
 
-    def check(self, model: Any) -> None:
-        """Raises ConfigError where `model`, with its adapter and on the meta device, cannot be trained so."""
+    def check(self, model: Any, *, steps: int) -> None:
+        """Raises ConfigError where `model`, with its adapter and on the meta device, cannot be trained so in a run of
+        `steps` steps."""
 
     def warnings(self) -> tuple[str, ...]:
         """What is no error and yet likely not meant."""

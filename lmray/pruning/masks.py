@@ -5,7 +5,7 @@ Shapes: L decoder layers, U units of a kind in a layer. A mask is 1 where a unit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,18 +45,19 @@ def project(
     *,
     shape: Shape,
     multiple_of: int,
-    groups_multiple_of: int = 1,
+    group_counts: Sequence[int] | None = None,
     worth: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
 ) -> dict[Kind, torch.Tensor]:
     """The masks that keep the units of the highest `scores`, at most `target` of all prunable weights and as much of
-    it as `shape` allows; `multiple_of`: of the MLP's width; `groups_multiple_of`: of the key-value heads, `uniform`.
+    it as `shape` allows; `multiple_of`: of the MLP's width; `group_counts`: of `uniform`, how many key-value heads
+    there may be, rising; none: any.
     `worth`: of a weight, of a unit with this score; of the generator's scores, which are logits, the chance to be kept.
 
     Raises ConfigError where a key-value group and the narrowest MLP in each layer are more than that.
     """
     if shape == "uniform":
         worths: Masks = {kind: worth(scores[kind].float()) for kind in KINDS}
-        groups, channels = _uniform(worths, sizes, target, multiple_of, groups_multiple_of)
+        groups, channels = _uniform(worths, sizes, target, multiple_of, group_counts or range(1, sizes.groups + 1))
         counts = {"groups": [groups] * sizes.layers, "channels": [channels] * sizes.layers}
     else:
         counts = _by_layer(scores, sizes, target)
@@ -77,12 +78,18 @@ class Budget:
     remaining: float
     """Share of the prunable weights."""
     shape: Shape
-    groups_multiple_of: int = 1
+    group_counts: tuple[int, ...] = ()
+    """How many key-value heads a `uniform` model may have, rising; empty: any."""
 
     @property
     def least(self) -> float:
         """The smallest `remaining` there is."""
-        return least(self.sizes, self.sizes.block, self.groups_multiple_of)
+        return least(self.sizes, self.sizes.block, self.fewest_groups)
+
+    @property
+    def fewest_groups(self) -> int:
+        """Key-value heads that a layer keeps at least."""
+        return self.group_counts[0] if self.group_counts else 1
 
     def cut(self, scores: Masks, share: float | None = None) -> dict[Kind, torch.Tensor]:
         """The masks that can be kept: of the highest `scores`, within the budget, or within a larger `share`."""
@@ -92,18 +99,20 @@ class Budget:
             self.remaining if share is None else share,
             shape=self.shape,
             multiple_of=self.sizes.block,
-            groups_multiple_of=self.groups_multiple_of,
+            group_counts=self.group_counts,
         )
 
 
-def _uniform(worths: Masks, sizes: Sizes, target: float, multiple_of: int, groups_multiple_of: int) -> tuple[int, int]:
+def _uniform(
+    worths: Masks, sizes: Sizes, target: float, multiple_of: int, group_counts: Sequence[int]
+) -> tuple[int, int]:
     """Units of each kind in every layer. Of the pairs that fit, the one that keeps what is worth most: every worth
     counts by the weights that its unit has."""
     room = target * sizes.prunable / sizes.layers
     best: tuple[float, tuple[int, int]] | None = None
     gains = {kind: _gains(worths[kind], sizes, kind) for kind in KINDS}
     step = _step(sizes, multiple_of)
-    for groups in range(groups_multiple_of, sizes.groups + 1, groups_multiple_of):
+    for groups in group_counts:
         left = room - _cost(sizes, "groups", groups)
         blocks = [count for count in range(step, sizes.blocks + 1, step) if _cost(sizes, "channels", count) <= left]
         if not blocks:
@@ -112,11 +121,12 @@ def _uniform(worths: Masks, sizes: Sizes, target: float, multiple_of: int, group
         if best is None or gain > best[0]:
             best = (gain, (groups, blocks[-1]))
     if best is None:
-        heads = "one key-value group" if groups_multiple_of == 1 else f"{groups_multiple_of} key-value groups"
+        fewest = group_counts[0]
+        heads = "one key-value group" if fewest == 1 else f"{fewest} key-value groups"
         raise ConfigError(
             "method.remaining",
             f"{target:g} is less than {heads} and an MLP of {step * sizes.block} channels in every layer",
-            allowed=f"{least(sizes, multiple_of, groups_multiple_of):.3f} to 1",
+            allowed=f"{least(sizes, multiple_of, fewest):.3f} to 1",
         )
     return best[1]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lmray.errors import DivergenceError
 from lmray.pruning.gates import Gates
 from lmray.pruning.generator import Generator, draw, harden, soften
 from lmray.pruning.masks import Budget, Masks, budget_loss, remaining
@@ -108,6 +109,9 @@ class Search(Decider):
         leaves: dict[Kind, torch.Tensor] = {kind: soft[kind].detach().requires_grad_() for kind in KINDS}
         with gates.using(leaves):
             loss, slopes = measure([leaves[kind] for kind in KINDS])
+        if not math.isfinite(loss) or not all(bool(slope.isfinite().all()) for slope in slopes):  # alike on all ranks
+            which = f"loss is {loss}" if not math.isfinite(loss) else "gradient is not finite"
+            raise DivergenceError(f"search step {step}", f"the search {which}; the generator was not moved")
         self._learn(
             self.args.alpha * budget_loss(harden(soft), sizes, target)
             + sum((soft[kind] * slope.cpu()).sum() for kind, slope in zip(KINDS, slopes, strict=True))
@@ -115,8 +119,8 @@ class Search(Decider):
         with torch.no_grad():
             drawn = self._drawn(noise)
             hard = harden(soften(drawn))
-            short = float(budget_loss(hard, sizes, target))
-            share = float(remaining(hard, sizes))
+            found = torch.stack([budget_loss(hard, sizes, target), remaining(hard, sizes)])
+            short, share = self.agree(found).tolist()  # else ranks could end the search at different steps
         last_stage = target == self.budget.remaining
         self.met = self.met + 1 if last_stage and short < SETTLED else 0
         masks = self.budget.cut(drawn, max(share, target)) if self.budget.shape == "uniform" else hard

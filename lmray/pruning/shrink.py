@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from lmray.errors import ConfigError
@@ -117,9 +119,63 @@ def smaller_config(config: Any, structure: Structure, kept: Kept) -> Any:
         return type(config)(**facts)
     if config.attention_bias or config.mlp_bias:
         found = f"leaves {heads} heads, which do not divide the hidden width {sizes.hidden}"
-        raise ConfigError("method.remaining", f"{found}: no class of transformers has such a model with biases")
+        raise ConfigError(
+            "method.remaining",
+            f"{found}: no class of transformers has such a model with biases",
+            hint="keep as many key-value heads as divide it: another `method.remaining`, or `method.shape: uniform`",
+        )
     facts = {name: value for name, value in facts.items() if name not in LLAMA_ALONE}
     return MistralConfig(**facts, sliding_window=None, architectures=["MistralForCausalLM"])
+
+
+def group_counts(model: Any, structure: Structure) -> tuple[int, ...]:
+    """How many key-value heads a layer of `model`, plain or with an adapter, may keep, rising: those for which there is
+    a config."""
+    config = _base(model).config
+    return tuple(count for count in range(1, structure.sizes.groups + 1) if _has_config(config, structure, count))
+
+
+def check_writable(model: Any, structure: Structure, groups: int) -> None:
+    """Raises ConfigError where the config of what is left of `model`, plain or with an adapter, with `groups` key-value
+    heads and one block of the MLP in each layer, is not that of the tensors that are cut; needs no weights."""
+    base = _base(model)
+    kept = _first_units(structure, groups, 1)
+    with torch.device("meta"):
+        smaller = AutoModelForCausalLM.from_config(smaller_config(base.config, structure, kept), dtype=torch.float32)
+    left = {name.replace(".base_layer.", "."): list(one.shape) for name, one in base.named_parameters()}
+    names = {id(module): name for name, module in base.named_modules()}
+    for layer in structure.layers(base):
+        for part in (part for kind in KINDS for part in structure.layout[kind].parts):
+            total = len(structure.sizes.places(part, range(groups if part.per != "channel" else 1)))
+            name = names[id(linear_in(layer, part.linear))]
+            left[f"{name}.weight"][0 if part.side == "rows" else 1] = total
+            if part.side == "rows" and f"{name}.bias" in left:
+                left[f"{name}.bias"][0] = total
+    for name, one in smaller.named_parameters():
+        if name in left and left[name] != list(one.shape):
+            raise ConfigError(
+                "method.name",
+                f"`{name}` goes with the heads or the MLP's channels and is not described: {left[name]} would be left, "
+                f"and the smaller `{base.config.model_type}` has {list(one.shape)}",
+                hint="describe the architecture in LAYOUTS in lmray/pruning/structure.py",
+            )
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _first_units(structure: Structure, groups: int, blocks: int) -> Kept:
+    layers = structure.sizes.layers
+    return {"groups": [list(range(groups))] * layers, "channels": [list(range(blocks))] * layers}
+
+
+def _has_config(config: Any, structure: Structure, groups: int) -> bool:
+    try:
+        smaller_config(config, structure, _first_units(structure, groups, structure.sizes.blocks))
+    except (ConfigError, StrictDataclassError, ValueError):  # the last two: transformers' own checks
+        return False
+    return True
 
 
 def copy_buffers(model: Any, smaller: Any) -> None:

@@ -17,7 +17,7 @@ from lmray.pruning.importance.magnitude import magnitude
 from lmray.pruning.importance.taylor import taylor
 from lmray.pruning.importance.wanda_sp import wanda_sp
 from lmray.pruning.masks import project
-from lmray.pruning.shrink import shrunk
+from lmray.pruning.shrink import group_counts, shrunk
 from lmray.pruning.structure import Structure, structure_of
 
 IMPORTANCE: Mapping[str, Callable[[Any, Structure, Rows], Scores]] = {
@@ -42,7 +42,13 @@ def smaller_model(model: Any, way: str, rows: Rows, *, remaining: float, multipl
     structure = structure_of(model, block=1)
     scores = IMPORTANCE[way](model, structure, rows)
     masks = project(
-        scores, structure.sizes, remaining, shape="uniform", multiple_of=multiple_of, worth=lambda score: score
+        scores,
+        structure.sizes,
+        remaining,
+        shape="uniform",
+        multiple_of=multiple_of,
+        group_counts=group_counts(model, structure),
+        worth=lambda score: score,
     )
     return shrunk(model, structure, kept_units(masks))
 

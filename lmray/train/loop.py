@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from lmray.artifacts.files import write_json
 from lmray.context import RunContext
@@ -123,9 +124,12 @@ class Loop:
         PULSE.beat("its batches", step=step)
         mine, search = (share.to(self.ctx.device) for share in next(self.feed))
         with PULSE.waiting("compiling") if self._compiles else nullcontext():
-            report = self.learner.step(
-                mine.batches, learning_rate=rate, step=step, num_idle=mine.num_idle, search=search
-            )
+            try:
+                report = self.learner.step(
+                    mine.batches, learning_rate=rate, step=step, num_idle=mine.num_idle, search=search
+                )
+            except DivergenceError as error:  # of what is searched, on every rank alike
+                self._give_up(step, error.found, self.prepared.search_rows or (), self._searched_on(step - 1), {})
         seconds = time.perf_counter() - start
         rows = self.sampler.rows(self.progress.samples, stop)
         self.progress = Progress(self.plan.run_key, step, stop, self.progress.seconds + seconds)
@@ -156,8 +160,13 @@ class Loop:
         """Raises DivergenceError for a `problem`, after rank 0 wrote what the step was taken over."""
         if problem is None:
             return
-        step, path = self.progress.step, self.ctx.folder / DIVERGED
-        where = list(dict.fromkeys(one.where for row in rows for one in self.prepared.rows[row]))
+        self._give_up(self.progress.step, problem, self.prepared.rows, rows, metrics)
+
+    def _give_up(
+        self, step: int, problem: str, source: Rows | Stream, rows: list[int], metrics: dict[str, float]
+    ) -> NoReturn:
+        path = self.ctx.folder / DIVERGED
+        where = list(dict.fromkeys(one.where for row in rows for one in source[row]))
         if self.ctx.rank == 0:
             numbers = {name: repr(value) for name, value in metrics.items()}  # JSON has no NaN
             write_json(path, {"step": step, "found": problem, "metrics": numbers, "rows": where})
@@ -193,9 +202,13 @@ class Loop:
         companion, done = self.learner.companion, start // self.plan.rows_per_step
         if companion is None or done >= companion.search_steps or not self.prepared.search_rows:
             return self._share(self.prepared.rows, rows), Share()
-        size = min(self.plan.rows_per_step, len(self.prepared.search_rows))
-        search = self.search.rows(done * size, (done + 1) * size)
+        search = self._searched_on(done)
         return self._share(self.prepared.rows, rows), self._share(self.prepared.search_rows, search)
+
+    def _searched_on(self, done: int) -> list[int]:
+        """The search rows of the step that `done` steps were taken before."""
+        size = min(self.plan.rows_per_step, len(self.prepared.search_rows or ()))
+        return self.search.rows(done * size, (done + 1) * size)
 
     def _share(self, source: Rows | Stream, rows: list[int]) -> Share:
         """This rank's part of `rows` in micro-batches, as many on every rank: what is only there for that is the first

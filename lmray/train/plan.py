@@ -227,7 +227,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
 
 def _attached(job: TrainJob, model: Any, steps: int) -> Any:
     adapted = job.adapter.for_steps(steps).attach(model, seed=0)
-    job.method.check(adapted)
+    job.method.check(adapted, steps=steps)
     return adapted
 
 

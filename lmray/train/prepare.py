@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lmray.artifacts.files import sha256_json
+from lmray.data.base import Example
 from lmray.data.batch import Rows, pack, unpacked
 from lmray.data.cache import tokenise_cached, tokenizer_digest
 from lmray.data.examples import Examples, read_examples
 from lmray.data.rules import Rules
-from lmray.data.split import set_aside
+from lmray.data.split import question_group, set_aside
+from lmray.data.stored import once
 from lmray.data.stream import Stream
 from lmray.data.table import Table
 from lmray.data.tokenise import TokenisedData
@@ -65,7 +70,7 @@ def prepare(job: TrainJob) -> Prepared:
         tokenise_cached(tokenizer, examples.train, whole),
         tokenise_cached(tokenizer, examples.eval, rules),
     )
-    train, search = _set_aside(job, train)
+    train, search = _set_aside(job, train, once(examples.train)[0])
     rows, search_rows = _rows(job, train), _rows(job, search) if len(search.examples) else None
     eval_rows = pack(held_out.examples, max_length=job.data.max_length)
     if job.adapter.virtual_tokens:
@@ -73,11 +78,13 @@ def prepare(job: TrainJob) -> Prepared:
     return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows, search, search_rows)
 
 
-def _set_aside(job: TrainJob, train: TokenisedData) -> tuple[TokenisedData, TokenisedData]:
-    """What weights are trained on, and what the method searches on."""
+def _set_aside(job: TrainJob, train: TokenisedData, rows: Sequence[Example]) -> tuple[TokenisedData, TokenisedData]:
+    """What weights are trained on, and what the method searches on; `rows`: what `train` was made of."""
     if not job.method.set_aside:
         return train, TokenisedData(Table([]))
-    aside = set_aside(train.examples.sources, job.method.set_aside, job.train.seed)
+    by = job.data.eval.by if job.data.eval is not None and job.data.eval.split is not None else None
+    groups = np.fromiter((question_group(row, by) for row in rows), np.uint64, len(rows))
+    aside = set_aside(train.examples.sources, groups, job.method.set_aside, job.train.seed)
     return replace(train, examples=train.examples.only(~aside)), TokenisedData(train.examples.only(aside))
 
 

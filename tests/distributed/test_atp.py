@@ -56,7 +56,7 @@ def same(found: TrainJob, alone: TrainJob) -> None:
         assert torch.allclose(tensor, expected[name], atol=1e-4), name
 
 
-@pytest.mark.parametrize(("strategy", "stop_at"), [("ddp", None), ("fsdp2", 3)])
+@pytest.mark.parametrize(("strategy", "stop_at"), [("ddp", 6), ("fsdp2", 3)], ids=["frozen", "searching"])
 def test_two_ranks_give_the_curve_and_the_masks_of_one(job, strategy, stop_at, tmp_path):
     alone, shared = job("single", 1), job(strategy, 2)
     run_here(alone, tmp_path / "scratch")

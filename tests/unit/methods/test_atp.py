@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
 
+from lmray.adapters.lora import Lora
 from lmray.artifacts.store import run_folder
 from lmray.config import dump
-from lmray.errors import ConfigError, DataError
+from lmray.errors import ConfigError, DataError, DivergenceError
 from lmray.job import TrainJob
+from lmray.methods.atp import Atp
 from lmray.metrics.events import read_events
+from lmray.pruning.masks import Budget
+from lmray.pruning.record import Pruning
+from lmray.pruning.structure import structure_of
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.testing.kills import Killed, file_operations
+from lmray.train.learner import Learner
 from lmray.train.plan import make_plan
 from lmray.train.prepare import prepare
 
@@ -68,6 +75,8 @@ def test_a_run_ends_with_a_smaller_model_that_plain_transformers_loads(job, tmp_
     model = AutoModelForCausalLM.from_pretrained(folder_of(one) / "model")
     base = AutoModelForCausalLM.from_pretrained(one.model.source)
     record = json.loads((folder_of(one) / "model" / "pruning.json").read_text())
+    read = Pruning.beside(folder_of(one) / "model")
+    assert read is not None and read.model_dump(mode="json") == record, "what a run wrote, its class reads"
     assert record["parameters"] == {"before": base.num_parameters(), "after": model.num_parameters()}
     assert result.metrics["model.parameters"] == model.num_parameters() < base.num_parameters()
     assert base.num_parameters() - model.num_parameters() == record["prunable"]["before"] - record["prunable"]["after"]
@@ -137,7 +146,11 @@ def test_no_row_is_both_trained_and_searched_on(job):
     prepared = prepare(job())
     sets = [{example.where for example in part.examples} for part in (prepared.train, prepared.search, prepared.eval)]
     assert all(sets) and sum(map(len, sets)) == len(set().union(*sets)) == 40
-    assert len(sets[1]) == round(0.25 * (len(sets[0]) + len(sets[1])))
+    topics = [
+        {example.columns["topic"] for example in prepared.examples.train if example.where in one} for one in sets[:2]
+    ]
+    assert topics[0] and topics[1] and not topics[0] & topics[1], "`data.eval.by` keeps rows together here, too"
+    assert len(sets[1]) == pytest.approx(0.25 * (len(sets[0]) + len(sets[1])), abs=4)
     assert {example.where for row in prepared.search_rows for example in row} == sets[1]
     assert {example.where for row in prepared.rows for example in row} == sets[0]
 
@@ -162,8 +175,23 @@ def test_the_report_says_which_rows_each_part_had(job, tmp_path):
 def test_one_row_cannot_be_set_aside(job, tmp_path):
     path = write_jsonl(tmp_path / "one.jsonl", tiny_rows(1))
     one = job().changed({"data.train": [{"source": str(path)}], "data.eval": None, "train.eval_steps": None})
-    with pytest.raises(DataError, match=r"1 row\(s\), of which 1 would be set aside"):
+    with pytest.raises(DataError, match=r"1 row\(s\) of one group, and none would be left"):
         prepare(one)
+    write_jsonl(path, [{**row, "prompt": "the same"} for row in tiny_rows(5)])
+    with pytest.raises(DataError, match=r"5 row\(s\) of one group"):
+        prepare(one)
+
+
+def test_rows_that_share_a_prompt_go_to_one_side(job, tmp_path):
+    rows = [{**row, "prompt": f"question {number % 9}"} for number, row in enumerate(tiny_rows(36))]
+    path = write_jsonl(tmp_path / "twice.jsonl", rows)
+    changes = {"data.train": [{"source": str(path)}], "data.eval": None, "train.eval_steps": None}
+    prepared = prepare(job().changed(changes))
+    asked = {example.where: example.prompt[0]["content"] for example in prepared.examples.train}
+    trained, searched = (
+        {asked[example.where] for example in part.examples} for part in (prepared.train, prepared.search)
+    )
+    assert len(searched) == 2 and trained and not trained & searched, "2 of 9 are as near to a quarter as it comes"
 
 
 def test_layers_that_run_again_change_no_number(job, tmp_path):
@@ -227,7 +255,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "sharding.name",
         "through the engine of `deepspeed`",
     ),
-    "devices": ({"method__tensor_parallel": 3}, "method.tensor_parallel", "3 devices do not divide 2"),
+    "devices": (
+        {"method__tensor_parallel": 3, "method__block": 6},
+        "method.tensor_parallel",
+        "3 devices do not divide 2",
+    ),
+    "no step to search": ({"method__freeze_after": 0.09}, "method.freeze_after", "0.09 of 10 step(s) leaves none"),
+    "one step": ({"train__max_steps": 1, "train__eval_steps": 1}, "method.freeze_after", "a run of at least 2 steps"),
     "wide blocks": ({"method__block": 65}, "method.block", "is 65"),
 }
 
@@ -258,6 +292,12 @@ def test_devices_and_layers_of_different_widths_do_not_go_together(job):
         job(method__shape="padded", method__tensor_parallel=2)
 
 
+def test_devices_divide_the_width_of_the_mlp(job):
+    with pytest.raises(ConfigError, match=r"2 devices do not divide `block: 7`") as caught:
+        job(method__tensor_parallel=2, method__block=7)
+    assert "a `block` that `tensor_parallel` divides" in str(caught.value)
+
+
 def test_more_than_a_third_at_once_is_warned_of(job):
     assert any("40% of the prunable weights go at once" in line for line in make_plan(job()).warnings)
     assert not any("at once" in line for line in make_plan(job(method__schedule="progressive")).warnings)
@@ -267,3 +307,69 @@ def test_more_than_a_third_at_once_is_warned_of(job):
 def test_kernels_are_plain_and_the_plan_says_why(job):
     plan = make_plan(job())
     assert plan.kernels == "plain" and "masks lie between" in plan.reasons["kernels"]
+
+
+def adapted_to(config: Any) -> Any:
+    with torch.device("meta"):
+        return Lora(r=2).attach(AutoModelForCausalLM.from_config(config), seed=0)
+
+
+def sized(groups: int, hidden: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": groups,
+        "num_key_value_heads": groups,
+        "vocab_size": 50,
+        "pad_token_id": 0,
+    }
+
+
+def test_a_tensor_that_goes_with_the_heads_undescribed_is_found_before_training():
+    model = adapted_to(Olmo2Config(**sized(4, 64)))
+    with pytest.raises(ConfigError, match=r"q_norm.weight` goes with the heads .*: \[64\] would be left") as caught:
+        Atp(remaining=0.6, block=8).check(model, steps=10)
+    assert caught.value.where == "method.name" and "LAYOUTS" in str(caught.value.hint)
+
+
+def test_heads_that_no_config_is_written_for_are_never_kept():
+    model = adapted_to(LlamaConfig(**sized(4, 64), attention_bias=True))
+    structure = structure_of(model, block=8)
+    budget = Atp(remaining=0.8, block=8).budget(model, structure)
+    assert budget.group_counts == (1, 2, 4), "3 heads do not divide 64"
+    scores = {"groups": torch.tensor([[4.0, 4.0, 4.0, -9.0]] * 2), "channels": torch.zeros(2, 4)}
+    assert budget.cut(scores)["groups"].sum(1).tolist() != [3, 3]
+    free = Budget(structure.sizes, 0.8, "uniform")
+    assert free.cut(scores)["groups"].sum(1).tolist() == [3, 3], "which is what they are worth"
+    Atp(remaining=0.8, block=8).check(model, steps=10)
+    with pytest.raises(ConfigError, match="configs of 1, 2, 4 of them only") as caught:
+        Atp(remaining=0.8, block=8, shape="padded").check(model, steps=10)
+    assert caught.value.where == "method.shape" and "uniform" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("shape", ["uniform", "padded"])
+def test_a_llama_without_biases_may_keep_any_number_of_heads(shape):
+    model = adapted_to(LlamaConfig(**sized(3, 48)))
+    Atp(remaining=0.8, block=8, shape=shape).check(model, steps=10)
+
+
+def test_a_model_of_which_no_part_has_a_config_is_refused():
+    model = adapted_to(LlamaConfig(**{**sized(4, 64), "num_key_value_heads": 2}, attention_bias=True))
+    model.get_base_model().config.hidden_size = 61
+    with pytest.raises(ConfigError, match="no config can be written"):
+        Atp(remaining=0.8, block=8).check(model, steps=10)
+
+
+def test_a_search_that_is_not_finite_ends_the_run_and_names_its_rows(job, tmp_path, monkeypatch):
+    def gradients(self, share, leaves):
+        return math.nan, [torch.zeros_like(leaf) for leaf in leaves]
+
+    monkeypatch.setattr(Learner, "_gradients", gradients)
+    one = job()
+    with pytest.raises(DivergenceError, match="step 1: the search loss is nan") as caught:
+        run_here(one, tmp_path / "scratch")
+    written = json.loads((folder_of(one) / "diverged.json").read_text())
+    searched = {example.where for example in prepare(one).search.examples}
+    assert written["step"] == 1 and written["rows"] and set(written["rows"]) <= searched
+    assert caught.value.final and (folder_of(one) / "report.html").exists()

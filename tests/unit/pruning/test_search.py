@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lmray.errors import DivergenceError
 from lmray.pruning.gates import Gates
 from lmray.pruning.masks import Budget, remaining
 from lmray.pruning.search import Search, SearchArgs, stages_to
@@ -122,3 +123,21 @@ def test_the_proximal_step_grows_to_its_strength():
 @pytest.mark.parametrize(("share", "stages"), [(1.0, 1), (0.7, 1), (2 / 3, 1), (0.6, 2), (0.4, 3), (0.2, 4)])
 def test_no_stage_removes_more_than_a_third(share, stages):
     assert stages_to(share) == stages
+
+
+@pytest.mark.parametrize(
+    ("loss", "slope", "found"), [(math.nan, 0.0, "loss is nan"), (1.0, math.inf, "gradient is not")]
+)
+def test_numbers_that_are_not_finite_end_the_search_and_move_nothing(loss, slope, found):
+    _, gates, search = made()
+    before = {name: tensor.clone() for name, tensor in search.generator.state_dict().items()}
+    with pytest.raises(DivergenceError, match=f"search step 3: the search {found}"):
+        search.decide(3, gates, lambda leaves: (loss, [torch.full_like(leaf, slope) for leaf in leaves]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in search.generator.state_dict().items())
+
+
+def test_whether_the_budget_is_met_is_what_rank_0_says():
+    model, gates, search = made()
+    search.agree = lambda tensor: torch.zeros(2) if tensor.shape == (2,) else tensor
+    assert search.decide(1, gates, slopes_of(model)).metrics["prune.budget_loss"] == 0.0
+    assert search.met == 1
