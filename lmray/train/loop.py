@@ -129,7 +129,8 @@ class Loop:
                     mine.batches, learning_rate=rate, step=step, num_idle=mine.num_idle, search=search
                 )
             except DivergenceError as error:  # of what is searched, on every rank alike
-                self._give_up(step, error.found, self.prepared.search_rows or (), self._searched_on(step - 1), {})
+                assert self.prepared.search_rows is not None
+                self._give_up(step, error.found, self.prepared.search_rows, self._searched_on(step - 1), {})
         seconds = time.perf_counter() - start
         rows = self.sampler.rows(self.progress.samples, stop)
         self.progress = Progress(self.plan.run_key, step, stop, self.progress.seconds + seconds)

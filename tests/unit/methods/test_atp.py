@@ -338,7 +338,7 @@ def test_heads_that_no_config_is_written_for_are_never_kept():
     structure = structure_of(model, block=8)
     budget = Atp(remaining=0.8, block=8).budget(model, structure)
     assert budget.group_counts == (1, 2, 4), "3 heads do not divide 64"
-    scores = {"groups": torch.tensor([[4.0, 4.0, 4.0, -9.0]] * 2), "channels": torch.zeros(2, 4)}
+    scores: Any = {"groups": torch.tensor([[4.0, 4.0, 4.0, -9.0]] * 2), "channels": torch.zeros(2, 4)}
     assert budget.cut(scores)["groups"].sum(1).tolist() != [3, 3]
     free = Budget(structure.sizes, 0.8, "uniform")
     assert free.cut(scores)["groups"].sum(1).tolist() == [3, 3], "which is what they are worth"
