@@ -41,6 +41,7 @@ from lmray.train.program import train as train_program
 
 RAY_FOLDER = "ray-train"
 """In the run folder: what Ray Train writes for itself."""
+LOOK_S = 1.0
 
 
 def train(job: TrainJob, *, progress: bool = True) -> Result:
@@ -140,7 +141,8 @@ def _fit(job: TrainJob, folder: Path) -> Result:
 
     threading.Thread(target=fit, name="lmray-fit", daemon=True).start()
     try:
-        wait([future])
+        while wait([future], timeout=LOOK_S).not_done:  # a signal that another thread was given wakes nobody
+            pass
     except KeyboardInterrupt:
         print("stopping: the workers save and end; once more ends them at once", file=sys.stderr, flush=True)
         _ask_to_stop(folder)

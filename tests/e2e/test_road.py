@@ -136,7 +136,12 @@ def _writes(process: psutil.Process) -> bool:
 def test_asked_to_end_it_saves_and_leaves_with_130(shell, train_file, tmp_path, number):
     """As a terminal's Ctrl-C, `timeout` and Slurm do it: the signal reaches the local Ray's processes too."""
     folder = tmp_path / "store" / "runs" / "tiny"
-    running = shell.start("run", "train.yaml", "train.max_steps=100000", "train.save_steps=100000", "--json")
+    long = [
+        "train.max_steps=100000",
+        "train.save_steps=100000",
+        "train.learning_rate=1e-6",
+    ]  # nothing diverges meanwhile
+    running = shell.start("run", "train.yaml", *long, "--json")
     wait_until(lambda: read_events(folder / "events.jsonl") or running.poll() is not None, "a first step")
     os.killpg(running.pid, number)
     out, errors = running.communicate(timeout=300)

@@ -111,13 +111,16 @@ def test_lmrays_own_client_streams_the_same_text(service, texts):
 def test_what_filters_and_requests_came_to_is_in_serves_logs(client):
     with pytest.raises(openai.BadRequestError, match="filter `code-word` lets no such text through") as refused:
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "open sesame!"}])
-    lines = [
-        line for path in Path(get_serve_logs_dir()).glob("replica_*.log") for line in path.read_text().splitlines()
-    ]
+
+    def lines() -> list[str]:
+        paths = Path(get_serve_logs_dir()).glob("replica_*.log")
+        return [line for path in paths for line in path.read_text().splitlines()]
+
     found = "filter=code-word on=prompts action=refuse code-word=1"
-    assert [one for one in lines if one.endswith(f"request={refused.value.request_id} {found}")]
-    assert [one for one in lines if f"request={refused.value.request_id} path=/v1/chat/completions model=tiny" in one]
-    assert not [one for one in lines if "sesame" in one]
+    told = f"request={refused.value.request_id} path=/v1/chat/completions model=tiny"
+    wait_until(lambda: any(told in one for one in lines()), "the request's line, written once it is answered")
+    assert [one for one in lines() if one.endswith(f"request={refused.value.request_id} {found}")]
+    assert not [one for one in lines() if "sesame" in one]
 
 
 def test_errors_come_back_through_serve_in_openais_shape(service, client):
