@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lmray.errors import ConfigError
 from lmray.models.layers import decoder_layers
-from lmray.pruning.importance.base import Rows
+from lmray.pruning.importance.base import Rows, read_rows
 
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 """Fields of configs that say something of each layer."""
@@ -26,16 +26,8 @@ def block_influence(model: Any, rows: Rows) -> list[float]:
     """Of each decoder layer, on calibration `rows`: 0 where it only scales what comes in, 2 where it turns it round."""
     layers = decoder_layers(model)
     sums = [torch.zeros((), dtype=torch.float64) for _ in layers]
-    hooks = [
-        layer.register_forward_hook(_adds_influence(one), with_kwargs=True)
-        for layer, one in zip(layers, sums, strict=True)
-    ]
-    try:
-        for ids_BT, _ in rows:
-            model(input_ids=ids_BT.to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooks = {layer: _adds_influence(one) for layer, one in zip(layers, sums, strict=True)}
+    read_rows(model, rows, hooks, with_kwargs=True)
     tokens = sum(ids_BT.numel() for ids_BT, _ in rows)
     return [float(one) / tokens for one in sums]
 

@@ -1,10 +1,19 @@
-"""What a run that prunes leaves behind, made up: its log of masks and its events."""
+"""A method that prunes tiny models; and what a run that prunes leaves behind, made up: its log of masks, its events."""
 
 from __future__ import annotations
 
 import math
 import random
 from typing import Any
+
+TINY_ATP: dict[str, Any] = {
+    "name": "atp",
+    "remaining": 0.6,
+    "block": 8,
+    "search_fraction": 0.25,
+    "alpha": 20.0,
+    "generator_learning_rate": 0.03,
+}
 
 
 def made_up_masks(*, layers: int, steps: int, every: int, frozen: int) -> list[dict[str, Any]]:

@@ -14,16 +14,8 @@ from lmray.job import TrainJob
 from lmray.metrics.events import read_events
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.testing.matrix import shared_by
+from lmray.testing.pruned import TINY_ATP
 from lmray.testing.ranks import train_ranks
-
-METHOD = {
-    "name": "atp",
-    "remaining": 0.6,
-    "block": 8,
-    "search_fraction": 0.25,
-    "alpha": 20.0,
-    "generator_learning_rate": 0.03,
-}
 
 
 @pytest.fixture
@@ -37,7 +29,7 @@ def job(tiny_model: Path, tmp_path: Path):
             tiny_model,
             rows,
             storage,
-            **{**settings, "method": METHOD, "sharding": strategy, **shared_by(workers), **changes},
+            **{**settings, "method": TINY_ATP, "sharding": strategy, **shared_by(workers), **changes},
         )
 
     return make

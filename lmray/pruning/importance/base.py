@@ -6,7 +6,7 @@ decoder layers, U units of a kind in a layer, B rows, T tokens, O outputs and I 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,18 @@ Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Calibration rows of training data: ids and labels (-100 where no loss is taken), [B, T] each, without padding."""
 Scores = dict[Kind, torch.Tensor]
 """[L, U] of each kind, float64: what a weight of a unit is worth on average, 0 or more."""
+
+
+def read_rows(model: Any, rows: Rows, hooks: Mapping[Any, Callable[..., None]], **how: Any) -> None:
+    """Runs `model` over calibration `rows`, each module's forward hook in place meanwhile; `how`: as for
+    `register_forward_hook`."""
+    handles = [module.register_forward_hook(hook, **how) for module, hook in hooks.items()]
+    try:
+        for ids_BT, _ in rows:
+            model(input_ids=ids_BT.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def unit_scores(model: Any, structure: Structure, worth: Callable[[Any, Part], torch.Tensor | None]) -> Scores:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lmray.pruning.importance.base import Rows, Scores, relative, unit_scores
+from lmray.pruning.importance.base import Rows, Scores, read_rows, relative, unit_scores
 from lmray.pruning.structure import KINDS, Part, Structure, linear_in
 
 
@@ -21,20 +21,13 @@ from lmray.pruning.structure import KINDS, Part, Structure, linear_in
 def wanda_sp(model: Any, structure: Structure, rows: Rows) -> Scores:
     """Scores of all units of `model` on calibration `rows`, relative to their layer and kind."""
     norms: dict[Any, torch.Tensor] = {}
-    hooks = []
     for layer in structure.layers(model):
         for kind in KINDS:
             for part in structure.layout[kind].parts:
                 if part.side == "columns":
                     linear = linear_in(layer, part.linear)
                     norms[linear] = torch.zeros(linear.in_features, dtype=torch.float64)
-                    hooks.append(linear.register_forward_hook(_adds_squares(norms[linear])))
-    try:
-        for ids_BT, _ in rows:
-            model(input_ids=ids_BT.to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    read_rows(model, rows, {linear: _adds_squares(one) for linear, one in norms.items()})
 
     def worth(linear: Any, part: Part) -> torch.Tensor | None:
         if part.side == "rows":

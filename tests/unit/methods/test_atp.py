@@ -24,18 +24,10 @@ from lmray.pruning.record import Pruning
 from lmray.pruning.structure import structure_of
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.testing.kills import Killed, file_operations
+from lmray.testing.pruned import TINY_ATP
 from lmray.train.learner import Learner
 from lmray.train.plan import make_plan
 from lmray.train.prepare import prepare
-
-ATP: dict[str, Any] = {
-    "name": "atp",
-    "remaining": 0.6,
-    "block": 8,
-    "alpha": 20.0,
-    "generator_learning_rate": 0.03,
-    "search_fraction": 0.25,
-}
 
 
 @pytest.fixture
@@ -43,9 +35,12 @@ def job(tiny_model: Path, tmp_path: Path):
     rows = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(40))
 
     def make(storage: str = "store", **changes: Any) -> TrainJob:
-        method = {**ATP, **{key.removeprefix("method__"): changes.pop(key) for key in [*changes] if "method__" in key}}
+        method = {
+            **TINY_ATP,
+            **{key.removeprefix("method__"): changes.pop(key) for key in [*changes] if "method__" in key},
+        }
         settings: dict[str, Any] = {
-            "method": method,
+            "method": {**TINY_ATP, **fields},
             "train__max_steps": 10,
             "train__eval_steps": 5,
             "resources__step_timeout_s": None,

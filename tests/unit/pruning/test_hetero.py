@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from lmray.errors import ArtifactError, ConfigError
 from lmray.pruning.hetero import load_hetero, save_hetero
 from lmray.pruning.record import Pruning
 from lmray.pruning.shrink import shrunk
 from lmray.pruning.structure import structure_of
+from tests.unit.pruning.models import IDS, logits, make
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -32,21 +33,6 @@ CONFIGS = {
 }
 KEPT = {"groups": [[0, 1, 3], [2], [0, 3]], "channels": [[0, 5], [1], [0, 1, 2, 3, 4, 5]]}  # units of 8, the last of 4
 PARENT = {"source": "親", "revision": None, "digest": "d"}
-IDS = torch.randint(1, 97, (2, 21), generator=torch.Generator().manual_seed(0))
-
-
-def make(config, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.generation_config.max_new_tokens = 17
-    return model.to(dtype).eval()
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(IDS).logits
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from lmray.errors import ArtifactError, ConfigError
 from lmray.pruning.record import Pruning
 from lmray.pruning.shrink import save_pruned, shrunk
 from lmray.pruning.structure import structure_of
+from tests.unit.pruning.models import logits, make
 
 GROUPS, PER_GROUP, HEAD_DIM, CHANNELS, BLOCK = 4, 2, 8, 44, 8
 COMMON: dict[str, Any] = {
@@ -50,22 +50,6 @@ CONFIGS = {
 UNIFORM = {"groups": [[1, 2], [0, 3]], "channels": [[0, 1, 4], [1, 2, 3]]}
 PADDED = {"groups": [[1, 2], [3]], "channels": [[0, 1, 4, 5], [2]]}  # the last unit has 4 channels, not 8
 PARENT = {"source": "親モデル", "revision": None, "digest": "d" * 64}
-IDS = torch.randint(1, 97, (2, 21), generator=torch.Generator().manual_seed(0))
-
-
-def make(name: str, dtype: torch.dtype = torch.float32):
-    """A model with random weights, none of them zero, not even biases and norms."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.generation_config.max_new_tokens = 17
-    return model.to(dtype).eval()
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(IDS).logits
 
 
 @torch.no_grad()
@@ -93,7 +77,7 @@ def zero_removed(model, kept) -> None:
 @pytest.mark.parametrize(("shape", "kept"), [("uniform", UNIFORM), ("padded", PADDED)], ids=["uniform", "padded"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_cut_is_what_is_zeroed_and_plain_transformers_reads_it_back(name, shape, kept, tmp_path: Path):
-    model = make(name)
+    model = make(CONFIGS[name])
     structure = structure_of(model, block=BLOCK)
     smaller = shrunk(model, structure, kept)
     record = save_pruned(model, structure, kept, tmp_path / "小", shape=shape, asked=0.6, parent=PARENT)
@@ -114,14 +98,14 @@ def test_what_is_cut_is_what_is_zeroed_and_plain_transformers_reads_it_back(name
 
 
 def test_the_parent_stays_as_it_was():
-    model = make("qwen2")
+    model = make(CONFIGS["qwen2"])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     shrunk(model, structure_of(model, block=BLOCK), UNIFORM)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_the_type_of_the_weights_is_kept(tmp_path: Path):
-    model = make("qwen3", torch.bfloat16)
+    model = make(CONFIGS["qwen3"], torch.bfloat16)
     save_pruned(model, structure_of(model, block=BLOCK), UNIFORM, tmp_path, shape="uniform", asked=0.6, parent=PARENT)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
@@ -145,7 +129,7 @@ def test_a_llama_that_becomes_a_mistral_has_its_tensors_and_its_rotation(tmp_pat
 
 
 def test_quantised_weights_are_refused():
-    model = make("llama")
+    model = make(CONFIGS["llama"])
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(ConfigError, match=r"model.quantization: units cannot be cut out of quantised weights") as said:
         shrunk(model, structure_of(model, block=BLOCK), UNIFORM)
@@ -153,7 +137,7 @@ def test_quantised_weights_are_refused():
 
 
 def test_layers_that_keep_different_numbers_are_not_uniform(tmp_path: Path):
-    model = make("llama")
+    model = make(CONFIGS["llama"])
     with pytest.raises(ConfigError, match=r"`kept.groups` has 1 to 2 units a layer, which is not uniform"):
         save_pruned(
             model, structure_of(model, block=BLOCK), PADDED, tmp_path / "x", shape="uniform", asked=0.6, parent=PARENT
@@ -162,7 +146,7 @@ def test_layers_that_keep_different_numbers_are_not_uniform(tmp_path: Path):
 
 
 def test_the_record_says_what_was_kept_of_what(tmp_path: Path):
-    model = make("llama")
+    model = make(CONFIGS["llama"])
     written = save_pruned(
         model, structure_of(model, block=BLOCK), PADDED, tmp_path, shape="padded", asked=0.6, parent=PARENT
     )
@@ -194,7 +178,7 @@ SPOILT = {
 
 @pytest.mark.parametrize(("spoil", "said"), SPOILT.values(), ids=SPOILT)
 def test_a_spoilt_record_is_named(spoil, said, tmp_path: Path):
-    model = make("llama")
+    model = make(CONFIGS["llama"])
     save_pruned(model, structure_of(model, block=BLOCK), PADDED, tmp_path, shape="padded", asked=0.6, parent=PARENT)
     path = tmp_path / "pruning.json"
     record = json.loads(path.read_text(encoding="utf-8"))
