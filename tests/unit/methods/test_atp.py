@@ -35,10 +35,7 @@ def job(tiny_model: Path, tmp_path: Path):
     rows = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(40))
 
     def make(storage: str = "store", **changes: Any) -> TrainJob:
-        method = {
-            **TINY_ATP,
-            **{key.removeprefix("method__"): changes.pop(key) for key in [*changes] if "method__" in key},
-        }
+        fields = {key.removeprefix("method__"): changes.pop(key) for key in [*changes] if "method__" in key}
         settings: dict[str, Any] = {
             "method": {**TINY_ATP, **fields},
             "train__max_steps": 10,
