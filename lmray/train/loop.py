@@ -40,6 +40,9 @@ from lmray.train.watch import Watch
 SEARCH = 2**32
 """Above all seeds: search rows come in an order of their own."""
 
+LOGGED = 100
+"""Lines of a companion's log, enough for a picture."""
+
 
 class Loop:
     """One training run from where it stands to its end."""
@@ -243,12 +246,14 @@ class Loop:
         }
 
     def _log(self, step: int, measured: bool) -> None:
-        """Adds to the companion's log, on rank 0, where the model was measured or has just settled."""
+        """Adds to the companion's log, on rank 0, where the model was measured or has just settled, and about
+        LOGGED times while it has not."""
         companion = self.learner.companion
         if companion is None or self.ctx.rank != 0:
             return
         settled, self._settled = self._settled, companion.settled
-        if measured or settled != companion.settled:
+        searched = not companion.settled and step % max(1, companion.search_steps // LOGGED) == 0
+        if measured or searched or settled != companion.settled:
             path, line = self.ctx.folder / companion.LOG, {"step": step, **companion.record()}
             self.ctx.patience(f"writing {path}", lambda: add_line(path, line), hint=f"{path} needs room")
 
