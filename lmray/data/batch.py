@@ -47,6 +47,14 @@ class Batch:
         return lengths_BT
 
     @property
+    def real(self) -> torch.Tensor:
+        """(B, T) bool; which tokens are not padding."""
+        real_BT = torch.zeros_like(self.input_ids_BT, dtype=torch.bool)
+        for row, lengths in enumerate(self.lengths):
+            real_BT[row, : sum(lengths)] = True
+        return real_BT
+
+    @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """What the model is called with."""
         return {"input_ids": self.input_ids_BT, "position_ids": self.position_ids_BT}

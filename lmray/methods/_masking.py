@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from lmray.data.batch import Batch
 from lmray.methods._distill import distilled
 from lmray.methods.base import Companion, Gradients, Objective, Ranks
 from lmray.pruning.gates import Gates, kept_units, shrink_removed
@@ -37,9 +38,13 @@ class Masking(Companion):
         self._metrics: dict[str, float] = {}
 
     def objective(self, objective: Objective) -> Objective:
-        if not self.distill:
-            return objective
-        return replace(objective, loss=distilled(self.gates, self.distill))
+        inner = distilled(self.gates, self.distill) if self.distill else objective.loss
+
+        def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+            with self.gates.reading(batch.real):
+                return inner(model, batch)
+
+        return replace(objective, loss=loss)
 
     def before_step(self, step: int, gradients: Gradients) -> None:
         if self.settled:

@@ -29,13 +29,13 @@ class Pruning(Method):
 
     remaining: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Share of the prunable weights (attention and MLP of the decoder layers) that is kept."""
-    block: Annotated[int, Field(ge=1)] = 64
-    """MLP channels that are kept or removed together; a `uniform` width is a multiple of it."""
+    multiple_of: Annotated[int, Field(ge=1)] = 64
+    """What a `uniform` MLP's width is a multiple of, as kernels like it; its channels are chosen one by one."""
     shape: Shape = "uniform"
     """`uniform`: layers stay alike, which loads everywhere. `padded`: each keeps as much as it is worth, and is filled
     up with zeros to the widest: better, and no faster than that one."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
-    """Devices that it will be served on together: they divide the key-value heads that are kept, and `block`."""
+    """Devices that it will be served on together; they divide what is kept: key-value heads, and the MLP's width."""
     distill: Annotated[float, Field(ge=0.0)] = 0.0
     """Weight of the KL divergence (nats/token) from the same weights without masks. 0: none, and a third less time."""
 
@@ -43,11 +43,9 @@ class Pruning(Method):
     def _divides(self):
         if self.tensor_parallel > 1 and self.shape != "uniform":
             raise ValueError("keeps different heads in every layer; hint: `shape: uniform` with `tensor_parallel`")
-        if self.block % self.tensor_parallel:
-            found = (
-                f"{self.tensor_parallel} devices do not divide `block: {self.block}`, whose multiple the MLP's width is"
-            )
-            raise ValueError(f"{found}; hint: a `block` that `tensor_parallel` divides")
+        if self.multiple_of % self.tensor_parallel:
+            found = f"{self.tensor_parallel} devices do not divide `multiple_of: {self.multiple_of}`"
+            raise ValueError(f"{found}; hint: a `multiple_of` that `tensor_parallel` divides")
         return self
 
     @abstractmethod
@@ -67,12 +65,15 @@ class Pruning(Method):
         """What is to remain of `model`, which `structure` describes."""
         counts = group_counts(model, structure)
         counts = tuple(count for count in counts if count % self.tensor_parallel == 0)
-        return Budget(structure.sizes, self.remaining, self.shape, counts)
+        return Budget(structure.sizes, self.remaining, self.shape, counts, self.multiple_of)
 
     def check(self, model: Any, *, steps: int) -> None:
-        structure = structure_of(model, block=self.block)
+        structure = structure_of(model, block=1)
         check_adapted(structure.layers(model), structure)
         sizes = structure.sizes
+        if self.multiple_of > sizes.channels:
+            found, allowed = f"is {self.multiple_of}", f"1 to {sizes.channels}, the width of the MLP"
+            raise ConfigError("method.multiple_of", found, allowed=allowed)
         if sizes.groups % self.tensor_parallel:
             found = f"{self.tensor_parallel} devices do not divide {sizes.groups} key-value heads"
             raise ConfigError("method.tensor_parallel", found, hint="a divisor of them")
@@ -86,8 +87,10 @@ class Pruning(Method):
         check_writable(model, structure, budget.fewest_groups)
         if self.remaining < (fewest := budget.least):
             found = f"{self.remaining:g} is less than the narrowest model has that can be kept"
-            allowed = f"{fewest:.3f} to 1: {budget.fewest_groups} key-value head(s) and {self.block} MLP channels"
-            raise ConfigError("method.remaining", found, allowed=allowed, hint="a smaller `method.block` allows less")
+            allowed = f"{fewest:.3f} to 1: {budget.fewest_groups} key-value head(s) and {self.multiple_of} MLP channels"
+            raise ConfigError(
+                "method.remaining", found, allowed=allowed, hint="a smaller `method.multiple_of` allows less"
+            )
 
     def warnings(self) -> tuple[str, ...]:
         if self.in_steps or self.remaining >= 1 - MOST_AT_ONCE - 1e-9:
@@ -104,7 +107,7 @@ class Pruning(Method):
         return 0
 
     def companion(self, ranks: Ranks, *, steps: int, seed: int) -> Companion:
-        structure = structure_of(ranks.model, block=self.block)
+        structure = structure_of(ranks.model, block=1)
         budget = self.budget(ranks.model, structure)
         decider = self.decider(budget, ranks, steps=steps, seed=seed)
         return Masking(ranks, structure, budget, decider, distill=self.distill)

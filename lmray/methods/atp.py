@@ -4,10 +4,10 @@ Lu et al., "All-in-One Tuning and Structural Pruning for Domain-Specific LLMs", 
 is moved by the loss on rows set aside for it, LoRA weights are tuned under the masks it then draws, and the LoRA slices
 of what is masked are shrunk by the proximal step of a group lasso. In the second part of the run the masks are final.
 Runs on every rank.
-Differs from the paper in: whole key-value groups and blocks of MLP channels are removed, not single dimensions, so that
-stock classes load what is left (`lmray.pruning.structure`); slices reach zero exactly; the final masks are drawn
-without noise and meet the budget exactly; the rows that masks are searched on are training rows, and none that anything
-is measured on.
+Differs from the paper in: whole key-value groups and channels of the MLP are removed, not dimensions of heads, so that
+stock classes load what is left (`lmray.pruning.structure`); slices reach zero exactly; masks meet the budget in every
+step (`lmray.pruning.search`), and the final ones are drawn without noise; the rows that masks are searched on are
+training rows, and none that anything is measured on.
 """
 
 from __future__ import annotations
@@ -30,16 +30,13 @@ class Atp(Pruning):
     search_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the training examples that masks are searched on, and no weight is trained on."""
     freeze_after: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Share of the steps after which masks are final; earlier once the budget was met for a while."""
+    """Share of the steps after which masks are final."""
     schedule: Literal["at once", "progressive"] = "at once"
     """`progressive`: the budget is tightened in stages, each of which removes at most a third of what is left."""
-    alpha: Annotated[float, Field(ge=0.0)] = 5.0
-    """Weight of the budget's loss R beside the mean loss in nats/token. Higher: the budget is met sooner, by a worse
-    choice."""
     gate: Literal["gumbel", "deterministic"] = "gumbel"
     """`gumbel`: decisions are drawn, so that other ones are tried. `deterministic`: they are taken without noise."""
-    generator_learning_rate: Annotated[float, Field(gt=0.0)] = 1e-3
-    """Of the generator's AdamW."""
+    generator_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
+    """Of the generator's AdamW, falling to zero. None: such that a search of any length changes decisions as much."""
     proximal: Annotated[float, Field(ge=0.0)] = 5e4
     """At the end of the search, LoRA slices of removed units lose this times the learning rate, shared among layers;
     exponentially less before."""
@@ -66,11 +63,10 @@ class Atp(Pruning):
     def decider(self, budget: Budget, ranks: Ranks, *, steps: int, seed: int) -> Decider:
         args = SearchArgs(
             steps=self.searched(steps),
-            alpha=self.alpha,
             learning_rate=self.generator_learning_rate,
             noisy=self.gate == "gumbel",
             proximal=self.proximal,
             stages=stages_to(self.remaining) if self.in_steps else 1,
             seed=seed,
         )
-        return Search(budget, args, ranks.of_first)
+        return Search(budget, args, ranks)

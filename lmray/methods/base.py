@@ -46,6 +46,10 @@ class Ranks(Protocol):
         """Rank 0's `tensor`, on every rank."""
         ...
 
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over all ranks, on each the same."""
+        ...
+
 
 class Kept(Protocol):
     """What becomes of a trained model in the end."""

@@ -29,11 +29,13 @@ class Gates:
 
     def __init__(self, model: Any, structure: Structure):
         """Raises ConfigError where a layer that a unit goes through has no LoRA."""
-        self.structure = structure
+        self.model, self.structure = model, structure
         self.layers = structure.layers(model)
         self.masks: Masks = all_kept(structure.sizes)
         self.final = False
         """Whether weights, too, are tuned as the model is measured: nothing that is removed comes back."""
+        self.real_BT: torch.Tensor | None = None
+        """Which tokens of what the model reads are not padding, where that is said."""
         self._on = True
         self._unit_of: dict[Kind, torch.Tensor] = {}
         for kind in KINDS:
@@ -69,6 +71,15 @@ class Gates:
             yield
         finally:
             self._on = True
+
+    @contextmanager
+    def reading(self, real_BT: torch.Tensor) -> Iterator[None]:
+        """Within the block the model reads tokens of which `real_BT` are no padding."""
+        self.real_BT = real_BT
+        try:
+            yield
+        finally:
+            self.real_BT = None
 
     @contextmanager
     def using(self, masks: Masks) -> Iterator[None]:
@@ -128,11 +139,8 @@ class _Slices:
         linear = linear_in(layer, part.linear)
         self.by_row = part.side == "rows"
         self.weight: torch.Tensor = (linear.lora_B if self.by_row else linear.lora_A)[HANDLE].weight
-        sizes = structure.sizes
-        units = sizes.units("channels" if part.per == "channel" else "groups")
-        self.units = units
-        places = [sizes.places(part, [unit]) for unit in range(units)]
-        self.unit_of = torch.repeat_interleave(torch.arange(units), torch.tensor([len(one) for one in places]))
+        self.units = structure.sizes.units("channels" if part.per == "channel" else "groups")
+        self.unit_of = structure.sizes.unit_of(part)
 
     def squared_norms(self) -> torch.Tensor:
         squares = self.weight.float().pow(2).sum(1 if self.by_row else 0)

@@ -2,14 +2,18 @@
 weights.
 
 Lu et al., "All-in-One Tuning and Structural Pruning for Domain-Specific LLMs" (ATP), arXiv 2412.14426; the Gumbel
-sigmoid with an offset is DISP-LLM's, arXiv 2410.11988. It reads one fixed embedding a layer, so that what it learns is
-the decisions themselves and how those of the layers hang together. Shapes: L layers, U units, E width.
+sigmoid is DISP-LLM's, arXiv 2410.11988. It reads one fixed embedding a layer, so that what it learns is the decisions
+themselves and how those of the layers hang together. Shapes: L layers, U units, E width.
 
-Differs from the paper in: the noise is drawn from a generator of its own, of seed and step, and never when decisions
-are final.
+Differs from the paper in: logits have no offset, since units are kept from a level on that meets the budget
+(`lmray.pruning.search`); the noise is drawn from a generator of its own, of seed and step, and never when decisions are
+final.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -18,8 +22,8 @@ from lmray.pruning.structure import KINDS, Kind, Sizes
 
 WIDTH, HEADS, INNER, DEPTH = 64, 4, 256, 2
 TEMPERATURE = 0.4
-OFFSET = 3.0
-"""Added to every logit, so that all units are kept at first."""
+MEDIAN = -math.log(math.log(2))
+"""Of the Gumbel distribution."""
 
 
 class Generator(nn.Module):
@@ -39,9 +43,23 @@ class Generator(nn.Module):
             )
         self.register_buffer("embeddings_LE", embeddings_LE)
 
+    def mixed(self) -> torch.Tensor:
+        """[L, E]: what is read of every layer, with the others in sight."""
+        return self.norm(self.encoder(self.get_buffer("embeddings_LE")[None])[0])
+
     def forward(self) -> dict[Kind, torch.Tensor]:
-        mixed_LE = self.norm(self.encoder(self.get_buffer("embeddings_LE")[None])[0])
-        return {kind: torch.einsum("le,lue->lu", mixed_LE, self.heads[kind]) + OFFSET for kind in KINDS}
+        mixed_LE = self.mixed()
+        return {kind: torch.einsum("le,lue->lu", mixed_LE, self.heads[kind]) for kind in KINDS}
+
+    @torch.no_grad()
+    def say(self, scores: Mapping[Kind, torch.Tensor]) -> None:
+        """Sets the heads so that these are its scores; across what they read of a layer they stay as they are. Along it
+        alone, the encoder's gradient would be that of what its norm undoes: rounding, which Adam makes steps of."""
+        mixed_LE = self.mixed()
+        inverse_LE = mixed_LE / mixed_LE.square().sum(1, keepdim=True)
+        for kind in KINDS:
+            missing_LU = scores[kind] - torch.einsum("le,lue->lu", mixed_LE, self.heads[kind])
+            self.heads[kind] += missing_LU[:, :, None] * inverse_LE[:, None]
 
 
 def _head(layers: int, units: int) -> nn.Parameter:
@@ -51,13 +69,14 @@ def _head(layers: int, units: int) -> nn.Parameter:
 
 
 def draw(scores: dict[Kind, torch.Tensor], noise: torch.Generator | None) -> dict[Kind, torch.Tensor]:
-    """z + g + offset, g from the Gumbel distribution; no `noise`: g = 0."""
+    """z + g, g from the Gumbel distribution less its median, so that noise removes as often as it adds; no `noise`:
+    g = 0."""
     if noise is None:
         return scores
     drawn = {}
     for kind in KINDS:
         uniform = torch.rand(scores[kind].shape, generator=noise)
-        drawn[kind] = scores[kind] - torch.log(-torch.log(uniform + 1e-10) + 1e-10)
+        drawn[kind] = scores[kind] - torch.log(-torch.log(uniform + 1e-10) + 1e-10) - MEDIAN
     return drawn
 
 
@@ -66,11 +85,6 @@ def soften(drawn: dict[Kind, torch.Tensor]) -> dict[Kind, torch.Tensor]:
     return {kind: torch.sigmoid(one / TEMPERATURE) for kind, one in drawn.items()}
 
 
-def decide(scores: dict[Kind, torch.Tensor], noise: torch.Generator | None) -> dict[Kind, torch.Tensor]:
-    """Soft decisions on `scores`, drawn with `noise`."""
-    return soften(draw(scores, noise))
-
-
 def harden(soft: dict[Kind, torch.Tensor]) -> dict[Kind, torch.Tensor]:
-    """1 from a half on, else 0, with the gradient of `soft` (straight through)."""
-    return {kind: (one >= 0.5).float() - one.detach() + one for kind, one in soft.items()}
+    """1 from a half on, else 0."""
+    return {kind: (one >= 0.5).float() for kind, one in soft.items()}

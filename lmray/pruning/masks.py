@@ -80,11 +80,13 @@ class Budget:
     shape: Shape
     group_counts: tuple[int, ...] = ()
     """How many key-value heads a `uniform` model may have, rising; empty: any."""
+    multiple_of: int = 1
+    """Of the MLP's width, in a `uniform` model; of single units where they are wider."""
 
     @property
     def least(self) -> float:
         """The smallest `remaining` there is."""
-        return least(self.sizes, self.sizes.block, self.fewest_groups)
+        return least(self.sizes, self.multiple_of, self.fewest_groups)
 
     @property
     def fewest_groups(self) -> int:
@@ -98,7 +100,7 @@ class Budget:
             self.sizes,
             self.remaining if share is None else share,
             shape=self.shape,
-            multiple_of=self.sizes.block,
+            multiple_of=self.multiple_of,
             group_counts=self.group_counts,
         )
 
@@ -149,8 +151,9 @@ def _by_layer(scores: Masks, sizes: Sizes, target: float) -> dict[Kind, list[int
         for layer, row in enumerate(scores[kind].sort(dim=1, descending=True).values.tolist()):
             ranked += [(score, place, kind, layer) for place, score in enumerate(row) if place]
     full: set[tuple[Kind, int]] = set()
+    costs = {kind: sizes.costs(kind) for kind in KINDS}
     for _, place, kind, layer in sorted(ranked, key=lambda one: -one[0]):
-        cost = _cost(sizes, kind, place + 1) - _cost(sizes, kind, place)
+        cost = costs[kind][place]
         if (kind, layer) in full or cost > room:
             full.add((kind, layer))
             continue

@@ -105,7 +105,8 @@ def record_of(
 
 def num_kept(kept: Kept, sizes: Sizes) -> int:
     """Prunable weights that units `kept` have."""
-    return sum(sizes.costs(kind)[unit] for kind in KINDS if kind in kept for units in kept[kind] for unit in units)
+    costs = {kind: sizes.costs(kind) for kind in KINDS}
+    return sum(costs[kind][unit] for kind in kept for units in kept[kind] for unit in units)
 
 
 def _check_layers(kind: Kind, layers: list[list[int]], sizes: Sizes, *, uniform: bool) -> None:

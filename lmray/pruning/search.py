@@ -2,11 +2,14 @@
 
 `Search` trains the pruning-decision generator beside the weights (Lu et al., "All-in-One Tuning and Structural Pruning
 for Domain-Specific LLMs", arXiv 2412.14426). Each step it draws soft masks, takes the loss on rows that no weight is
-trained on, and moves the generator by the gradient of L + alpha * R. Runs on every rank; what is drawn is rank 0's.
+trained on, and moves the generator by its gradient. Runs on every rank; what is drawn is rank 0's.
 
 Shapes: L layers, U units. Masks are [L, U] of each kind.
-Differs from the paper in: where layers are to stay alike, weights are tuned under masks that are alike already; the
-noise is a function of seed and step; without it masks are deterministic soft gates (arXiv 2603.08065).
+Differs from the paper in: the budget is met in every step, by the level from which on units are kept, in place of a
+penalty that a short search does not live to see met; it falls to what is asked little by little. The generator starts
+from what units bring into the residual stream, not from chance. Where layers are to stay alike, they are in every
+mask. Weights are tuned under the decisions without noise; without any, masks are deterministic soft gates (arXiv
+2603.08065).
 """
 
 from __future__ import annotations
@@ -16,26 +19,41 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from lmray.errors import DivergenceError
 from lmray.pruning.gates import Gates
-from lmray.pruning.generator import Generator, draw, harden, soften
-from lmray.pruning.masks import Budget, Masks, budget_loss, remaining
+from lmray.pruning.generator import WIDTH, Generator, draw, harden, soften
+from lmray.pruning.importance.wanda_sp import Squares, adding_inputs, no_inputs, scores_of
+from lmray.pruning.masks import Budget, Masks, all_kept
 from lmray.pruning.structure import KINDS, Kind
+
+
+class Ranks(Protocol):
+    """See `Ranks` in `lmray.methods.base`."""
+
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
 
 Measure = Callable[[Sequence[torch.Tensor]], tuple[float, list[torch.Tensor]]]
 """See `Gradients` in `lmray.methods.base`."""
-Agree = Callable[[torch.Tensor], torch.Tensor]
-"""Rank 0's value, on every rank."""
+Slopes = dict[Kind, torch.Tensor]
+"""[L, U] of each kind: of a loss, by masks."""
 
-SETTLED = 0.005
-"""R below which the budget counts as met."""
-PATIENCE = 0.1
-"""The search ends early once the budget was met for this share of its steps in a row."""
+ARRIVAL = 1 / 3
+"""Share of the search's steps over which the budget falls to what is asked, where it is not tightened in stages."""
 MAX_GRAD_NORM = 1.0
+REACH = 3.0
+"""How far a score can move in a search, in standard deviations of those that it starts from."""
+MARGIN = 3.0
+"""What scores are above the level, at least, where nothing is removed."""
+MEASURED = 0.1
+"""Share of the search's steps, the first, in which everything is kept and units are weighed by what they bring into the
+residual stream, from which the generator starts."""
 STAGE = 2 / 3
 """What a stage of a budget that is tightened in steps leaves of the one before it, at least."""
 
@@ -80,8 +98,8 @@ class SearchArgs:
     """How masks are searched."""
 
     steps: int
-    alpha: float
-    learning_rate: float
+    learning_rate: float | None
+    """None: `default_rate`."""
     noisy: bool
     proximal: float
     stages: int
@@ -91,40 +109,54 @@ class SearchArgs:
 class Search(Decider):
     """Masks by a generator that learns."""
 
-    def __init__(self, budget: Budget, args: SearchArgs, agree: Agree):
-        self.budget, self.args, self.agree = budget, args, agree
+    def __init__(self, budget: Budget, args: SearchArgs, ranks: Ranks):
+        self.budget, self.args, self.ranks = budget, args, ranks
         self.search_steps = args.steps
         self.generator = Generator(budget.sizes, seed=args.seed)
-        self.optimizer = torch.optim.AdamW(self.generator.parameters(), lr=args.learning_rate)
-        self.met = 0
-        """Steps in a row, up to the last, that met the budget."""
+        self.learning_rate = args.learning_rate or default_rate(args.steps)
+        self.optimizer = torch.optim.AdamW(self.generator.parameters(), lr=self.learning_rate)
+        self.weighing = math.ceil(MEASURED * args.steps) if args.steps > 1 else 0
+        self.inputs: Squares = {}
+        """What units are weighed by, of all search rows so far; empty once they are."""
 
     def decide(self, step: int, gates: Gates, measure: Measure) -> Decision:
-        if step > self.args.steps or self.met >= max(1, math.ceil(PATIENCE * self.args.steps)):
+        if step > self.args.steps:
             with torch.no_grad():
-                return Decision(self._drawn(None))
-        sizes, target = self.budget.sizes, self._target(step)
-        noise = self._noise(step)
-        soft = soften(self._drawn(noise))
-        leaves: dict[Kind, torch.Tensor] = {kind: soft[kind].detach().requires_grad_() for kind in KINDS}
+                return Decision(self._above(self.budget.remaining))
+        if step <= self.weighing:
+            return self._weighed(step, gates, measure)
+        if step == self.weighing + 1 and self.weighing:
+            self.generator.say(standardised(scores_of(gates.model, gates.structure, self.inputs)))
+            self.inputs = {}
+        target = self._target(step)
+        soft = soften(draw(self._above(target), self._noise(step)))
+        loss, slopes = self._slopes(step, soft, gates, measure)
+        self._learn(step, torch.stack([(soft[kind] * slopes[kind]).sum() for kind in KINDS]).sum())
+        with torch.no_grad():
+            scores = self._above(target)
+        return Decision(scores, harden(soften(scores)), {"prune.search_loss": loss})
+
+    def _weighed(self, step: int, gates: Gates, measure: Measure) -> Decision:
+        """A step in which everything is kept."""
+        everything = all_kept(self.budget.sizes)
+        inputs = no_inputs(gates.structure)
+        with adding_inputs(gates.model, gates.structure, inputs, lambda: gates.real_BT):
+            loss, _ = self._slopes(step, everything, gates, measure)
+        before = self.inputs or no_inputs(gates.structure)
+        self.inputs = {kind: before[kind] + self.ranks.sum_tensor(inputs[kind]) for kind in KINDS}
+        return Decision(everything, everything, {"prune.search_loss": loss})
+
+    def _slopes(
+        self, step: int, masks: Masks, gates: Gates, measure: Measure
+    ) -> tuple[float, dict[Kind, torch.Tensor]]:
+        """The search loss under `masks`, and its slopes by them."""
+        leaves: dict[Kind, torch.Tensor] = {kind: masks[kind].detach().clone().requires_grad_() for kind in KINDS}
         with gates.using(leaves):
             loss, slopes = measure([leaves[kind] for kind in KINDS])
         if not math.isfinite(loss) or not all(bool(slope.isfinite().all()) for slope in slopes):  # alike on all ranks
             which = f"loss is {loss}" if not math.isfinite(loss) else "gradient is not finite"
             raise DivergenceError(f"search step {step}", f"the search {which}; the generator was not moved")
-        self._learn(
-            self.args.alpha * budget_loss(harden(soft), sizes, target)
-            + sum((soft[kind] * slope.cpu()).sum() for kind, slope in zip(KINDS, slopes, strict=True))
-        )
-        with torch.no_grad():
-            drawn = self._drawn(noise)
-            hard = harden(soften(drawn))
-            found = torch.stack([budget_loss(hard, sizes, target), remaining(hard, sizes)])
-            short, share = self.agree(found).tolist()  # else ranks could end the search at different steps
-        last_stage = target == self.budget.remaining
-        self.met = self.met + 1 if last_stage and short < SETTLED else 0
-        masks = self.budget.cut(drawn, max(share, target)) if self.budget.shape == "uniform" else hard
-        return Decision(drawn, masks, {"prune.search_loss": loss, "prune.budget_loss": short})
+        return loss, {kind: slope.cpu() for kind, slope in zip(KINDS, slopes, strict=True)}
 
     def proximal(self, step: int) -> float:
         grown = math.expm1(min(1.0, step / self.args.steps)) / math.expm1(1.0)
@@ -134,10 +166,10 @@ class Search(Decider):
         found = {f"generator.{name}": tensor for name, tensor in self.generator.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-        return found | {"met": torch.tensor(self.met)}
+        return found | {f"inputs.{kind}": one for kind, one in self.inputs.items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        self.met = int(state["met"])
+        self.inputs = {kind: state[f"inputs.{kind}"].clone() for kind in KINDS if f"inputs.{kind}" in state}
         weights = {name.removeprefix("generator."): one for name, one in state.items() if name.startswith("generator.")}
         self.generator.load_state_dict(weights)
         found: dict[int, dict[str, Any]] = {}
@@ -147,16 +179,21 @@ class Search(Decider):
                 found.setdefault(int(index), {})[key] = tensor.clone()
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": found})
 
-    def _learn(self, loss: torch.Tensor) -> None:
+    def _learn(self, step: int, loss: torch.Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * (1 - step / (self.args.steps + 1))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.generator.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
 
-    def _drawn(self, noise: torch.Generator | None) -> dict[Kind, torch.Tensor]:
-        """What rank 0 draws, with the gradient of this rank's generator, which is the same but for rounding."""
-        drawn = draw(self.generator(), noise)
-        return {kind: one + (self.agree(one.detach()) - one.detach()) for kind, one in drawn.items()}
+    def _above(self, target: float) -> dict[Kind, torch.Tensor]:
+        """Scores above the level from which units are kept where `target` of the weights are: rank 0's, with the
+        gradient of this rank's generator, which is the same but for rounding."""
+        scores = self.generator()
+        agreed: dict[Kind, torch.Tensor] = {kind: self.ranks.of_first(one.detach()) for kind, one in scores.items()}
+        levels = levels_of(agreed, self.budget, target)
+        return {kind: one + (agreed[kind] - one.detach()) - levels[kind] for kind, one in scores.items()}
 
     def _noise(self, step: int) -> torch.Generator | None:
         if not self.args.noisy:
@@ -165,11 +202,51 @@ class Search(Decider):
         return torch.Generator().manual_seed(int.from_bytes(digest[:4]))
 
     def _target(self, step: int) -> float:
-        """The budget of the stage that `step` is in."""
-        stage = math.ceil(step * self.args.stages / self.args.steps)
-        if stage >= self.args.stages:
-            return self.budget.remaining
-        return self.budget.remaining ** (stage / self.args.stages)
+        """What is to remain after `step`."""
+        asked, stages = self.budget.remaining, self.args.stages
+        if stages == 1:
+            fallen = (step - self.weighing) / max(1.0, ARRIVAL * self.args.steps)
+            return asked if fallen >= 1 else 1 - max(0.0, fallen) * (1 - asked)
+        stage = math.ceil(step * stages / self.args.steps)
+        return asked if stage >= stages else asked ** (stage / stages)
+
+
+def standardised(scores: Masks) -> dict[Kind, torch.Tensor]:
+    """The same order over all units, and a standard normal distribution."""
+    flat = torch.cat([scores[kind].flatten() for kind in KINDS])
+    ranks = flat.argsort(stable=True).argsort(stable=True)
+    normal = torch.special.ndtri((ranks.double() + 0.5) / len(ranks)).float()
+    parts = normal.split([scores[kind].numel() for kind in KINDS])
+    return {kind: part.view_as(scores[kind]) for kind, part in zip(KINDS, parts, strict=True)}
+
+
+def levels_of(scores: Masks, budget: Budget, target: float) -> dict[Kind, torch.Tensor]:
+    """[L, 1] of each kind: from where on units are kept where `target` of the prunable weights are. One for all layers
+    and kinds; where layers are to stay alike, that of each."""
+    flat = torch.cat([scores[kind].flatten() for kind in KINDS])
+    costs = [torch.tensor(budget.sizes.costs(kind), dtype=torch.float64).expand_as(scores[kind]) for kind in KINDS]
+    falling, order = flat.sort(descending=True, stable=True)
+    spent = torch.cat([one.flatten() for one in costs])[order].cumsum(0)
+    level = _between(falling, int((spent <= target * budget.sizes.prunable).sum()))
+    if budget.shape != "uniform":
+        return {kind: level.expand(budget.sizes.layers, 1) for kind in KINDS}
+    masks = budget.cut({kind: scores[kind] - level for kind in KINDS}, target)
+    counts = {kind: int(masks[kind][0].sum()) for kind in KINDS}
+    rows = {kind: scores[kind].sort(dim=1, descending=True).values for kind in KINDS}
+    return {kind: torch.stack([_between(row, counts[kind]) for row in rows[kind]])[:, None] for kind in KINDS}
+
+
+def _between(falling: torch.Tensor, kept: int) -> torch.Tensor:
+    """Halfway between the last of the `kept` highest and the next; well below all where all are kept."""
+    if kept >= len(falling):
+        return falling[-1] - MARGIN
+    return falling[max(kept - 1, 0) : kept + 1].mean()
+
+
+def default_rate(steps: int) -> float:
+    """The learning rate at which a score can move by REACH in a search of so many steps: Adam moves each of its
+    weights by the rate at most, which falls to zero, and what they are multiplied with is normalised."""
+    return REACH / (0.8 * WIDTH * steps / 2)  # 0.8: of a standard normal, the mean magnitude
 
 
 def stages_to(remaining: float) -> int:

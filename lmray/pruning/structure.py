@@ -122,6 +122,13 @@ class Sizes:
             spans = [range(unit * width, (unit + 1) * width) for unit in kept]
         return torch.tensor([place for span in spans for place in span], dtype=torch.long)
 
+    def unit_of(self, part: Part) -> torch.Tensor:
+        """The unit of every place along the side that `part` names."""
+        if part.per == "channel":
+            return torch.arange(self.channels) // self.block
+        width = self.head_dim * (self.heads_per_group if part.per == "head" else 1)
+        return torch.arange(self.groups * width) // width
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -160,7 +167,7 @@ def structure_of(model: Any, *, block: int) -> Structure:
     (query, key, channels) = found[0]  # type: ignore[misc]
     sizes = Sizes(len(layers), config.hidden_size, key // head_dim, query // key, head_dim, channels, block)
     if not 1 <= block <= channels:
-        raise ConfigError("method.block", f"is {block}", allowed=f"1 to {channels}, the width of the MLP")
+        raise ValueError(f"blocks of {block} channels in an MLP of {channels}")
     return Structure(sizes, layout)
 
 

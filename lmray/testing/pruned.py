@@ -9,9 +9,8 @@ from typing import Any
 TINY_ATP: dict[str, Any] = {
     "name": "atp",
     "remaining": 0.6,
-    "block": 8,
+    "multiple_of": 8,
     "search_fraction": 0.25,
-    "alpha": 20.0,
     "generator_learning_rate": 0.03,
 }
 

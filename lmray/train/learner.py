@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
@@ -123,7 +123,8 @@ class Learner:
         total, sums = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
         for number, batch in enumerate(share.batches, 1):
             PULSE.beat(f"search batch {number} of {len(share.batches)}")
-            loss = self._loss(batch) * (number <= len(share.counted)) / count
+            counted = number <= len(share.counted)
+            loss = self._loss(batch if counted else replace(batch, lengths=())) * counted / count  # of no tokens at all
             for summed, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
                 summed += gradient
             total += float(loss.detach())

@@ -170,7 +170,7 @@ def run(bench: Bench, rows: Rows, wanted: Sequence[Cell]) -> int:
         name, started = f"{cell.method} {cell.remaining:g} seed {cell.seed}", time.monotonic()
         try:
             rows.once(cell, "quality", lambda cell=cell: bench.quality(cell))
-            if cell.method == "base" or cell.seed == first:
+            if bench.arguments.pairs and (cell.method == "base" or cell.seed == first):
                 rows.once(cell, "speed", lambda cell=cell: bench.speed(cell))
             print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         except FailedError as error:
@@ -220,7 +220,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-examples", type=int, help="held-out examples, and as many questions; default: all")
     parser.add_argument("--calibration-rows", type=int, default=32)
     parser.add_argument("--multiple-of", type=int, default=64, help="of the MLP's width")
-    parser.add_argument("--pairs", type=int, default=5, help="measurements of speed")
+    parser.add_argument("--pairs", type=int, default=5, help="measurements of speed; 0: none")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

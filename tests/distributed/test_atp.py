@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from lmray.testing.ranks import train_ranks
 
 @pytest.fixture
 def job(tiny_model: Path, tmp_path: Path):
-    rows = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(40))
+    common = write_jsonl(tmp_path / "rows.jsonl", tiny_rows(40))
 
-    def make(strategy: str, workers: int, **changes: Any) -> TrainJob:
+    def make(strategy: str, workers: int, rows: Path = common, **changes: Any) -> TrainJob:
         storage = tmp_path / f"{strategy}-{workers}"
         settings = {"train__max_steps": 8, "train__eval_steps": 4, "resources__step_timeout_s": None}
         return tiny_job(
@@ -56,4 +57,15 @@ def test_two_ranks_give_the_curve_and_the_masks_of_one(job, strategy, stop_at, t
         assert train_ranks(shared, stop_at=stop_at).status == "stopped"
     assert train_ranks(shared).status == "succeeded"
     assert curve(alone)[0] != curve(alone)[-1]
+    same(shared, alone)
+
+
+def test_a_rank_without_a_search_row_says_nothing_of_what_units_are_worth(job, tmp_path):
+    apart = [row | {"prompt": f"{number}", "topic": f"{number}"} for number, row in enumerate(tiny_rows(40))]
+    rows = write_jsonl(tmp_path / "apart.jsonl", apart)
+    few = {"rows": rows, "method": {**TINY_ATP, "search_fraction": 0.025}, "train__max_steps": 4}
+    alone, shared = job("single", 1, **few), job("ddp", 2, **few)
+    run_here(alone, tmp_path / "scratch")
+    assert json.loads((run_folder(alone) / "data.json").read_text())["search"]["examples"] == 1
+    assert train_ranks(shared).status == "succeeded"
     same(shared, alone)

@@ -44,16 +44,10 @@ def unit_scores(model: Any, structure: Structure, worth: Callable[[Any, Part], t
                 worths_OI = worth(linear_in(layer, part.linear), part)
                 if worths_OI is not None:
                     sums = worths_OI.detach().double().cpu().sum(1 if part.side == "rows" else 0)
-                    worths_U.index_add_(0, _unit_of(part, structure, kind), sums)
+                    worths_U.index_add_(0, structure.sizes.unit_of(part), sums)
             rows.append(worths_U / costs_U)
         scores[kind] = torch.stack(rows)
     return scores
-
-
-def _unit_of(part: Part, structure: Structure, kind: Kind) -> torch.Tensor:
-    """The unit of every place along the side that `part` names."""
-    widths = [len(structure.sizes.places(part, [unit])) for unit in range(structure.sizes.units(kind))]
-    return torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
 
 
 def relative(scores: Scores, structure: Structure) -> Scores:

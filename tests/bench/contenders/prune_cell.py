@@ -147,7 +147,7 @@ def method_tree(settings: Settings) -> dict[str, Any]:
     given = {
         key: parse_value(value, settings["method"]) for key, _, value in (field.partition("=") for field in fields)
     }
-    return {"name": name, "remaining": settings["remaining"], "block": settings["multiple_of"], **given}
+    return {"name": name, "remaining": settings["remaining"], "multiple_of": settings["multiple_of"], **given}
 
 
 def score(settings: Settings) -> Settings:

@@ -204,5 +204,5 @@ def test_an_architecture_that_is_not_described_says_what_to_add():
 
 
 def test_a_block_wider_than_the_mlp_is_refused():
-    with pytest.raises(ConfigError, match=r"method.block"):
+    with pytest.raises(ValueError, match="blocks of 65 channels in an MLP of 64"):
         structure_of(adapted("llama"), block=65)

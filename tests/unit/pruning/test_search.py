@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from lmray.errors import DivergenceError
 from lmray.pruning.gates import Gates
+from lmray.pruning.importance.wanda_sp import adding_inputs, no_inputs, scores_of, wanda_sp
 from lmray.pruning.masks import Budget, remaining
-from lmray.pruning.search import Search, SearchArgs, stages_to
+from lmray.pruning.search import Search, SearchArgs, levels_of, stages_to, standardised
 from lmray.pruning.structure import KINDS, structure_of
 from tests.unit.pruning.test_gates import IDS, adapted
+
+ALONE: Any = SimpleNamespace(of_first=lambda tensor: tensor, sum_tensor=lambda tensor: tensor)
 
 
 def made(**changes):
     model = adapted("llama")
     gates = Gates(model, structure_of(model, block=4))
     budget = Budget(gates.structure.sizes, 0.5, "padded")
-    settings = {"steps": 40, "alpha": 5.0, "learning_rate": 0.02, "noisy": True, "proximal": 100.0, "stages": 1}
-    search = Search(budget, SearchArgs(**{**settings, "seed": 0, **changes}), lambda tensor: tensor)
+    settings = {"steps": 40, "learning_rate": 0.02, "noisy": True, "proximal": 100.0, "stages": 1}
+    search = Search(budget, SearchArgs(**{**settings, "seed": 0, **changes}), ALONE)
     return model, gates, search
 
 
@@ -33,11 +38,18 @@ def slopes_of(model):
     return measure
 
 
+def weighed(search, gates, model):
+    for step in range(1, search.weighing + 1):
+        search.decide(step, gates, slopes_of(model))
+    assert search.weighing == 4, "a tenth of 40 steps"
+
+
 def test_a_search_step_moves_the_generator_and_no_weight():
     model, gates, search = made()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weighed(search, gates, model)
     first = {name: tensor.clone() for name, tensor in search.generator.state_dict().items()}
-    decision = search.decide(1, gates, slopes_of(model))
+    decision = search.decide(5, gates, slopes_of(model))
     assert decision.masks is not None and decision.metrics["prune.search_loss"] > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -45,9 +57,51 @@ def test_a_search_step_moves_the_generator_and_no_weight():
     assert moved and "embeddings_LE" not in moved
 
 
+def test_units_are_weighed_first_and_the_generator_starts_from_what_they_weigh():
+    model, gates, search = made()
+    gates.real_BT = torch.ones_like(IDS, dtype=torch.bool)
+    first = {name: tensor.clone() for name, tensor in search.generator.state_dict().items()}
+    for step in range(1, 5):
+        decision = search.decide(step, gates, slopes_of(model))
+        assert all(bool(decision.masks[kind].all()) for kind in KINDS), "nothing is removed yet"
+    assert all(torch.equal(tensor, first[name]) for name, tensor in search.generator.state_dict().items())
+    found = scores_of(model, gates.structure, search.inputs)
+    wanted = wanda_sp(model, gates.structure, [(IDS, IDS)] * 4)
+    for kind in KINDS:
+        torch.testing.assert_close(found[kind], wanted[kind])
+    search.generator.say(standardised(wanted))
+    for kind, scores in search.generator().items():
+        torch.testing.assert_close(scores, standardised(wanted)[kind], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_and_what_runs_again_weigh_nothing():
+    model, gates, _ = made()
+    real = torch.ones_like(IDS, dtype=torch.bool)
+    real[:, -2:] = False
+    inputs = no_inputs(gates.structure)
+    with adding_inputs(model, gates.structure, inputs, lambda: gates.real_BT):
+        with gates.reading(real):
+            model(IDS)
+        model(IDS)
+    short = no_inputs(gates.structure)
+    with adding_inputs(model, gates.structure, short):
+        model(IDS[:, :-2])
+    for kind in KINDS:
+        torch.testing.assert_close(inputs[kind], short[kind], rtol=1e-5, atol=1e-5)
+
+
+def test_standardised_scores_keep_their_order_over_all_units():
+    scores = {"groups": torch.tensor([[9.0, 1.0]]), "channels": torch.tensor([[3.0, 2.0, 8.0]])}
+    found = standardised(scores)
+    flat = torch.cat([found[kind].flatten() for kind in KINDS])
+    assert flat.argsort().tolist() == [1, 3, 2, 4, 0]
+    assert abs(float(flat.mean())) < 1e-6 and found["channels"][0, 0] == 0
+
+
 def test_a_step_of_the_weights_leaves_the_generator_alone():
     model, gates, search = made()
-    gates.masks = search.decide(1, gates, slopes_of(model)).masks
+    weighed(search, gates, model)
+    gates.masks = search.decide(5, gates, slopes_of(model)).masks
     search.optimizer.zero_grad(set_to_none=True)
     model.train()
     model(IDS, labels=IDS).loss.backward()
@@ -57,7 +111,8 @@ def test_a_step_of_the_weights_leaves_the_generator_alone():
 
 def test_the_gradient_of_the_loss_says_what_is_kept():
     """Of two halves of the MLP, one costs loss when it is there and one when it is not."""
-    _, gates, search = made(alpha=0.0, noisy=False)
+    _, gates, search = made(noisy=False)
+    search.weighing = 0
     half = gates.structure.sizes.units("channels") // 2
 
     def measure(leaves):
@@ -71,44 +126,66 @@ def test_the_gradient_of_the_loss_says_what_is_kept():
 
 
 @pytest.mark.parametrize("noisy", [True, False])
-def test_the_budget_is_approached_and_the_last_word_is_without_noise(noisy):
-    model, gates, search = made(noisy=noisy, alpha=20.0)
+@pytest.mark.parametrize("shape", ["padded", "uniform"])
+def test_the_budget_falls_to_what_is_asked_and_the_last_word_is_without_noise(noisy, shape):
+    model, gates, search = made(noisy=noisy)
+    search.budget, sizes = Budget(gates.structure.sizes, 0.5, shape), gates.structure.sizes
     shares = []
     for step in range(1, 41):
         decision = search.decide(step, gates, slopes_of(model))
-        if decision.masks is None:
-            break
-        shares.append(float(remaining(decision.masks, gates.structure.sizes)))
-    assert abs(shares[-1] - 0.5) < 0.15 < shares[0] - 0.5
+        assert decision.masks is not None
+        shares.append(float(remaining(decision.masks, sizes)))
+    assert shares[:4] == [1.0] * 4 and shares[-20:] == pytest.approx([0.5] * 20, abs=0.05)
+    assert shares == pytest.approx(sorted(shares, reverse=True), abs=0.045), "never back"
+    assert 0.55 < shares[10] < 0.95, "and not at once"
     final = [search.decide(41, gates, slopes_of(model)) for _ in range(2)]
     assert final[0].masks is None
     assert all(torch.equal(final[0].scores[kind], final[1].scores[kind]) for kind in KINDS)
-    assert float(remaining(search.budget.cut(final[0].scores), gates.structure.sizes)) <= 0.5
+    assert float(remaining(search.budget.cut(final[0].scores), sizes)) <= 0.5
 
 
-def test_it_ends_early_once_the_budget_was_met_for_a_while():
-    model, gates, search = made()
-    search.met = 3
-    assert search.decide(5, gates, slopes_of(model)).masks is not None, "a tenth of 40 steps are four"
-    search.met = 4
-    assert search.decide(6, gates, slopes_of(model)).masks is None
+def test_stages_are_tightened_one_after_the_other():
+    model, gates, search = made(stages=2)
+    shares = []
+    for step in range(1, 41):
+        shares.append(float(remaining(search.decide(step, gates, slopes_of(model)).masks, gates.structure.sizes)))
+    assert shares[4:20] == pytest.approx([0.5**0.5] * 16, abs=0.045)
+    assert shares[20:] == pytest.approx([0.5] * 20, abs=0.045)
+
+
+@pytest.mark.parametrize("shape", ["padded", "uniform"])
+@pytest.mark.parametrize("target", [1.0, 0.8, 0.5])
+def test_levels_keep_what_the_budget_keeps(shape, target):
+    sizes = structure_of(adapted("llama"), block=1).sizes
+    scores = {kind: torch.randn(sizes.layers, sizes.units(kind), generator=torch.manual_seed(0)) for kind in KINDS}
+    budget = Budget(sizes, 0.5, shape, multiple_of=8)
+    levels = levels_of(scores, budget, target)
+    masks = {kind: (scores[kind] >= levels[kind]).float() for kind in KINDS}
+    share = float(remaining(masks, sizes))
+    assert target - 0.1 < share <= target + 1e-6
+    if shape == "uniform":
+        assert all(len(set(masks[kind].sum(1).tolist())) == 1 for kind in KINDS)
+        assert int(masks["channels"][0].sum()) % 8 == 0
+    else:
+        assert len(set(masks["channels"].sum(1).tolist())) > 1 or target == 1.0
 
 
 def test_what_is_alike_in_all_layers_in_the_end_is_alike_before():
     model, gates, search = made()
     search.budget = Budget(gates.structure.sizes, 0.5, "uniform")
-    for step in range(1, 4):
+    for step in range(1, 8):
         masks = search.decide(step, gates, slopes_of(model)).masks
         assert all(len(set(masks[kind].sum(1).tolist())) == 1 for kind in KINDS)
 
 
-def test_its_state_is_all_it_needs():
+@pytest.mark.parametrize("stop", [3, 5, 8])
+def test_its_state_is_all_it_needs(stop):
     model, gates, search = made()
-    for step in range(1, 4):
+    for step in range(1, stop):
         search.decide(step, gates, slopes_of(model))
     _, _, other = made()
     other.load({name: tensor.clone() for name, tensor in search.state().items()})
-    for step in range(4, 7):
+    for step in range(stop, stop + 4):
         one, two = (each.decide(step, gates, slopes_of(model)) for each in (search, other))
         assert all(torch.equal(one.scores[kind], two.scores[kind]) for kind in KINDS)
 
@@ -134,10 +211,3 @@ def test_numbers_that_are_not_finite_end_the_search_and_move_nothing(loss, slope
     with pytest.raises(DivergenceError, match=f"search step 3: the search {found}"):
         search.decide(3, gates, lambda leaves: (loss, [torch.full_like(leaf, slope) for leaf in leaves]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in search.generator.state_dict().items())
-
-
-def test_whether_the_budget_is_met_is_what_rank_0_says():
-    model, gates, search = made()
-    search.agree = lambda tensor: torch.zeros(2) if tensor.shape == (2,) else tensor
-    assert search.decide(1, gates, slopes_of(model)).metrics["prune.budget_loss"] == 0.0
-    assert search.met == 1
