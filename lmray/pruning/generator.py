@@ -24,6 +24,8 @@ WIDTH, HEADS, INNER, DEPTH = 64, 4, 256, 2
 TEMPERATURE = 0.4
 MEDIAN = -math.log(math.log(2))
 """Of the Gumbel distribution."""
+FAINT = 0.1
+"""What is left of heads that start from chance once they are told what to say."""
 
 
 class Generator(nn.Module):
@@ -53,11 +55,12 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def say(self, scores: Mapping[Kind, torch.Tensor]) -> None:
-        """Sets the heads so that these are its scores; across what they read of a layer they stay as they are. Along it
-        alone, the encoder's gradient would be that of what its norm undoes: rounding, which Adam makes steps of."""
+        """Sets the heads so that these are its scores. Across what they read of a layer they stay, faintly: along it
+        alone, the encoder's gradient would be that of what its norm undoes, rounding, which Adam makes steps of."""
         mixed_LE = self.mixed()
         inverse_LE = mixed_LE / mixed_LE.square().sum(1, keepdim=True)
         for kind in KINDS:
+            self.heads[kind] *= FAINT
             missing_LU = scores[kind] - torch.einsum("le,lue->lu", mixed_LE, self.heads[kind])
             self.heads[kind] += missing_LU[:, :, None] * inverse_LE[:, None]
 
