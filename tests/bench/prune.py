@@ -4,8 +4,8 @@
         [--methods base,dense,taylor,...] [--rows FILE] [--out FILE] [--quick]
 
 `base`: the model as it is. `dense`: LoRA, nothing removed. `atp`: pruned while it is tuned, masks searched on a tenth
-of the training rows; `atp:alpha=10:distill=1` sets fields of the method. `magnitude`, `wanda_sp`, `taylor`: heads and
-MLP channels cut by an importance score, then LoRA. `depth`: layers of least block influence cut, then LoRA.
+of the training rows; `atp:gate=deterministic:distill=1` sets fields of the method. `magnitude`, `wanda_sp`, `taylor`:
+heads and MLP channels cut by an importance score, then LoRA. `depth`: layers of least block influence cut, then LoRA.
 `optipfair`: that package's width pruning of the MLP, then LoRA. What is cut first is calibrated on training rows
 alone. All are merged, and measured from a plain folder: held-out loss of every example and task scores; tokens a
 second of CPU time of one thread in plain `transformers`, in turns with the dense model, each in a process of its own.

@@ -26,7 +26,7 @@ class Cell:
     """One model: how it was made."""
 
     method: str
-    """One of METHODS; `atp` may have fields of the method behind it, like `atp:alpha=10`."""
+    """One of METHODS; `atp` may have fields of the method behind it, like `atp:distill=1`."""
     remaining: float
     """Share of prunable weights asked for; 1.0 for `base` and `dense`."""
     seed: int
