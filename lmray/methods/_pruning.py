@@ -71,7 +71,7 @@ class Pruning(Method):
         structure = structure_of(model, block=1)
         check_adapted(structure.layers(model), structure)
         sizes = structure.sizes
-        if self.multiple_of > sizes.channels:
+        if self.shape == "uniform" and self.multiple_of > sizes.channels:
             found, allowed = f"is {self.multiple_of}", f"1 to {sizes.channels}, the width of the MLP"
             raise ConfigError("method.multiple_of", found, allowed=allowed)
         if sizes.groups % self.tensor_parallel:
@@ -87,10 +87,11 @@ class Pruning(Method):
         check_writable(model, structure, budget.fewest_groups)
         if self.remaining < (fewest := budget.least):
             found = f"{self.remaining:g} is less than the narrowest model has that can be kept"
-            allowed = f"{fewest:.3f} to 1: {budget.fewest_groups} key-value head(s) and {self.multiple_of} MLP channels"
-            raise ConfigError(
-                "method.remaining", found, allowed=allowed, hint="a smaller `method.multiple_of` allows less"
-            )
+            width, hint = 1, None
+            if self.shape == "uniform":
+                width, hint = self.multiple_of, "a smaller `method.multiple_of` allows less"
+            allowed = f"{fewest:.3f} to 1: {budget.fewest_groups} key-value head(s) and {width} MLP channel(s)"
+            raise ConfigError("method.remaining", found, allowed=allowed, hint=hint)
 
     def warnings(self) -> tuple[str, ...]:
         if self.in_steps or self.remaining >= 1 - MOST_AT_ONCE - 1e-9:

@@ -34,7 +34,7 @@ METRICS = {
     "prune.remaining": Metric("fraction", "Prunable weights under the masks of the step."),
     "prune.budget_loss": Metric("", "R: how far, in log ratio, what is kept is from the budget.", "min"),
     "prune.removed_norm": Metric("", "G: norms of the LoRA slices of removed units; 0 once masks are final.", "min"),
-    "prune.search_loss": Metric("nats/token", "Mean loss over the search rows, under soft masks.", "min"),
+    "prune.search_loss": Metric("nats/token", "Mean loss over the search rows under soft masks, at first none.", "min"),
     "eval.loss": Metric("nats/token", "Mean loss over the supervised tokens of the held-out data.", "min"),
     "eval.perplexity": Metric("", "exp(eval.loss).", "min"),
     "eval.seconds": Metric("s", "Time that taking the held-out loss took."),

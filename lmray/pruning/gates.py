@@ -109,10 +109,12 @@ def shrink_removed(gates: Gates, strength: float) -> float:
     before.
 
     The proximal step of the group lasso: w <- w * max(0, 1 - t / ||w||) for all slices of one unit together, t =
-    `strength` times the share of all removed units that are of this layer and kind. Infinite `strength` zeroes them.
+    `strength` times the share of all removed weights that are of this layer and kind. Infinite `strength` zeroes them.
     """
     removed = {kind: gates.masks[kind] < 0.5 for kind in KINDS}
-    total = sum(int(one.sum()) for one in removed.values())
+    costs = {kind: torch.tensor(gates.structure.sizes.costs(kind)) for kind in KINDS}
+    weights = {kind: (one * costs[kind].to(one.device)).sum(1) for kind, one in removed.items()}
+    total = sum(int(one.sum()) for one in weights.values())
     norms = 0.0
     if total == 0:
         return norms
@@ -124,7 +126,7 @@ def shrink_removed(gates: Gates, strength: float) -> float:
             slices = [_Slices(layer, part, gates.structure) for part in gates.structure.layout[kind].parts]
             norm_U = torch.stack([one.squared_norms() for one in slices]).sum(0).sqrt()
             norms += float(norm_U[mask_U.to(norm_U.device)].sum())
-            threshold = strength * float(mask_U.sum()) / total
+            threshold = strength * float(weights[kind][number]) / total
             kept_U = (1 - threshold / norm_U.clamp(min=1e-20)).clamp(min=0.0)
             kept_U = torch.where(mask_U.to(kept_U.device), kept_U, 1.0)
             for one in slices:

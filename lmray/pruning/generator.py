@@ -29,7 +29,7 @@ FAINT = 0.1
 
 
 class Generator(nn.Module):
-    """Scores of all units, [L, U] of each kind; a unit with a score above 0 is kept."""
+    """Scores of all units, [L, U] of each kind: of two units the one with the higher score is worth more."""
 
     def __init__(self, sizes: Sizes, *, seed: int):
         super().__init__()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ def all_kept(sizes: Sizes) -> dict[Kind, torch.Tensor]:
 
 
 def remaining(masks: Masks, sizes: Sizes) -> torch.Tensor:
-    """The share of prunable weights that `masks` keep: a scalar, with the gradient of the masks."""
+    """The share of prunable weights that `masks` keep: a scalar."""
     kept = [(masks[kind] * _costs(sizes, kind, masks[kind])).sum() for kind in KINDS]
     return (kept[0] + kept[1]) / sizes.prunable
 
@@ -86,7 +87,7 @@ class Budget:
     @property
     def least(self) -> float:
         """The smallest `remaining` there is."""
-        return least(self.sizes, self.multiple_of, self.fewest_groups)
+        return least(self.sizes, self.multiple_of if self.shape == "uniform" else 1, self.fewest_groups)
 
     @property
     def fewest_groups(self) -> int:
@@ -113,10 +114,12 @@ def _uniform(
     room = target * sizes.prunable / sizes.layers
     best: tuple[float, tuple[int, int]] | None = None
     gains = {kind: _gains(worths[kind], sizes, kind) for kind in KINDS}
+    totals = {kind: [0, *accumulate(sizes.costs(kind))] for kind in KINDS}
     step = _step(sizes, multiple_of)
+    widths = sorted({*range(step, sizes.blocks + 1, step), sizes.blocks})  # all of it is no new width
     for groups in group_counts:
-        left = room - _cost(sizes, "groups", groups)
-        blocks = [count for count in range(step, sizes.blocks + 1, step) if _cost(sizes, "channels", count) <= left]
+        left = room - totals["groups"][groups]
+        blocks = [count for count in widths if totals["channels"][count] <= left]
         if not blocks:
             continue
         gain = float(gains["groups"][groups - 1] + gains["channels"][blocks[-1] - 1])

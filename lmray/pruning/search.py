@@ -53,7 +53,7 @@ MARGIN = 3.0
 """What scores are above the level, at least, where nothing is removed."""
 MEASURED = 0.1
 """Share of the search's steps, the first, in which everything is kept and units are weighed by what they bring into the
-residual stream, from which the generator starts."""
+residual stream, from which the generator starts. The others move it."""
 STAGE = 2 / 3
 """What a stage of a budget that is tightened in steps leaves of the one before it, at least."""
 
@@ -113,21 +113,22 @@ class Search(Decider):
         self.budget, self.args, self.ranks = budget, args, ranks
         self.search_steps = args.steps
         self.generator = Generator(budget.sizes, seed=args.seed)
-        self.learning_rate = args.learning_rate or default_rate(args.steps)
+        self.weighing = math.ceil(MEASURED * args.steps)
+        self.moves = args.steps - self.weighing
+        """Steps that move the generator; of a search of one step, none."""
+        self.learning_rate = args.learning_rate or default_rate(max(1, self.moves))
         self.optimizer = torch.optim.AdamW(self.generator.parameters(), lr=self.learning_rate)
-        self.weighing = math.ceil(MEASURED * args.steps) if args.steps > 1 else 0
         self.inputs: Squares = {}
         """What units are weighed by, of all search rows so far; empty once they are."""
 
     def decide(self, step: int, gates: Gates, measure: Measure) -> Decision:
-        if step > self.args.steps:
-            with torch.no_grad():
-                return Decision(self._above(self.budget.remaining))
         if step <= self.weighing:
             return self._weighed(step, gates, measure)
-        if step == self.weighing + 1 and self.weighing:
+        if step == self.weighing + 1:
             self.generator.say(standardised(scores_of(gates.model, gates.structure, self.inputs)))
             self.inputs = {}
+        if step > self.args.steps:
+            return Decision(self._final())
         target = self._target(step)
         soft = soften(draw(self._above(target), self._noise(step)))
         loss, slopes = self._slopes(step, soft, gates, measure)
@@ -191,9 +192,19 @@ class Search(Decider):
         """Scores above the level from which units are kept where `target` of the weights are: rank 0's, with the
         gradient of this rank's generator, which is the same but for rounding."""
         scores = self.generator()
-        agreed: dict[Kind, torch.Tensor] = {kind: self.ranks.of_first(one.detach()) for kind, one in scores.items()}
+        agreed = self._agreed(scores)
         levels = levels_of(agreed, self.budget, target)
         return {kind: one + (agreed[kind] - one.detach()) - levels[kind] for kind, one in scores.items()}
+
+    @torch.no_grad()
+    def _final(self) -> dict[Kind, torch.Tensor]:
+        """Scores above one level for all layers and kinds, so that they can be compared: what `levels_of` cuts by."""
+        agreed = self._agreed(self.generator())
+        level = level_of(agreed, self.budget, self.budget.remaining)
+        return {kind: one - level for kind, one in agreed.items()}
+
+    def _agreed(self, scores: Masks) -> dict[Kind, torch.Tensor]:
+        return {kind: self.ranks.of_first(one.detach()) for kind, one in scores.items()}
 
     def _noise(self, step: int) -> torch.Generator | None:
         if not self.args.noisy:
@@ -203,11 +214,11 @@ class Search(Decider):
 
     def _target(self, step: int) -> float:
         """What is to remain after `step`."""
-        asked, stages = self.budget.remaining, self.args.stages
+        asked, stages, move = self.budget.remaining, self.args.stages, step - self.weighing
         if stages == 1:
-            fallen = (step - self.weighing) / max(1.0, ARRIVAL * self.args.steps)
-            return asked if fallen >= 1 else 1 - max(0.0, fallen) * (1 - asked)
-        stage = math.ceil(step * stages / self.args.steps)
+            fallen = min(1.0, move / (ARRIVAL * self.moves))
+            return asked if fallen == 1.0 else 1 - fallen * (1 - asked)
+        stage = math.ceil(move * stages / self.moves)
         return asked if stage >= stages else asked ** (stage / stages)
 
 
@@ -220,14 +231,19 @@ def standardised(scores: Masks) -> dict[Kind, torch.Tensor]:
     return {kind: part.view_as(scores[kind]) for kind, part in zip(KINDS, parts, strict=True)}
 
 
-def levels_of(scores: Masks, budget: Budget, target: float) -> dict[Kind, torch.Tensor]:
-    """[L, 1] of each kind: from where on units are kept where `target` of the prunable weights are. One for all layers
-    and kinds; where layers are to stay alike, that of each."""
+def level_of(scores: Masks, budget: Budget, target: float) -> torch.Tensor:
+    """From where on units are kept where `target` of the prunable weights are, in layers of different widths."""
     flat = torch.cat([scores[kind].flatten() for kind in KINDS])
     costs = [torch.tensor(budget.sizes.costs(kind), dtype=torch.float64).expand_as(scores[kind]) for kind in KINDS]
     falling, order = flat.sort(descending=True, stable=True)
     spent = torch.cat([one.flatten() for one in costs])[order].cumsum(0)
-    level = _between(falling, int((spent <= target * budget.sizes.prunable).sum()))
+    return _between(falling, int((spent <= target * budget.sizes.prunable).sum()))
+
+
+def levels_of(scores: Masks, budget: Budget, target: float) -> dict[Kind, torch.Tensor]:
+    """[L, 1] of each kind: from where on units are kept where `target` of the prunable weights are. One for all layers
+    and kinds; where layers are to stay alike, that of each."""
+    level = level_of(scores, budget, target)
     if budget.shape != "uniform":
         return {kind: level.expand(budget.sizes.layers, 1) for kind in KINDS}
     masks = budget.cut({kind: scores[kind] - level for kind in KINDS}, target)

@@ -60,12 +60,13 @@ def test_two_ranks_give_the_curve_and_the_masks_of_one(job, strategy, stop_at, t
     same(shared, alone)
 
 
-def test_a_rank_without_a_search_row_says_nothing_of_what_units_are_worth(job, tmp_path):
+def test_what_a_rank_reads_again_says_nothing_of_what_units_are_worth(job, tmp_path):
     apart = [row | {"prompt": f"{number}", "topic": f"{number}"} for number, row in enumerate(tiny_rows(40))]
     rows = write_jsonl(tmp_path / "apart.jsonl", apart)
-    few = {"rows": rows, "method": {**TINY_ATP, "search_fraction": 0.025}, "train__max_steps": 4}
-    alone, shared = job("single", 1, **few), job("ddp", 2, **few)
+    few = {"rows": rows, "method": {**TINY_ATP, "search_fraction": 0.075}, "train__max_steps": 4}
+    one_by_one = {"train__per_device_train_batch_size": 1, "train__gradient_accumulation_steps": 2}
+    alone, shared = job("single", 1, **few), job("ddp", 2, **few, **one_by_one)
     run_here(alone, tmp_path / "scratch")
-    assert json.loads((run_folder(alone) / "data.json").read_text())["search"]["examples"] == 1
+    assert json.loads((run_folder(alone) / "data.json").read_text())["search"]["examples"] == 3
     assert train_ranks(shared).status == "succeeded"
     same(shared, alone)

@@ -50,7 +50,8 @@ def adding_inputs(
             read_BTI = inputs[0].detach()
             chosen_BT = tokens() if tokens else torch.ones(read_BTI.shape[:2], dtype=torch.bool)
             if chosen_BT is not None:
-                squares[kind][number] += read_BTI[chosen_BT.to(read_BTI.device)].double().square().sum(0).cpu()
+                read_NI = read_BTI[chosen_BT.to(read_BTI.device)]
+                squares[kind][number] += torch.linalg.vector_norm(read_NI, dim=0, dtype=torch.float64).cpu().square()
 
         return hook
 

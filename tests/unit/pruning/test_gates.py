@@ -126,7 +126,10 @@ def test_the_proximal_step_is_that_of_the_group_lasso():
     gates.masks = some_masks(gates.structure)
     mlp = gates.layers[0].mlp
     removed = {kind: gates.masks[kind] == 0 for kind in KINDS}
-    share = float(removed["channels"][0].sum()) / sum(int(one.sum()) for one in removed.values())
+    cost = {kind: gates.structure.sizes.costs(kind)[0] for kind in KINDS}  # of weights, of units of a kind alike
+    assert cost["groups"] != cost["channels"]
+    weights = sum(int(one.sum()) * cost[kind] for kind, one in removed.items())
+    share = float(removed["channels"][0].sum()) * cost["channels"] / weights
     unit = int(removed["channels"][0].nonzero()[0])
     rows = slice(4 * unit, 4 * unit + 4)
 

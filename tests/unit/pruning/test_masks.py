@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lmray.errors import ConfigError
-from lmray.pruning.masks import all_kept, budget_loss, least, project, remaining
-from lmray.pruning.structure import Sizes
+from lmray.pruning.masks import Budget, all_kept, budget_loss, least, project, remaining
+from lmray.pruning.structure import KINDS, Sizes
 
 SIZES = Sizes(layers=3, hidden=32, groups=4, heads_per_group=2, head_dim=8, channels=96, block=1)
 
@@ -72,3 +72,19 @@ def test_a_budget_below_one_group_is_refused_with_the_least(shape):
     with pytest.raises(ConfigError, match=r"method.remaining: 0.05 is less than one") as caught:
         project(random_scores(SIZES), SIZES, 0.05, shape=shape, multiple_of=8)
     assert "to 1" in str(caught.value) and least(SIZES, 8) > 0.05
+
+
+def test_a_width_that_is_no_multiple_is_kept_where_all_of_it_is():
+    sizes = Sizes(layers=2, hidden=32, groups=2, heads_per_group=2, head_dim=8, channels=100, block=1)
+    scores = {kind: torch.randn(2, sizes.units(kind), generator=torch.manual_seed(0)) for kind in KINDS}
+    cut = [project(scores, sizes, share, shape="uniform", multiple_of=64) for share in (1.0, 0.7)]
+    counts = [int(masks["channels"][0].sum()) for masks in cut]
+    assert counts == [100, 64]
+
+
+def test_layers_of_different_widths_need_no_round_one():
+    sizes = Sizes(layers=2, hidden=32, groups=2, heads_per_group=2, head_dim=8, channels=96, block=1)
+    padded, uniform = (Budget(sizes, 0.5, shape, multiple_of=64) for shape in ("padded", "uniform"))
+    assert padded.least < 0.3 < 0.5 < uniform.least
+    scores = {kind: torch.randn(2, sizes.units(kind), generator=torch.manual_seed(0)) for kind in KINDS}
+    assert float(remaining(padded.cut(scores, 0.3), sizes)) <= 0.3
