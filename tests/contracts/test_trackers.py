@@ -15,6 +15,7 @@ from lmray.artifacts.store import run_folder
 from lmray.metrics.events import read_events
 from lmray.registry import TRACKERS
 from lmray.testing.jobs import run_here, tiny_job
+from lmray.testing.waiting import wait_until
 from lmray.trackers.base import TrackedRun
 from lmray.train import loop
 
@@ -46,10 +47,17 @@ def of_mlflow(folder: Path, store: Path) -> Seen:
 
 def of_wandb(folder: Path, store: Path) -> Seen:
     """What `wandb sync` would send, all its folders together."""
-    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     assert len({path.name for path in files}) == 1, "one run, however often it was opened"
+
+    def written() -> bool:  # by a process of the library's own, which is not done when a session is
+        return all([kind for kind, _ in wandb_records(path.read_bytes())][-1:] == ["exit"] for path in files)
+
+    wait_until(written, "wandb's files", timeout_s=60)
     seen: Seen = defaultdict(list)
-    for record in (record for path in files for record in wandb_records(path.read_bytes())):
+    for kind, record in (one for path in files for one in wandb_records(path.read_bytes())):
+        if kind != "history":
+            continue
         items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
         for name, value in items.items():
             if not name.startswith("_"):
@@ -71,8 +79,7 @@ def wandb_records(content: bytes):
             record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(whole)
             whole = b""
-            if record.WhichOneof("record_type") == "history":
-                yield record
+            yield record.WhichOneof("record_type"), record
 
 
 READ = {"tensorboard": of_tensorboard, "mlflow": of_mlflow, "wandb": of_wandb}

@@ -14,7 +14,7 @@ from lmray.artifacts.store import run_folder
 from lmray.job import TrainJob
 from lmray.metrics.events import read_events
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
-from lmray.testing.matrix import shared_by
+from lmray.testing.matrix import STEP_ROWS, shared_by
 from lmray.testing.pruned import TINY_ATP
 from lmray.testing.ranks import train_ranks
 
@@ -63,8 +63,8 @@ def test_two_ranks_give_the_curve_and_the_masks_of_one(job, strategy, stop_at, t
 def test_what_a_rank_reads_again_says_nothing_of_what_units_are_worth(job, tmp_path):
     apart = [row | {"prompt": f"{number}", "topic": f"{number}"} for number, row in enumerate(tiny_rows(40))]
     rows = write_jsonl(tmp_path / "apart.jsonl", apart)
-    few = {"rows": rows, "method": {**TINY_ATP, "search_fraction": 0.075}, "train__max_steps": 4}
-    one_by_one = {"train__per_device_train_batch_size": 1, "train__gradient_accumulation_steps": 2}
+    few = {"rows": rows, "method": {**TINY_ATP, "search_fraction": 0.1}, "train__max_steps": 4}
+    one_by_one = {"train__per_device_train_batch_size": 1, "train__gradient_accumulation_steps": STEP_ROWS // 2}
     alone, shared = job("single", 1, **few), job("ddp", 2, **few, **one_by_one)
     run_here(alone, tmp_path / "scratch")
     assert json.loads((run_folder(alone) / "data.json").read_text())["search"]["examples"] == 3

@@ -269,7 +269,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(job, name):
 
 
 def test_a_budget_that_is_too_small_is_told_the_least(job):
-    with pytest.raises(ConfigError, match=r"allowed: 0\.\d+ to 1: 1 key-value head\(s\) and 8 MLP channels"):
+    with pytest.raises(ConfigError, match=r"allowed: 0\.\d+ to 1: 1 key-value head\(s\) and 8 MLP channel\(s\)"):
         make_plan(job(method__remaining=0.1))
     with pytest.raises(ConfigError, match=r"2 key-value head\(s\)"):
         make_plan(job(method__remaining=0.1, method__tensor_parallel=2))
