@@ -31,7 +31,8 @@ class _Server(uvicorn.Server):
     """Says when it listens."""
 
     def __init__(self, app: Any):
-        super().__init__(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+        # Without a configuration of its own for logging, which would close the handlers of others and their streams.
+        super().__init__(uvicorn.Config(app, log_config=None, log_level="error", timeout_graceful_shutdown=5))
         self.listens = threading.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
