@@ -30,10 +30,11 @@ class Pruning(Method):
     remaining: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Share of the prunable weights (attention and MLP of the decoder layers) that is kept."""
     multiple_of: Annotated[int, Field(ge=1)] = 64
-    """What a `uniform` MLP's width is a multiple of, as kernels like it; its channels are chosen one by one."""
+    """What an MLP's width is a multiple of, as kernels like it; its channels are chosen one by one."""
     shape: Shape = "uniform"
     """`uniform`: layers stay alike, which loads everywhere. `padded`: each keeps as much as it is worth, and is filled
-    up with zeros to the widest: better, and no faster than that one."""
+    up with zeros to the widest: better, and no faster than that one. `hetero`: MLPs of different widths, which are
+    faster, as DeciLM (Nemotron-NAS) writes them: lmray and vLLM read it."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """Devices that it will be served on together; they divide what is kept: key-value heads, and the MLP's width."""
     distill: Annotated[float, Field(ge=0.0)] = 0.0
@@ -63,7 +64,7 @@ class Pruning(Method):
 
     def budget(self, model: Any, structure: Structure) -> Budget:
         """What is to remain of `model`, which `structure` describes."""
-        counts = group_counts(model, structure)
+        counts = group_counts(model, structure, self.shape)
         counts = tuple(count for count in counts if count % self.tensor_parallel == 0)
         return Budget(structure.sizes, self.remaining, self.shape, counts, self.multiple_of)
 
@@ -71,7 +72,7 @@ class Pruning(Method):
         structure = structure_of(model, block=1)
         check_adapted(structure.layers(model), structure)
         sizes = structure.sizes
-        if self.shape == "uniform" and self.multiple_of > sizes.channels:
+        if self.multiple_of > sizes.channels:
             found, allowed = f"is {self.multiple_of}", f"1 to {sizes.channels}, the width of the MLP"
             raise ConfigError("method.multiple_of", found, allowed=allowed)
         if sizes.groups % self.tensor_parallel:
@@ -81,14 +82,14 @@ class Pruning(Method):
         if not budget.group_counts:
             found = "no config can be written of what would be left, whichever heads are kept"
             raise ConfigError("method.name", found, hint="tune this architecture with `method: sft`")
-        if self.shape == "padded" and len(budget.group_counts) < sizes.groups:
+        if self.shape != "uniform" and len(budget.group_counts) < sizes.groups:
             found = f"may keep any number of key-value heads, and there are configs of {_listed(budget)} of them only"
             raise ConfigError("method.shape", found, allowed="uniform", hint="set `method.shape: uniform`")
         check_writable(model, structure, budget.fewest_groups)
         if self.remaining < (fewest := budget.least):
             found = f"{self.remaining:g} is less than the narrowest model has that can be kept"
             width, hint = 1, None
-            if self.shape == "uniform":
+            if self.shape != "padded":
                 width, hint = self.multiple_of, "a smaller `method.multiple_of` allows less"
             allowed = f"{fewest:.3f} to 1: {budget.fewest_groups} key-value head(s) and {width} MLP channel(s)"
             raise ConfigError("method.remaining", found, allowed=allowed, hint=hint)

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+import lmray.models.hetero  # noqa: F401  # makes its classes known
 from lmray.errors import ArtifactError, ConfigError
 from lmray.models.machine import is_out_of_memory
 from lmray.models.quantised import keep_layout, quantization_config

@@ -17,8 +17,9 @@ from lmray.pruning.structure import KINDS, Kind, Sizes
 
 Masks = Mapping[Kind, torch.Tensor]
 """[L, U] of each kind."""
-Shape = Literal["uniform", "padded"]
-"""`uniform`: every layer keeps as much. `padded`: any masks; what is smaller is filled up with zeros."""
+Shape = Literal["uniform", "padded", "hetero"]
+"""`uniform`: every layer keeps as much. `padded`: any masks; what is smaller is filled up with zeros. `hetero`: any
+masks; MLPs have widths of their own."""
 
 
 def all_kept(sizes: Sizes) -> dict[Kind, torch.Tensor]:
@@ -50,18 +51,18 @@ def project(
     worth: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
 ) -> dict[Kind, torch.Tensor]:
     """The masks that keep the units of the highest `scores`, at most `target` of all prunable weights and as much of
-    it as `shape` allows; `multiple_of`: of the MLP's width; `group_counts`: of `uniform`, how many key-value heads
-    there may be, rising; none: any.
-    `worth`: of a weight, of a unit with this score; of the generator's scores, which are logits, the chance to be kept.
+    it as `shape` allows.
 
-    Raises ConfigError where a key-value group and the narrowest MLP in each layer are more than that.
+    `multiple_of`: of the MLP's width, but for `padded`. `group_counts`: of `uniform`, how many key-value heads there
+    may be, rising; none: any. `worth`: of a weight, of a unit with this score; of the generator's scores, which are
+    logits, the chance to be kept. Raises ConfigError where the least there is in each layer is more than that.
     """
     if shape == "uniform":
         worths: Masks = {kind: worth(scores[kind].float()) for kind in KINDS}
         groups, channels = _uniform(worths, sizes, target, multiple_of, group_counts or range(1, sizes.groups + 1))
         counts = {"groups": [groups] * sizes.layers, "channels": [channels] * sizes.layers}
     else:
-        counts = _by_layer(scores, sizes, target)
+        counts = _by_layer(scores, sizes, target, _step(sizes, multiple_of) if shape == "hetero" else 1)
     return {kind: _highest(scores[kind], counts[kind]) for kind in KINDS}
 
 
@@ -82,12 +83,12 @@ class Budget:
     group_counts: tuple[int, ...] = ()
     """How many key-value heads a `uniform` model may have, rising; empty: any."""
     multiple_of: int = 1
-    """Of the MLP's width, in a `uniform` model; of single units where they are wider."""
+    """Of the MLP's width; of `padded`, as it is written. Of single units where they are wider."""
 
     @property
     def least(self) -> float:
         """The smallest `remaining` there is."""
-        return least(self.sizes, self.multiple_of if self.shape == "uniform" else 1, self.fewest_groups)
+        return least(self.sizes, 1 if self.shape == "padded" else self.multiple_of, self.fewest_groups)
 
     @property
     def fewest_groups(self) -> int:
@@ -142,25 +143,31 @@ def _gains(worths_LU: torch.Tensor, sizes: Sizes, kind: Kind) -> torch.Tensor:
     return gains_LU.sort(dim=1, descending=True).values.sum(0).cumsum(0)
 
 
-def _by_layer(scores: Masks, sizes: Sizes, target: float) -> dict[Kind, list[int]]:
-    """Units of each kind in each layer: one of each, then the highest scores of all layers for as long as they fit."""
-    counts: dict[Kind, list[int]] = {kind: [1] * sizes.layers for kind in KINDS}
-    room = target * sizes.prunable - sum(_cost(sizes, kind, 1) for kind in KINDS) * sizes.layers
+def _by_layer(scores: Masks, sizes: Sizes, target: float, step: int) -> dict[Kind, list[int]]:
+    """Units of each kind in each layer: the fewest of each, then the highest scores of all layers for as long as they
+    fit; blocks of the MLP `step` at a time, by their mean score, and what is left beyond a multiple of it together."""
+    steps: dict[Kind, int] = {"groups": 1, "channels": step}
+    counts: dict[Kind, list[int]] = {kind: [steps[kind]] * sizes.layers for kind in KINDS}
+    room = target * sizes.prunable - sum(_cost(sizes, kind, steps[kind]) for kind in KINDS) * sizes.layers
     if room < 0:
         found = f"{target:g} is less than one unit of each kind in every layer"
-        raise ConfigError("method.remaining", found, allowed=f"{least(sizes, sizes.block):.3f} to 1")
+        raise ConfigError("method.remaining", found, allowed=f"{least(sizes, step * sizes.block):.3f} to 1")
     ranked = []
     for kind in KINDS:
-        for layer, row in enumerate(scores[kind].sort(dim=1, descending=True).values.tolist()):
-            ranked += [(score, place, kind, layer) for place, score in enumerate(row) if place]
+        for layer, row in enumerate(scores[kind].sort(dim=1, descending=True).values):
+            places = range(steps[kind], len(row), steps[kind])
+            ranked += [
+                (float(part.mean()), kind, layer, len(part))
+                for part in (row[start : start + steps[kind]] for start in places)
+            ]
     full: set[tuple[Kind, int]] = set()
-    costs = {kind: sizes.costs(kind) for kind in KINDS}
-    for _, place, kind, layer in sorted(ranked, key=lambda one: -one[0]):
-        cost = costs[kind][place]
+    totals = {kind: [0, *accumulate(sizes.costs(kind))] for kind in KINDS}
+    for _, kind, layer, more in sorted(ranked, key=lambda one: -one[0]):
+        cost = totals[kind][counts[kind][layer] + more] - totals[kind][counts[kind][layer]]
         if (kind, layer) in full or cost > room:
             full.add((kind, layer))
             continue
-        counts[kind][layer] += 1
+        counts[kind][layer] += more
         room -= cost
     return counts
 

@@ -1,15 +1,16 @@
 """The smaller model: what was removed is cut out of the weights, and a config says the sizes of what is left.
 
 `uniform`: every layer is as wide, and the model is one of its own architecture. `padded`: layers are filled up with
-zeros to the widest, which changes no number. A Llama whose heads do not divide its hidden width is written as a
-Mistral without a window, which has the same tensors and the same forward pass: Llama's config refuses it.
+zeros to the widest, which changes no number. `hetero`: every MLP has its own width; heads are filled up. A Llama whose
+heads do not divide its hidden width is written as a Mistral without a window, which has the same tensors and the same
+forward pass: Llama's config refuses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,30 +19,34 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from lmray.errors import ConfigError
-from lmray.pruning.record import Counts, Kept, Pruning, record_of
-from lmray.pruning.structure import KINDS, Kind, Part, Structure, linear_in
+from lmray.models.hetero import HeteroConfig, blocks_of
+from lmray.pruning.masks import Shape
+from lmray.pruning.record import Kept
+from lmray.pruning.structure import KINDS, Part, Structure, linear_in
 
 LLAMA_ALONE = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
 """What Llama's config says and Mistral's does not."""
 
 
-def save_pruned(
-    model: Any, structure: Structure, kept: Kept, folder: Path, *, shape: str, asked: float, parent: Mapping[str, Any]
-) -> Pruning:
-    """Writes what is left of `model`, whose adapters are merged, to `folder` for plain `from_pretrained`, and its
-    record last; no tokenizer. Returns the record.
+@dataclass(frozen=True)
+class Outline:
+    """Sizes of a smaller model as it is written, zeros included."""
 
-    `kept`: by kind and layer, the units that are kept (`kept_units`). `shape`: `uniform` or `padded`. `asked`: the
-    share of prunable weights that was to remain. `parent`: `source`, `revision`, `digest` of the model that is pruned.
-    Raises ConfigError for layers that keep different numbers of units under `uniform`, for quantised weights, and for
-    a model that no class of transformers holds.
-    """
-    smaller = shrunk(model, structure, kept)
-    counts = Counts(before=num_parameters(model), after=num_parameters(smaller))
-    record = record_of(structure.sizes, kept, shape=shape, asked=asked, parent=parent, parameters=counts)
-    smaller.save_pretrained(folder)
-    record.save(folder)
-    return record
+    groups: int
+    """Key-value heads of every layer."""
+    channels: tuple[int, ...]
+    """Of the MLP, by layer."""
+    shape: Shape
+
+
+def outline(structure: Structure, kept: Kept, shape: Shape, *, multiple_of: int = 1) -> Outline:
+    """How units `kept` are written, the MLP a multiple of `multiple_of` channels wide where the model's is wider."""
+    of_units, widest = structure.sizes.widths("channels"), structure.sizes.channels
+    found = [max(1, sum(of_units[unit] for unit in units)) for units in kept["channels"]]
+    widths = [min(widest, -(-width // multiple_of) * multiple_of) for width in found]
+    if shape != "hetero":
+        widths = [max(widths)] * len(widths)
+    return Outline(max(map(len, kept["groups"])), tuple(widths), shape)
 
 
 def num_parameters(model: Any) -> int:
@@ -49,38 +54,47 @@ def num_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def shrunk(model: Any, structure: Structure, kept: Kept) -> Any:
+def shrunk(model: Any, structure: Structure, kept: Kept, shape: Shape, *, multiple_of: int = 1) -> Any:
     """A new model on the CPU of what is left of `model`, whose adapters are merged; what nothing was cut from, the two
-    share. Raises ConfigError for quantised weights, and for a model that no class of transformers holds."""
+    share.
+
+    `kept`: by kind and layer, the units that are kept (`kept_units`). `multiple_of`: of the MLP's width, to which zeros
+    fill up. Raises ConfigError for quantised weights, and for a model that no class holds.
+    """
     if getattr(model.config, "quantization_config", None) is not None:
         hint = "merge the adapter into the unquantised weights it was trained from, and cut those"
         raise ConfigError("model.quantization", "units cannot be cut out of quantised weights", hint=hint)
-    config = smaller_config(model.config, structure, kept)
+    sizes = outline(structure, kept, shape, multiple_of=multiple_of)
+    config = smaller_config(model.config, structure, sizes)
     with torch.device("meta"):
         smaller = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    smaller.load_state_dict(cut_state(model, structure, kept, padded=KINDS), assign=True)
+    smaller.load_state_dict(_cut_state(model, structure, kept, sizes), assign=True)
     copy_buffers(model, smaller)
     smaller.tie_weights()
     smaller.generation_config = deepcopy(model.generation_config)
     return smaller.eval()
 
 
-def cut_state(model: Any, structure: Structure, kept: Kept, *, padded: Container[Kind]) -> dict[str, torch.Tensor]:
-    """The state of `model` without what was removed, on the CPU; every layer filled up with zeros to the widest, of the
-    kinds in `padded`."""
+def _cut_state(model: Any, structure: Structure, kept: Kept, sizes: Outline) -> dict[str, torch.Tensor]:
+    """The state of `model` without what was removed, on the CPU, filled up with zeros to `sizes`."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     names = {id(module): name for name, module in model.named_modules()}
     for number, layer in enumerate(structure.layers(model)):
         for kind in KINDS:
-            units = kept[kind][number]
-            room = range(max(map(len, kept[kind]))) if kind in padded else units
             for part in structure.layout[kind].parts:
-                cut = _Cut(part, structure, units, len(structure.sizes.places(part, room)))
+                cut = _Cut(part, structure, kept[kind][number], _total(part, structure, sizes, number))
                 for tensor in ("weight", "bias"):
                     name = f"{names[id(linear_in(layer, part.linear))]}.{tensor}"
                     if name in state:
                         state[name] = cut(state[name])
     return state
+
+
+def _total(part: Part, structure: Structure, sizes: Outline, number: int) -> int:
+    """Places along the side that `part` names, in layer `number` of what is written."""
+    if part.per == "channel":
+        return sizes.channels[number]
+    return len(structure.sizes.places(part, range(sizes.groups)))
 
 
 class _Cut:
@@ -103,50 +117,62 @@ class _Cut:
         return cut.contiguous()
 
 
-def smaller_config(config: Any, structure: Structure, kept: Kept) -> Any:
-    """The config of what is left, every layer as wide as the widest."""
-    sizes = structure.sizes
-    groups, blocks = (max(map(len, kept[kind])) for kind in KINDS)
-    heads = groups * sizes.heads_per_group
+def smaller_config(config: Any, structure: Structure, sizes: Outline) -> Any:
+    """The config of what is left."""
+    heads = sizes.groups * structure.sizes.heads_per_group
     changes = {
-        "num_key_value_heads": groups,
+        "num_key_value_heads": sizes.groups,
         "num_attention_heads": heads,
-        "head_dim": sizes.head_dim,
-        "intermediate_size": sum(sizes.widths("channels")[:blocks]),
+        "head_dim": structure.sizes.head_dim,
+        "intermediate_size": max(sizes.channels),
     }
     facts = {**config.to_dict(), **changes}
-    if config.model_type != "llama" or sizes.hidden % heads == 0:
+    alone = {name: value for name, value in facts.items() if name not in (*LLAMA_ALONE, "sliding_window")}
+    if sizes.shape == "hetero":
+        _check_hetero(config)
+        blocks = blocks_of(sizes.channels, structure.sizes.heads_per_group)
+        return HeteroConfig(**alone, block_configs=blocks)
+    if config.model_type != "llama" or structure.sizes.hidden % heads == 0:
         return type(config)(**facts)
     if config.attention_bias or config.mlp_bias:
-        found = f"leaves {heads} heads, which do not divide the hidden width {sizes.hidden}"
+        found = f"leaves {heads} heads, which do not divide the hidden width {structure.sizes.hidden}"
         raise ConfigError(
             "method.remaining",
             f"{found}: no class of transformers has such a model with biases",
             hint="keep as many key-value heads as divide it: another `method.remaining`, or `method.shape: uniform`",
         )
-    facts = {name: value for name, value in facts.items() if name not in LLAMA_ALONE}
-    return MistralConfig(**facts, sliding_window=None, architectures=["MistralForCausalLM"])
+    return MistralConfig(**alone, sliding_window=None, architectures=["MistralForCausalLM"])
 
 
-def group_counts(model: Any, structure: Structure) -> tuple[int, ...]:
+def _check_hetero(config: Any) -> None:
+    plain = config.model_type == "llama" or (config.model_type == "mistral" and config.sliding_window is None)
+    if not plain or getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        found = f"a `{config.model_type}` with its biases and windows cannot have layers of different widths"
+        allowed = "of llama and mistral, those without biases and windows"
+        raise ConfigError("method.shape", found, allowed=allowed, hint="`shape: padded` or `uniform`")
+
+
+def group_counts(model: Any, structure: Structure, shape: Shape) -> tuple[int, ...]:
     """How many key-value heads a layer of `model`, plain or with an adapter, may keep, rising: those for which there is
-    a config."""
+    a config. Raises ConfigError where the architecture has none of this `shape`."""
     config = _base(model).config
+    if shape == "hetero":
+        _check_hetero(config)
     return tuple(count for count in range(1, structure.sizes.groups + 1) if _has_config(config, structure, count))
 
 
 def check_writable(model: Any, structure: Structure, groups: int) -> None:
     """Raises ConfigError where the config of what is left of `model`, plain or with an adapter, with `groups` key-value
-    heads and one block of the MLP in each layer, is not that of the tensors that are cut; needs no weights."""
+    heads and the narrowest MLP in each layer, is not that of the tensors that are cut; needs no weights."""
     base = _base(model)
-    kept = _first_units(structure, groups, 1)
+    sizes = _alike(structure, groups, structure.sizes.widths("channels")[0])
     with torch.device("meta"):
-        smaller = AutoModelForCausalLM.from_config(smaller_config(base.config, structure, kept), dtype=torch.float32)
+        smaller = AutoModelForCausalLM.from_config(smaller_config(base.config, structure, sizes), dtype=torch.float32)
     left = {name.replace(".base_layer.", "."): list(one.shape) for name, one in base.named_parameters()}
     names = {id(module): name for name, module in base.named_modules()}
-    for layer in structure.layers(base):
+    for number, layer in enumerate(structure.layers(base)):
         for part in (part for kind in KINDS for part in structure.layout[kind].parts):
-            total = len(structure.sizes.places(part, range(groups if part.per != "channel" else 1)))
+            total = _total(part, structure, sizes, number)
             name = names[id(linear_in(layer, part.linear))]
             left[f"{name}.weight"][0 if part.side == "rows" else 1] = total
             if part.side == "rows" and f"{name}.bias" in left:
@@ -165,14 +191,13 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _first_units(structure: Structure, groups: int, blocks: int) -> Kept:
-    layers = structure.sizes.layers
-    return {"groups": [list(range(groups))] * layers, "channels": [list(range(blocks))] * layers}
+def _alike(structure: Structure, groups: int, channels: int) -> Outline:
+    return Outline(groups, (channels,) * structure.sizes.layers, "uniform")
 
 
 def _has_config(config: Any, structure: Structure, groups: int) -> bool:
     try:
-        smaller_config(config, structure, _first_units(structure, groups, structure.sizes.blocks))
+        smaller_config(config, structure, _alike(structure, groups, structure.sizes.channels))
     except (ConfigError, StrictDataclassError, ValueError):  # the last two: transformers' own checks
         return False
     return True

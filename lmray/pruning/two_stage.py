@@ -47,10 +47,10 @@ def smaller_model(model: Any, way: str, rows: Rows, *, remaining: float, multipl
         remaining,
         shape="uniform",
         multiple_of=multiple_of,
-        group_counts=group_counts(model, structure),
+        group_counts=group_counts(model, structure, "uniform"),
         worth=lambda score: score,
     )
-    return shrunk(model, structure, kept_units(masks))
+    return shrunk(model, structure, kept_units(masks), "uniform")
 
 
 def write_pruned(folder: Path, target: Path, way: str, rows: Rows, *, remaining: float, multiple_of: int = 64) -> None:

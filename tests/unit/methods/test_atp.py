@@ -20,6 +20,7 @@ from lmray.errors import ConfigError, DataError, DivergenceError
 from lmray.job import TrainJob
 from lmray.methods.atp import Atp
 from lmray.metrics.events import read_events
+from lmray.models.load import load_model
 from lmray.pruning.masks import Budget
 from lmray.pruning.record import Pruning
 from lmray.pruning.structure import structure_of
@@ -82,6 +83,19 @@ def test_a_run_ends_with_a_smaller_model_that_plain_transformers_loads(job, tmp_
     assert [line["phase"] for line in logged(one)] == ["search"] * 5 + ["frozen"] * 2
     assert logged(one)[-1]["channels"] == [len(units) for units in record["kept"]["channels"]]
     assert logged(one)[-1]["groups"] == [len(units) for units in record["kept"]["groups"]]
+
+
+def test_layers_of_different_widths_end_as_what_was_masked(job, tmp_path):
+    one = job(method__shape="hetero", train__load_best_model_at_end=False)
+    result = run_here(one, tmp_path / "scratch")
+    folder = folder_of(one) / "model"
+    record = Pruning.beside(folder)
+    model: Any = load_model(folder, "float32")
+    assert record is not None and record.shape == "hetero" and record.remaining <= 0.6
+    widths = [layer.mlp.up_proj.out_features for layer in model.model.layers]
+    assert widths == list(map(len, record.kept["channels"])) == logged(one)[-1]["channels"], "nothing is filled up"
+    assert result.metrics["eval.loss"] == pytest.approx(curve(one, "eval.loss")[-1], abs=1e-4)
+    assert result.metrics["model.parameters"] == model.num_parameters()
 
 
 def test_the_budget_is_met_from_the_freeze_on_and_removed_slices_stay_zero(job, tmp_path):
@@ -281,9 +295,10 @@ def test_devices_divide_the_heads_that_are_kept(job, tmp_path):
     assert logged(one)[-1]["groups"] == [2, 2]
 
 
-def test_devices_and_layers_of_different_widths_do_not_go_together(job):
+@pytest.mark.parametrize("shape", ["padded", "hetero"])
+def test_devices_and_layers_of_different_widths_do_not_go_together(job, shape):
     with pytest.raises(ConfigError, match="keeps different heads in every layer"):
-        job(method__shape="padded", method__tensor_parallel=2)
+        job(method__shape=shape, method__tensor_parallel=2)
 
 
 def test_devices_divide_the_width_of_the_mlp(job):
@@ -342,7 +357,7 @@ def test_heads_that_no_config_is_written_for_are_never_kept():
     assert caught.value.where == "method.shape" and "uniform" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("shape", ["uniform", "padded"])
+@pytest.mark.parametrize("shape", ["uniform", "padded", "hetero"])
 def test_a_llama_without_biases_may_keep_any_number_of_heads(shape):
     model = adapted_to(LlamaConfig(**sized(3, 48)))
     Atp(remaining=0.8, multiple_of=8, shape=shape).check(model, steps=10)

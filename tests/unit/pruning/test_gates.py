@@ -157,7 +157,7 @@ def test_what_is_cut_gives_the_logits_of_what_is_masked_and_loads_in_plain_trans
     kept = kept_units(gates.masks)
     with gates.off():
         merged = model.merge_and_unload()
-    smaller = shrunk(merged, structure_of(merged, block=1), kept)
+    smaller = shrunk(merged, structure_of(merged, block=1), kept, shape)
     assert torch.allclose(logits(smaller), masked, atol=1e-4)
     smaller.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -178,7 +178,7 @@ def test_a_llama_whose_heads_do_not_divide_its_width_is_written_as_a_mistral(tmp
     masked = logits(model.eval())
     with gates.off():
         merged = model.merge_and_unload()
-    smaller = shrunk(merged, structure_of(merged, block=1), kept)
+    smaller = shrunk(merged, structure_of(merged, block=1), kept, "uniform")
     smaller.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(again).__name__ == "MistralForCausalLM" and again.config.num_attention_heads == 6
@@ -189,7 +189,7 @@ def test_a_llama_with_biases_whose_heads_do_not_divide_its_width_cannot_be_writt
     model = AutoModelForCausalLM.from_config(LlamaConfig(**COMMON, attention_bias=True))
     kept = {"groups": [[0, 2, 3]] * 2, "channels": [list(range(40))] * 2}
     with pytest.raises(ConfigError, match="leaves 6 heads, which do not divide the hidden width 32"):
-        shrunk(model, structure_of(model, block=1), kept)
+        shrunk(model, structure_of(model, block=1), kept, "uniform")
 
 
 def test_a_layer_without_lora_is_refused():

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from lmray.errors import ArtifactError, ConfigError
-from lmray.pruning.hetero import load_hetero, save_hetero
+from lmray.models.load import load_empty_model, load_model
 from lmray.pruning.record import Pruning
 from lmray.pruning.shrink import shrunk
 from lmray.pruning.structure import structure_of
-from tests.unit.pruning.models import IDS, logits, make
+from tests.unit.pruning.models import IDS, logits, make, save
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -32,42 +34,67 @@ CONFIGS = {
     "mistral": lambda: MistralConfig(**COMMON, sliding_window=None),
 }
 KEPT = {"groups": [[0, 1, 3], [2], [0, 3]], "channels": [[0, 5], [1], [0, 1, 2, 3, 4, 5]]}  # units of 8, the last of 4
-PARENT = {"source": "親", "revision": None, "digest": "d"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_read_back_is_the_padded_model_without_its_zeros(name, tmp_path: Path):
     model = make(CONFIGS[name]())
     structure = structure_of(model, block=8)
-    padded = shrunk(model, structure, KEPT)
-    record = save_hetero(model, structure, KEPT, tmp_path, asked=0.5, parent=PARENT)
-    again = load_hetero(tmp_path)
+    padded = shrunk(model, structure, KEPT, "padded")
+    record = save(model, structure, KEPT, tmp_path, shape="hetero")
+    again: Any = load_model(tmp_path, "float32")
     assert torch.allclose(logits(again), logits(padded), atol=1e-5)
     assert [layer.mlp.up_proj.out_features for layer in again.model.layers] == [12, 8, 44]
     assert record.parameters.after == again.num_parameters() < padded.num_parameters()
+    assert load_empty_model(tmp_path).num_parameters() == again.num_parameters()
     assert Pruning.beside(tmp_path) == record and record.shape == "hetero"
     assert again.generation_config.max_new_tokens == 17
     text = again.generate(IDS[:1], max_new_tokens=8, do_sample=False)
     assert torch.equal(text, padded.generate(IDS[:1], max_new_tokens=8, do_sample=False))
 
 
+def test_widths_are_filled_up_to_what_kernels_like_and_change_nothing():
+    model = make(CONFIGS["mistral"]())
+    structure = structure_of(model, block=8)
+    narrow, wide = (shrunk(model, structure, KEPT, "hetero", multiple_of=one) for one in (1, 16))
+    assert [layer.mlp.up_proj.out_features for layer in wide.model.layers] == [16, 16, 44]
+    assert torch.allclose(logits(wide), logits(narrow), atol=1e-5)
+
+
+def test_a_layer_that_keeps_nothing_has_zeros():
+    model = make(CONFIGS["mistral"]())
+    kept = {"groups": [[0], [], [1]], "channels": [[0], [1], []]}
+    smaller, padded = (shrunk(model, structure_of(model, block=8), kept, shape) for shape in ("hetero", "padded"))
+    assert torch.allclose(logits(smaller), logits(padded), atol=1e-5)
+    assert smaller.model.layers[2].mlp.up_proj.out_features == 1
+
+
 def test_the_type_of_the_weights_is_kept(tmp_path: Path):
     model = make(CONFIGS["mistral"](), torch.bfloat16)
-    save_hetero(model, structure_of(model, block=8), KEPT, tmp_path, asked=0.5, parent=PARENT)
-    assert {parameter.dtype for parameter in load_hetero(tmp_path).parameters()} == {torch.bfloat16}
+    save(model, structure_of(model, block=8), KEPT, tmp_path, shape="hetero")
+    again = load_empty_model(tmp_path)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
 
 
-def test_the_config_says_every_layer_and_plain_transformers_refuses_it(tmp_path: Path):
+def test_the_config_says_every_layer(tmp_path: Path):
     model = make(CONFIGS["llama, tied"]())
-    save_hetero(model, structure_of(model, block=8), KEPT, tmp_path, asked=0.5, parent=PARENT)
+    save(model, structure_of(model, block=8), KEPT, tmp_path, shape="hetero")
     written = json.loads((tmp_path / "config.json").read_text())
     assert (written["model_type"], written["architectures"]) == ("nemotron-nas", ["DeciLMForCausalLM"])
     assert written["num_attention_heads"] == 6 and written["head_dim"] == 8
     assert [one["ffn"]["intermediate_size"] for one in written["block_configs"]] == [12, 8, 44]
     assert {one["attention"]["n_heads_in_group"] for one in written["block_configs"]} == {2}
     assert not any("ffn_mult" in one["ffn"] for one in written["block_configs"]), "it would be rounded to 256"
-    with pytest.raises(ValueError, match="nemotron-nas"):
-        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_plain_transformers_refuses_it(tmp_path: Path):
+    model = make(CONFIGS["llama, tied"]())
+    save(model, structure_of(model, block=8), KEPT, tmp_path, shape="hetero")
+    code = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode != 0 and "nemotron-nas" in done.stderr
 
 
 REFUSED = {
@@ -78,28 +105,28 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("make_config", REFUSED.values(), ids=REFUSED)
-def test_what_the_form_cannot_hold_is_refused(make_config, tmp_path: Path):
+def test_what_the_form_cannot_hold_is_refused(make_config):
     model = make(make_config())
     with pytest.raises(ConfigError, match=r"method.shape: .* cannot have layers of different widths") as said:
-        save_hetero(model, structure_of(model, block=8), KEPT, tmp_path / "x", asked=0.5, parent=PARENT)
-    assert "`padded`" in str(said.value) and not (tmp_path / "x").exists()
+        shrunk(model, structure_of(model, block=8), KEPT, "hetero")
+    assert "`shape: padded`" in str(said.value)
 
 
-def test_a_layer_that_keeps_nothing_is_refused(tmp_path: Path):
+SPOILT = {
+    "a layer missing": (lambda blocks: blocks.pop(), r"says 2 layers of 3"),
+    "no width": (lambda blocks: blocks[1].pop("ffn"), r"layer 1 is none of MLPs"),
+    "another number of heads": (lambda blocks: blocks[2]["attention"].update(n_heads_in_group=4), r"layer 2 is none"),
+    "no attention": (lambda blocks: blocks[0]["attention"].update(no_op=True), r"layer 0 has no attention"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "said"), SPOILT.values(), ids=SPOILT)
+def test_forms_that_are_not_read_are_named(spoil, said, tmp_path: Path):
     model = make(CONFIGS["mistral"]())
-    kept = {**KEPT, "groups": [[0], [], [1]]}
-    with pytest.raises(ConfigError, match=r"layer 1 keeps no groups"):
-        save_hetero(model, structure_of(model, block=8), kept, tmp_path, asked=0.5, parent=PARENT)
-
-
-def test_folders_that_hold_no_such_model_are_named(tmp_path: Path):
-    with pytest.raises(ArtifactError, match=r"holds no config.json"):
-        load_hetero(tmp_path)
-    model = make(CONFIGS["mistral"]())
-    model.save_pretrained(tmp_path / "plain")
-    with pytest.raises(ArtifactError, match=r"is of type `mistral`, whose layers are alike"):
-        load_hetero(tmp_path / "plain")
-    save_hetero(model, structure_of(model, block=8), KEPT, tmp_path / "小", asked=0.5, parent=PARENT)
-    (tmp_path / "小" / "model.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"小: is no whole model"):
-        load_hetero(tmp_path / "小")
+    save(model, structure_of(model, block=8), KEPT, tmp_path, shape="hetero")
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    spoil(written["block_configs"])
+    path.write_text(json.dumps(written))
+    with pytest.raises(ArtifactError, match=said):
+        load_model(tmp_path, "float32")

@@ -50,6 +50,14 @@ def test_masks_of_any_shape_come_as_near_as_one_channel(target):
     assert all((masks[kind].sum(1) >= 1).all() for kind in masks)
 
 
+@pytest.mark.parametrize("target", [0.3, 0.6, 0.8])
+def test_widths_that_differ_are_multiples_and_come_as_near_as_one(target):
+    masks = project(random_scores(SIZES), SIZES, target, shape="hetero", multiple_of=8)
+    widths = masks["channels"].sum(1)
+    assert (widths % 8 == 0).all() and (widths >= 8).all()
+    assert target - 8 * 3 * 32 / SIZES.prunable < float(remaining(masks, SIZES)) <= target + 1e-6
+
+
 def test_the_highest_scores_are_kept():
     scores = random_scores(SIZES)
     masks = project(scores, SIZES, 0.6, shape="uniform", multiple_of=8)
@@ -59,15 +67,16 @@ def test_the_highest_scores_are_kept():
             assert len(gone) == 0 or kept.min() >= gone.max()
 
 
-def test_layers_that_matter_more_keep_more():
+@pytest.mark.parametrize("shape", ["padded", "hetero"])
+def test_layers_that_matter_more_keep_more(shape):
     scores = random_scores(SIZES)
     scores["channels"][1] += 5.0
-    masks = project(scores, SIZES, 0.6, shape="padded", multiple_of=8)
+    masks = project(scores, SIZES, 0.6, shape=shape, multiple_of=8)
     widths = masks["channels"].sum(1).tolist()
     assert widths[1] > widths[0] and widths[1] > widths[2]
 
 
-@pytest.mark.parametrize("shape", ["uniform", "padded"])
+@pytest.mark.parametrize("shape", ["uniform", "padded", "hetero"])
 def test_a_budget_below_one_group_is_refused_with_the_least(shape):
     with pytest.raises(ConfigError, match=r"method.remaining: 0.05 is less than one") as caught:
         project(random_scores(SIZES), SIZES, 0.05, shape=shape, multiple_of=8)
@@ -88,3 +97,4 @@ def test_layers_of_different_widths_need_no_round_one():
     assert padded.least < 0.3 < 0.5 < uniform.least
     scores = {kind: torch.randn(2, sizes.units(kind), generator=torch.manual_seed(0)) for kind in KINDS}
     assert float(remaining(padded.cut(scores, 0.3), sizes)) <= 0.3
+    assert Budget(sizes, 0.5, "hetero", multiple_of=64).least == uniform.least

@@ -10,14 +10,21 @@ import pytest
 from lmray.engines.base import Request, Sampling
 from lmray.engines.native import Native
 from lmray.models.load import load_model
-from lmray.pruning.shrink import save_pruned
+from lmray.pruning.masks import Shape
+from lmray.pruning.record import Kept
 from lmray.pruning.structure import structure_of
 from lmray.testing.tiny import tiny_model_folder, tiny_tokenizer
 from tests.unit.engines.conftest import NUM_NEW, STOP, greedy
+from tests.unit.pruning.models import save
 
-KEPT = {
-    "a llama": {"groups": [[0, 3], [1, 2]], "channels": [[0, 2], [1, 3]]},
-    "a llama that became a mistral": {"groups": [[0, 1, 3], [1, 2, 3]], "channels": [[0, 2], [1, 3]]},
+CUTS: dict[str, tuple[Shape, str, Kept]] = {
+    "a llama": ("uniform", "Llama", {"groups": [[0, 3], [1, 2]], "channels": [[0, 2], [1, 3]]}),
+    "a llama that became a mistral": (
+        "uniform",
+        "Mistral",
+        {"groups": [[0, 1, 3], [1, 2, 3]], "channels": [[0, 2], [1, 3]]},
+    ),
+    "layers of different widths": ("hetero", "DeciLM", {"groups": [[0, 1, 3], [1]], "channels": [[0], [1, 2, 3]]}),
 }
 PROMPTS = [(5, 9, 200, 31), (17,), tuple(range(40, 73))]
 
@@ -28,15 +35,15 @@ def parent(tmp_path_factory) -> Path:
     return tiny_model_folder(folder, hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", CUTS)
 def test_greedy_text_is_that_of_transformers(name, parent, tmp_path: Path):
+    shape, family, kept = CUTS[name]
     model = load_model(parent, "float32")
-    base = {"source": str(parent), "revision": None, "digest": "d"}
     structure = structure_of(model, block=16)
-    save_pruned(model, structure, KEPT[name], tmp_path, shape="uniform", asked=0.7, parent=base)
+    save(model, structure, kept, tmp_path, shape=shape)
     tiny_tokenizer().save_pretrained(tmp_path)
     smaller = load_model(tmp_path, "float32")
-    assert ("Mistral" in type(smaller).__name__) is ("mistral" in name)
+    assert type(smaller).__name__ == f"{family}ForCausalLM"
 
     async def answer() -> list[list[int]]:
         engine = Native(max_batch_size=4, max_length=128).start(smaller, stop_token_ids=STOP, threads=1)

@@ -22,9 +22,9 @@ from transformers import (
 
 from lmray.errors import ArtifactError, ConfigError
 from lmray.pruning.record import Pruning
-from lmray.pruning.shrink import save_pruned, shrunk
+from lmray.pruning.shrink import shrunk
 from lmray.pruning.structure import structure_of
-from tests.unit.pruning.models import logits, make
+from tests.unit.pruning.models import logits, make, save
 
 GROUPS, PER_GROUP, HEAD_DIM, CHANNELS, BLOCK = 4, 2, 8, 44, 8
 COMMON: dict[str, Any] = {
@@ -49,7 +49,6 @@ CONFIGS = {
 }
 UNIFORM = {"groups": [[1, 2], [0, 3]], "channels": [[0, 1, 4], [1, 2, 3]]}
 PADDED = {"groups": [[1, 2], [3]], "channels": [[0, 1, 4, 5], [2]]}  # the last unit has 4 channels, not 8
-PARENT = {"source": "親モデル", "revision": None, "digest": "d" * 64}
 
 
 @torch.no_grad()
@@ -79,8 +78,8 @@ def zero_removed(model, kept) -> None:
 def test_what_is_cut_is_what_is_zeroed_and_plain_transformers_reads_it_back(name, shape, kept, tmp_path: Path):
     model = make(CONFIGS[name])
     structure = structure_of(model, block=BLOCK)
-    smaller = shrunk(model, structure, kept)
-    record = save_pruned(model, structure, kept, tmp_path / "小", shape=shape, asked=0.6, parent=PARENT)
+    smaller = shrunk(model, structure, kept, shape)
+    record = save(model, structure, kept, tmp_path / "小", shape=shape)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "小").eval()
     untouched = logits(model)
     zero_removed(model, kept)
@@ -90,7 +89,7 @@ def test_what_is_cut_is_what_is_zeroed_and_plain_transformers_reads_it_back(name
     assert type(again) is type(model)
     assert again.state_dict().keys() == model.state_dict().keys()
     assert (again.config.num_key_value_heads, again.config.num_attention_heads, again.config.head_dim) == (2, 4, 8)
-    assert again.config.intermediate_size == (24 if shape == "uniform" else 32)
+    assert again.config.intermediate_size == (24 if shape == "uniform" else 28)
     assert again.generation_config.max_new_tokens == 17
     assert record.parameters.after == again.num_parameters() < record.parameters.before == model.num_parameters()
     ends = again.get_input_embeddings().weight.data_ptr(), again.get_output_embeddings().weight.data_ptr()
@@ -100,13 +99,13 @@ def test_what_is_cut_is_what_is_zeroed_and_plain_transformers_reads_it_back(name
 def test_the_parent_stays_as_it_was():
     model = make(CONFIGS["qwen2"])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    shrunk(model, structure_of(model, block=BLOCK), UNIFORM)
+    shrunk(model, structure_of(model, block=BLOCK), UNIFORM, "uniform")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_the_type_of_the_weights_is_kept(tmp_path: Path):
     model = make(CONFIGS["qwen3"], torch.bfloat16)
-    save_pruned(model, structure_of(model, block=BLOCK), UNIFORM, tmp_path, shape="uniform", asked=0.6, parent=PARENT)
+    save(model, structure_of(model, block=BLOCK), UNIFORM, tmp_path, shape="uniform")
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
@@ -117,7 +116,7 @@ def test_a_llama_that_becomes_a_mistral_has_its_tensors_and_its_rotation(tmp_pat
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     kept = {"groups": [[0, 2, 3]] * 2, "channels": [[0, 1, 2]] * 2}
-    save_pruned(model, structure_of(model, block=BLOCK), kept, tmp_path, shape="uniform", asked=0.7, parent=PARENT)
+    save(model, structure_of(model, block=BLOCK), kept, tmp_path, shape="uniform")
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert type(again).__name__ == "MistralForCausalLM" and again.config.sliding_window is None
     written = json.loads((tmp_path / "config.json").read_text())
@@ -132,24 +131,20 @@ def test_quantised_weights_are_refused():
     model = make(CONFIGS["llama"])
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(ConfigError, match=r"model.quantization: units cannot be cut out of quantised weights") as said:
-        shrunk(model, structure_of(model, block=BLOCK), UNIFORM)
+        shrunk(model, structure_of(model, block=BLOCK), UNIFORM, "uniform")
     assert "unquantised weights it was trained from" in str(said.value)
 
 
 def test_layers_that_keep_different_numbers_are_not_uniform(tmp_path: Path):
     model = make(CONFIGS["llama"])
     with pytest.raises(ConfigError, match=r"`kept.groups` has 1 to 2 units a layer, which is not uniform"):
-        save_pruned(
-            model, structure_of(model, block=BLOCK), PADDED, tmp_path / "x", shape="uniform", asked=0.6, parent=PARENT
-        )
+        save(model, structure_of(model, block=BLOCK), PADDED, tmp_path / "x", shape="uniform")
     assert not (tmp_path / "x").exists()
 
 
 def test_the_record_says_what_was_kept_of_what(tmp_path: Path):
     model = make(CONFIGS["llama"])
-    written = save_pruned(
-        model, structure_of(model, block=BLOCK), PADDED, tmp_path, shape="padded", asked=0.6, parent=PARENT
-    )
+    written = save(model, structure_of(model, block=BLOCK), PADDED, tmp_path, shape="padded")
     assert Pruning.beside(tmp_path) == written
     assert written.kept == PADDED and written.parent.source == "親モデル" and written.asked == 0.6
     group, channel = 2 * (PER_GROUP + 1) * HEAD_DIM * 64, 3 * 64
@@ -179,7 +174,7 @@ SPOILT = {
 @pytest.mark.parametrize(("spoil", "said"), SPOILT.values(), ids=SPOILT)
 def test_a_spoilt_record_is_named(spoil, said, tmp_path: Path):
     model = make(CONFIGS["llama"])
-    save_pruned(model, structure_of(model, block=BLOCK), PADDED, tmp_path, shape="padded", asked=0.6, parent=PARENT)
+    save(model, structure_of(model, block=BLOCK), PADDED, tmp_path, shape="padded")
     path = tmp_path / "pruning.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     spoilt = spoil(record)
@@ -187,3 +182,13 @@ def test_a_spoilt_record_is_named(spoil, said, tmp_path: Path):
     with pytest.raises(ArtifactError, match=r"pruning.json: is no record of a pruning") as caught:
         Pruning.beside(tmp_path)
     assert said in str(caught.value) and "hint: copy the model again" in str(caught.value)
+
+
+def test_a_padded_mlp_is_as_wide_as_kernels_like_it():
+    model = make(CONFIGS["llama"])
+    structure = structure_of(model, block=1)
+    kept = {"groups": [[0], [1, 2]], "channels": [[3], list(range(17))]}
+    exact, wider, whole = (shrunk(model, structure, kept, "padded", multiple_of=one) for one in (1, 16, 50))
+    assert [one.config.intermediate_size for one in (exact, wider, whole)] == [17, 32, CHANNELS]
+    assert torch.allclose(logits(wider), logits(exact), atol=1e-5)
+    assert torch.allclose(logits(whole), logits(exact), atol=1e-5)
