@@ -3,6 +3,7 @@ which says where masks come from."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar
 
@@ -16,7 +17,7 @@ from lmray.pruning.gates import check_adapted
 from lmray.pruning.masks import Budget, Shape
 from lmray.pruning.search import Decider
 from lmray.pruning.shrink import check_writable, group_counts
-from lmray.pruning.structure import Structure, structure_of
+from lmray.pruning.structure import Structure, adds_alone, structure_of
 
 MOST_AT_ONCE = 1 / 3
 """Share of the prunable weights beyond which removing them in one go costs more than in steps."""
@@ -35,6 +36,9 @@ class Pruning(Method):
     """`uniform`: layers stay alike, which loads everywhere. `padded`: each keeps as much as it is worth, and is filled
     up with zeros to the widest: better, and no faster than that one. `hetero`: MLPs of different widths, which are
     faster, as DeciLM (Nemotron-NAS) writes them: lmray and vLLM read it."""
+    layers: Annotated[int, Field(ge=1)] | None = None
+    """Decoder layers that stay. The others, which change least what flows through them, are left out whole
+    (block influence, arXiv 2403.03853). None: all stay."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """Devices that it will be served on together; they divide what is kept: key-value heads, and the MLP's width."""
     distill: Annotated[float, Field(ge=0.0)] = 0.0
@@ -66,7 +70,7 @@ class Pruning(Method):
         """What is to remain of `model`, which `structure` describes."""
         counts = group_counts(model, structure, self.shape)
         counts = tuple(count for count in counts if count % self.tensor_parallel == 0)
-        return Budget(structure.sizes, self.remaining, self.shape, counts, self.multiple_of)
+        return Budget(structure.sizes, self.remaining, self.shape, counts, self.multiple_of, self.layers)
 
     def check(self, model: Any, *, steps: int) -> None:
         structure = structure_of(model, block=1)
@@ -78,6 +82,8 @@ class Pruning(Method):
         if sizes.groups % self.tensor_parallel:
             found = f"{self.tensor_parallel} devices do not divide {sizes.groups} key-value heads"
             raise ConfigError("method.tensor_parallel", found, hint="a divisor of them")
+        if self.layers is not None:
+            self._check_layers(model, structure, self.layers)
         budget = self.budget(model, structure)
         if not budget.group_counts:
             found = "no config can be written of what would be left, whichever heads are kept"
@@ -93,6 +99,20 @@ class Pruning(Method):
                 width, hint = self.multiple_of, "a smaller `method.multiple_of` allows less"
             allowed = f"{fewest:.3f} to 1: {budget.fewest_groups} key-value head(s) and {width} MLP channel(s)"
             raise ConfigError("method.remaining", found, allowed=allowed, hint=hint)
+
+    def _check_layers(self, model: Any, structure: Structure, layers: int) -> None:
+        total = structure.sizes.layers
+        if layers > total:
+            raise ConfigError("method.layers", f"the model has {total} layers, not {layers}", allowed=f"1 to {total}")
+        if layers < total and (biased := adds_alone(model, structure)):
+            found = f"`{biased}` has a bias, which a layer of which nothing is kept would add"
+            raise ConfigError("method.layers", found, hint="leave `layers` out: all of them stay")
+        if self.remaining > layers / total + 1e-9:
+            found = f"{layers} of {total} layers are less than the {self.remaining:g} of the weights that remain"
+            hint = f"`remaining: {math.floor(1000 * layers / total) / 1000:g}` or less, or more `layers`"
+            raise ConfigError(
+                "method.layers", found, allowed=f"{math.ceil(self.remaining * total)} to {total}", hint=hint
+            )
 
     def warnings(self) -> tuple[str, ...]:
         if self.in_steps or self.remaining >= 1 - MOST_AT_ONCE - 1e-9:

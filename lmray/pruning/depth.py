@@ -6,7 +6,8 @@ Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than Y
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -24,21 +25,43 @@ PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 @torch.no_grad()
 def block_influence(model: Any, rows: Rows) -> list[float]:
     """Of each decoder layer, on calibration `rows`: 0 where it only scales what comes in, 2 where it turns it round."""
-    layers = decoder_layers(model)
-    sums = [torch.zeros((), dtype=torch.float64) for _ in layers]
-    hooks = {layer: _adds_influence(one) for layer, one in zip(layers, sums, strict=True)}
-    read_rows(model, rows, hooks, with_kwargs=True)
+    sums_L = no_influence(model)
+    with adding_influence(model, sums_L):
+        read_rows(model, rows, {})
     tokens = sum(ids_BT.numel() for ids_BT, _ in rows)
-    return [float(one) / tokens for one in sums]
+    return (sums_L / tokens).tolist()
 
 
-def _adds_influence(total: torch.Tensor) -> Callable[..., None]:
-    def add(module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        before = inputs[0] if inputs else named["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
-        total.add_((1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)).sum().cpu())
+def no_influence(model: Any) -> torch.Tensor:
+    """Of no tokens: [L] float64."""
+    return torch.zeros(len(decoder_layers(model)), dtype=torch.float64)
 
-    return add
+
+@contextmanager
+def adding_influence(
+    model: Any, sums_L: torch.Tensor, tokens: Callable[[], torch.Tensor | None] | None = None
+) -> Iterator[None]:
+    """Within the block, the influence of every layer on each token that `model` reads is added to `sums_L`. `tokens`
+    as for `adding_inputs` of Wanda-sp."""
+
+    def add(number: int) -> Callable[..., None]:
+        def hook(module: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+            before_BTE = (inputs[0] if inputs else named["hidden_states"]).detach()
+            after_BTE = (output[0] if isinstance(output, tuple) else output).detach()
+            chosen_BT = tokens() if tokens else torch.ones(before_BTE.shape[:2], dtype=torch.bool)
+            if chosen_BT is not None:
+                before_NE, after_NE = (one[chosen_BT.to(one.device)].double() for one in (before_BTE, after_BTE))
+                sums_L[number] += (1 - torch.cosine_similarity(before_NE, after_NE, dim=-1)).sum().cpu()
+
+        return hook
+
+    layers = decoder_layers(model)
+    handles = [layer.register_forward_hook(add(number), with_kwargs=True) for number, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def layers_to_keep(influence: Sequence[float], remaining: float) -> list[int]:
@@ -50,6 +73,11 @@ def layers_to_keep(influence: Sequence[float], remaining: float) -> list[int]:
     if not 1 <= count <= len(influence):
         allowed = f"{1 / len(influence):.3f} to 1"
         raise ConfigError("remaining", f"{remaining:g} of {len(influence)} layers is none of them", allowed=allowed)
+    return most_influential(influence, count)
+
+
+def most_influential(influence: Sequence[float], count: int) -> list[int]:
+    """The `count` layers of most influence, in order."""
     return sorted(sorted(range(len(influence)), key=lambda layer: -influence[layer])[:count])
 
 

@@ -51,25 +51,31 @@ def project(
     worth: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
 ) -> dict[Kind, torch.Tensor]:
     """The masks that keep the units of the highest `scores`, at most `target` of all prunable weights and as much of
-    it as `shape` allows.
+    it as `shape` allows. A layer whose scores are all -inf keeps nothing; every other one some of each kind.
 
     `multiple_of`: of the MLP's width, but for `padded`. `group_counts`: of `uniform`, how many key-value heads there
     may be, rising; none: any. `worth`: of a weight, of a unit with this score; of the generator's scores, which are
     logits, the chance to be kept. Raises ConfigError where the least there is in each layer is more than that.
     """
+    kept_L = ~torch.isneginf(scores["groups"]).all(1)
+    among: Masks = {kind: scores[kind][kept_L] for kind in KINDS}
     if shape == "uniform":
-        worths: Masks = {kind: worth(scores[kind].float()) for kind in KINDS}
+        worths: Masks = {kind: worth(among[kind].float()) for kind in KINDS}
         groups, channels = _uniform(worths, sizes, target, multiple_of, group_counts or range(1, sizes.groups + 1))
-        counts = {"groups": [groups] * sizes.layers, "channels": [channels] * sizes.layers}
+        counts = {"groups": [groups] * len(among["groups"]), "channels": [channels] * len(among["groups"])}
     else:
-        counts = _by_layer(scores, sizes, target, _step(sizes, multiple_of) if shape == "hetero" else 1)
-    return {kind: _highest(scores[kind], counts[kind]) for kind in KINDS}
+        counts = _by_layer(among, sizes, target, _step(sizes, multiple_of) if shape == "hetero" else 1)
+    masks = {kind: torch.zeros_like(scores[kind], dtype=torch.float32) for kind in KINDS}
+    for kind in KINDS:
+        masks[kind][kept_L] = _highest(among[kind], counts[kind])
+    return masks
 
 
-def least(sizes: Sizes, multiple_of: int, groups: int = 1) -> float:
-    """The least share of prunable weights that `project` can keep, with so many key-value heads."""
+def least(sizes: Sizes, multiple_of: int, groups: int = 1, *, layers: int | None = None) -> float:
+    """The least share of prunable weights that `project` can keep, with so many key-value heads, in all or in so many
+    layers."""
     narrowest = _cost(sizes, "groups", groups) + _cost(sizes, "channels", _step(sizes, multiple_of))
-    return narrowest * sizes.layers / sizes.prunable
+    return narrowest * (layers or sizes.layers) / sizes.prunable
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,14 @@ class Budget:
     """How many key-value heads a `uniform` model may have, rising; empty: any."""
     multiple_of: int = 1
     """Of the MLP's width; of `padded`, as it is written. Of single units where they are wider."""
+    layers: int | None = None
+    """Decoder layers that stay; None: all."""
 
     @property
     def least(self) -> float:
         """The smallest `remaining` there is."""
-        return least(self.sizes, 1 if self.shape == "padded" else self.multiple_of, self.fewest_groups)
+        multiple_of = 1 if self.shape == "padded" else self.multiple_of
+        return least(self.sizes, multiple_of, self.fewest_groups, layers=self.layers)
 
     @property
     def fewest_groups(self) -> int:
@@ -110,9 +119,10 @@ class Budget:
 def _uniform(
     worths: Masks, sizes: Sizes, target: float, multiple_of: int, group_counts: Sequence[int]
 ) -> tuple[int, int]:
-    """Units of each kind in every layer. Of the pairs that fit, the one that keeps what is worth most: every worth
-    counts by the weights that its unit has."""
-    room = target * sizes.prunable / sizes.layers
+    """Units of each kind in every layer that stays. Of the pairs that fit, the one that keeps what is worth most: every
+    worth counts by the weights that its unit has."""
+    layers = len(worths["groups"])
+    room = target * sizes.prunable / layers
     best: tuple[float, tuple[int, int]] | None = None
     gains = {kind: _gains(worths[kind], sizes, kind) for kind in KINDS}
     totals = {kind: [0, *accumulate(sizes.costs(kind))] for kind in KINDS}
@@ -132,7 +142,7 @@ def _uniform(
         raise ConfigError(
             "method.remaining",
             f"{target:g} is less than {heads} and an MLP of {step * sizes.block} channels in every layer",
-            allowed=f"{least(sizes, multiple_of, fewest):.3f} to 1",
+            allowed=f"{least(sizes, multiple_of, fewest, layers=layers):.3f} to 1",
         )
     return best[1]
 
@@ -147,11 +157,14 @@ def _by_layer(scores: Masks, sizes: Sizes, target: float, step: int) -> dict[Kin
     """Units of each kind in each layer: the fewest of each, then the highest scores of all layers for as long as they
     fit; blocks of the MLP `step` at a time, by their mean score, and what is left beyond a multiple of it together."""
     steps: dict[Kind, int] = {"groups": 1, "channels": step}
-    counts: dict[Kind, list[int]] = {kind: [steps[kind]] * sizes.layers for kind in KINDS}
-    room = target * sizes.prunable - sum(_cost(sizes, kind, steps[kind]) for kind in KINDS) * sizes.layers
+    layers = len(scores["groups"])
+    counts: dict[Kind, list[int]] = {kind: [steps[kind]] * layers for kind in KINDS}
+    room = target * sizes.prunable - sum(_cost(sizes, kind, steps[kind]) for kind in KINDS) * layers
     if room < 0:
         found = f"{target:g} is less than one unit of each kind in every layer"
-        raise ConfigError("method.remaining", found, allowed=f"{least(sizes, step * sizes.block):.3f} to 1")
+        raise ConfigError(
+            "method.remaining", found, allowed=f"{least(sizes, step * sizes.block, layers=layers):.3f} to 1"
+        )
     ranked = []
     for kind in KINDS:
         for layer, row in enumerate(scores[kind].sort(dim=1, descending=True).values):

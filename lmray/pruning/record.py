@@ -50,7 +50,7 @@ class Pruning(Config):
     """Of the whole model as it lies on disk."""
     sizes: Sizes
     kept: dict[Kind, list[list[int]]]
-    """By kind and layer, the units that are kept."""
+    """By kind and layer, the units that are kept. A layer of which none is, is not there any more."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Pruning:
@@ -58,7 +58,9 @@ class Pruning(Config):
         if sorted(self.kept) != sorted(KINDS):
             raise ValueError(f"`kept` holds {', '.join(self.kept) or 'nothing'}, and needs {', '.join(KINDS)}")
         for kind, layers in self.kept.items():
-            _check_layers(kind, layers, sizes, uniform=self.shape == "uniform")
+            _check_layers(kind, layers, sizes)
+        if self.shape == "uniform":
+            _check_alike(self.kept)
         left = num_kept(self.kept, sizes)
         if (self.prunable.before, self.prunable.after) != (sizes.prunable, left):
             raise ValueError(f"`prunable` is not {sizes.prunable} before and {left} after, as units and sizes say")
@@ -109,7 +111,7 @@ def num_kept(kept: Kept, sizes: Sizes) -> int:
     return sum(costs[kind][unit] for kind in kept for units in kept[kind] for unit in units)
 
 
-def _check_layers(kind: Kind, layers: list[list[int]], sizes: Sizes, *, uniform: bool) -> None:
+def _check_layers(kind: Kind, layers: list[list[int]], sizes: Sizes) -> None:
     if len(layers) != sizes.layers:
         raise ValueError(f"`kept.{kind}` has {len(layers)} layers of {sizes.layers}")
     for number, units in enumerate(layers):
@@ -117,9 +119,18 @@ def _check_layers(kind: Kind, layers: list[list[int]], sizes: Sizes, *, uniform:
             raise ValueError(f"`kept.{kind}` of layer {number} is not in order, or goes beyond {sizes.units(kind)}")
     if not any(layers):
         raise ValueError(f"`kept.{kind}` is empty in every layer")
-    counts = sorted(set(map(len, layers)))
-    if uniform and len(counts) > 1:
-        raise ValueError(f"`kept.{kind}` has {counts[0]} to {counts[-1]} units a layer, which is not uniform")
+
+
+def kept_layers(kept: Kept) -> list[int]:
+    """The layers of which anything is kept."""
+    return [number for number, units in enumerate(zip(*(kept[kind] for kind in KINDS), strict=True)) if any(units)]
+
+
+def _check_alike(kept: Kept) -> None:
+    for kind in KINDS:
+        counts = sorted({len(kept[kind][number]) for number in kept_layers(kept)})
+        if len(counts) > 1:
+            raise ValueError(f"`kept.{kind}` has {counts[0]} to {counts[-1]} units a layer, which is not uniform")
 
 
 def _first(error: ValidationError) -> str:

@@ -7,9 +7,9 @@ trained on, and moves the generator by its gradient. Runs on every rank; what is
 Shapes: L layers, U units. Masks are [L, U] of each kind.
 Differs from the paper in: the budget is met in every step, by the level from which on units are kept, in place of a
 penalty that a short search does not live to see met; it falls to what is asked little by little. The generator starts
-from what units bring into the residual stream, not from chance. Where layers are to stay alike, they are in every
-mask. Weights are tuned under the decisions without noise; without any, masks are deterministic soft gates (arXiv
-2603.08065).
+from what units bring into the residual stream, not from chance. Whole layers can go first, those of least block
+influence. Where layers are to stay alike, they are in every mask. Weights are tuned under the decisions without noise;
+without any, masks are deterministic soft gates (arXiv 2603.08065).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from lmray.errors import DivergenceError
+from lmray.pruning.depth import adding_influence, most_influential
 from lmray.pruning.gates import Gates
 from lmray.pruning.generator import WIDTH, Generator, draw, harden, soften
 from lmray.pruning.importance.wanda_sp import Squares, adding_inputs, no_inputs, scores_of
@@ -120,6 +121,10 @@ class Search(Decider):
         self.optimizer = torch.optim.AdamW(self.generator.parameters(), lr=self.learning_rate)
         self.inputs: Squares = {}
         """What units are weighed by, of all search rows so far; empty once they are."""
+        self.influence = torch.zeros(budget.sizes.layers, dtype=torch.float64)
+        """[L]: what layers are weighed by, alike."""
+        self.dropped = torch.zeros(budget.sizes.layers, dtype=torch.bool)
+        """[L]: layers that are removed whole."""
 
     def decide(self, step: int, gates: Gates, measure: Measure) -> Decision:
         if step <= self.weighing:
@@ -127,6 +132,7 @@ class Search(Decider):
         if step == self.weighing + 1:
             self.generator.say(standardised(scores_of(gates.model, gates.structure, self.inputs)))
             self.inputs = {}
+            self.dropped = self.ranks.of_first(self._least_influential())
         if step > self.args.steps:
             return Decision(self._final())
         target = self._target(step)
@@ -140,9 +146,11 @@ class Search(Decider):
     def _weighed(self, step: int, gates: Gates, measure: Measure) -> Decision:
         """A step in which everything is kept."""
         everything = all_kept(self.budget.sizes)
-        inputs = no_inputs(gates.structure)
-        with adding_inputs(gates.model, gates.structure, inputs, lambda: gates.real_BT):
+        inputs, influence = no_inputs(gates.structure), torch.zeros_like(self.influence)
+        model, real = gates.model, lambda: gates.real_BT
+        with adding_inputs(model, gates.structure, inputs, real), adding_influence(model, influence, real):
             loss, _ = self._slopes(step, everything, gates, measure)
+        self.influence = self.influence + self.ranks.sum_tensor(influence)
         before = self.inputs or no_inputs(gates.structure)
         self.inputs = {kind: before[kind] + self.ranks.sum_tensor(inputs[kind]) for kind in KINDS}
         return Decision(everything, everything, {"prune.search_loss": loss})
@@ -167,10 +175,12 @@ class Search(Decider):
         found = {f"generator.{name}": tensor for name, tensor in self.generator.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-        return found | {f"inputs.{kind}": one for kind, one in self.inputs.items()}
+        found |= {f"inputs.{kind}": one for kind, one in self.inputs.items()}
+        return found | {"influence": self.influence, "dropped": self.dropped}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         self.inputs = {kind: state[f"inputs.{kind}"].clone() for kind in KINDS if f"inputs.{kind}" in state}
+        self.influence, self.dropped = state["influence"].clone(), state["dropped"].clone()
         weights = {name.removeprefix("generator."): one for name, one in state.items() if name.startswith("generator.")}
         self.generator.load_state_dict(weights)
         found: dict[int, dict[str, Any]] = {}
@@ -204,7 +214,15 @@ class Search(Decider):
         return {kind: one - level for kind, one in agreed.items()}
 
     def _agreed(self, scores: Masks) -> dict[Kind, torch.Tensor]:
-        return {kind: self.ranks.of_first(one.detach()) for kind, one in scores.items()}
+        """Rank 0's `scores`; of dropped layers -inf."""
+        agreed = {kind: self.ranks.of_first(one.detach()) for kind, one in scores.items()}
+        return {kind: one.masked_fill(self.dropped[:, None], -math.inf) for kind, one in agreed.items()}
+
+    def _least_influential(self) -> torch.Tensor:
+        layers = self.budget.sizes.layers
+        dropped = torch.ones(layers, dtype=torch.bool)
+        dropped[most_influential(self.influence.tolist(), self.budget.layers or layers)] = False
+        return dropped
 
     def _noise(self, step: int) -> torch.Generator | None:
         if not self.args.noisy:
@@ -235,8 +253,9 @@ def level_of(scores: Masks, budget: Budget, target: float) -> torch.Tensor:
     """From where on units are kept where `target` of the prunable weights are, in layers of different widths."""
     flat = torch.cat([scores[kind].flatten() for kind in KINDS])
     costs = [torch.tensor(budget.sizes.costs(kind), dtype=torch.float64).expand_as(scores[kind]) for kind in KINDS]
-    falling, order = flat.sort(descending=True, stable=True)
-    spent = torch.cat([one.flatten() for one in costs])[order].cumsum(0)
+    there = ~flat.isneginf()  # what is of a dropped layer is not
+    falling, order = flat[there].sort(descending=True, stable=True)
+    spent = torch.cat([one.flatten() for one in costs])[there][order].cumsum(0)
     return _between(falling, int((spent <= target * budget.sizes.prunable).sum()))
 
 
@@ -247,13 +266,16 @@ def levels_of(scores: Masks, budget: Budget, target: float) -> dict[Kind, torch.
     if budget.shape != "uniform":
         return {kind: level.expand(budget.sizes.layers, 1) for kind in KINDS}
     masks = budget.cut({kind: scores[kind] - level for kind in KINDS}, target)
-    counts = {kind: int(masks[kind][0].sum()) for kind in KINDS}
+    counts = {kind: int(masks[kind].sum(1).max()) for kind in KINDS}
     rows = {kind: scores[kind].sort(dim=1, descending=True).values for kind in KINDS}
     return {kind: torch.stack([_between(row, counts[kind]) for row in rows[kind]])[:, None] for kind in KINDS}
 
 
 def _between(falling: torch.Tensor, kept: int) -> torch.Tensor:
-    """Halfway between the last of the `kept` highest and the next; well below all where all are kept."""
+    """Halfway between the last of the `kept` highest and the next; well below all where all are kept, and above all
+    that are -inf."""
+    if falling[0].isneginf():
+        return torch.zeros(())
     if kept >= len(falling):
         return falling[-1] - MARGIN
     return falling[max(kept - 1, 0) : kept + 1].mean()

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from lmray.errors import ConfigError
 from lmray.models.hetero import HeteroConfig, blocks_of
+from lmray.pruning.depth import shallower
 from lmray.pruning.masks import Shape
-from lmray.pruning.record import Kept
+from lmray.pruning.record import Kept, kept_layers
 from lmray.pruning.structure import KINDS, Part, Structure, linear_in
 
 LLAMA_ALONE = ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp")
@@ -56,7 +57,7 @@ def num_parameters(model: Any) -> int:
 
 def shrunk(model: Any, structure: Structure, kept: Kept, shape: Shape, *, multiple_of: int = 1) -> Any:
     """A new model on the CPU of what is left of `model`, whose adapters are merged; what nothing was cut from, the two
-    share.
+    share. Layers that keep nothing are left out.
 
     `kept`: by kind and layer, the units that are kept (`kept_units`). `multiple_of`: of the MLP's width, to which zeros
     fill up. Raises ConfigError for quantised weights, and for a model that no class holds.
@@ -64,6 +65,9 @@ def shrunk(model: Any, structure: Structure, kept: Kept, shape: Shape, *, multip
     if getattr(model.config, "quantization_config", None) is not None:
         hint = "merge the adapter into the unquantised weights it was trained from, and cut those"
         raise ConfigError("model.quantization", "units cannot be cut out of quantised weights", hint=hint)
+    if len(there := kept_layers(kept)) < structure.sizes.layers:
+        model = shallower(model, there)
+        kept = {kind: [kept[kind][number] for number in there] for kind in KINDS}
     sizes = outline(structure, kept, shape, multiple_of=multiple_of)
     config = smaller_config(model.config, structure, sizes)
     with torch.device("meta"):

@@ -171,6 +171,16 @@ def structure_of(model: Any, *, block: int) -> Structure:
     return Structure(sizes, layout)
 
 
+def adds_alone(model: Any, structure: Structure) -> str | None:
+    """The first linear layer that adds to the residual stream though nothing comes in, by its bias; None: no one."""
+    parts = [part for layout in structure.layout.values() for part in layout.parts if part.side == "columns"]
+    for layer in structure.layers(model):
+        for part in parts:
+            if getattr(linear_in(layer, part.linear), "bias", None) is not None:
+                return part.linear
+    return None
+
+
 def linear_in(layer: Any, path: str) -> Any:
     """The module at `path` of a decoder layer; None where there is none."""
     found: Any = layer

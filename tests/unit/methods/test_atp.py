@@ -98,6 +98,17 @@ def test_layers_of_different_widths_end_as_what_was_masked(job, tmp_path):
     assert result.metrics["model.parameters"] == model.num_parameters()
 
 
+def test_whole_layers_are_left_out_of_the_model(job, tmp_path):
+    one = job(method__layers=1, method__remaining=0.4, train__load_best_model_at_end=False)
+    result = run_here(one, tmp_path / "scratch")
+    folder = folder_of(one) / "model"
+    model, record = AutoModelForCausalLM.from_pretrained(folder), Pruning.beside(folder)
+    assert model.config.num_hidden_layers == 1 and record is not None and record.remaining <= 0.4
+    assert sorted(map(len, record.kept["groups"]))[0] == 0 == logged(one)[-1]["groups"].count(0) - 1
+    assert result.metrics["eval.loss"] == pytest.approx(curve(one, "eval.loss")[-1], abs=1e-4)
+    assert result.metrics["model.parameters"] == model.num_parameters()
+
+
 def test_the_budget_is_met_from_the_freeze_on_and_removed_slices_stay_zero(job, tmp_path):
     one = job()
     run_here(one, tmp_path / "scratch")
@@ -270,6 +281,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "no step to search": ({"method__freeze_after": 0.09}, "method.freeze_after", "0.09 of 10 step(s) leaves none"),
     "one step": ({"train__max_steps": 1, "train__eval_steps": 1}, "method.freeze_after", "a run of at least 2 steps"),
+    "more layers than there are": ({"method__layers": 3}, "method.layers", "the model has 2 layers, not 3"),
+    "too few layers": ({"method__layers": 1}, "method.layers", "1 of 2 layers are less than the 0.6"),
     "wide steps": ({"method__multiple_of": 65}, "method.multiple_of", "is 65"),
 }
 
@@ -355,6 +368,14 @@ def test_heads_that_no_config_is_written_for_are_never_kept():
     with pytest.raises(ConfigError, match="configs of 1, 2, 4 of them only") as caught:
         Atp(remaining=0.8, multiple_of=8, shape="padded").check(model, steps=10)
     assert caught.value.where == "method.shape" and "uniform" in str(caught.value.hint)
+
+
+def test_a_layer_that_adds_something_of_its_own_cannot_go():
+    config = {**sized(4, 64), "num_key_value_heads": 2}
+    model = adapted_to(LlamaConfig(**config, mlp_bias=True))
+    with pytest.raises(ConfigError, match=r"`mlp.down_proj` has a bias") as caught:
+        Atp(remaining=0.4, multiple_of=8, layers=1).check(model, steps=10)
+    assert caught.value.where == "method.layers"
 
 
 @pytest.mark.parametrize("shape", ["uniform", "padded", "hetero"])

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config
 
 from lmray.errors import ConfigError
-from lmray.pruning.depth import block_influence, layers_to_keep, shallower
+from lmray.pruning.depth import adding_influence, block_influence, layers_to_keep, no_influence, shallower
 from lmray.testing.tiny import tiny_config
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -99,3 +99,18 @@ def test_the_budget_is_kept_and_none_left_is_refused():
     with pytest.raises(ConfigError, match=r"0.05 of 10 layers is none of them") as caught:
         layers_to_keep(influence, 0.05)
     assert "0.100 to 1" in str(caught.value)
+
+
+def test_padding_and_what_runs_again_have_no_influence():
+    model, real = made("llama"), torch.ones_like(IDS, dtype=torch.bool)
+    real[:, -2:] = False
+    reading = [real, None]
+    sums, short = (no_influence(model) for _ in range(2))
+    with torch.no_grad():
+        with adding_influence(model, sums, lambda: reading[0]):
+            model(IDS)
+            reading.pop(0)
+            model(IDS)
+        with adding_influence(model, short):
+            model(IDS[:, :-2])
+    torch.testing.assert_close(sums, short, rtol=1e-4, atol=1e-6)

@@ -69,6 +69,14 @@ def test_a_layer_that_keeps_nothing_has_zeros():
     assert smaller.model.layers[2].mlp.up_proj.out_features == 1
 
 
+def test_a_layer_that_keeps_nothing_of_either_kind_is_left_out():
+    model = make(CONFIGS["mistral"]())
+    kept = {"groups": [[0], [], [1, 2]], "channels": [[0], [], [1, 2]]}
+    smaller, padded = (shrunk(model, structure_of(model, block=8), kept, shape) for shape in ("hetero", "padded"))
+    assert torch.allclose(logits(smaller), logits(padded), atol=1e-5)
+    assert [layer.mlp.up_proj.out_features for layer in smaller.model.layers] == [8, 16]
+
+
 def test_the_type_of_the_weights_is_kept(tmp_path: Path):
     model = make(CONFIGS["mistral"](), torch.bfloat16)
     save(model, structure_of(model, block=8), KEPT, tmp_path, shape="hetero")

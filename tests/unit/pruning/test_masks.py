@@ -98,3 +98,16 @@ def test_layers_of_different_widths_need_no_round_one():
     scores = {kind: torch.randn(2, sizes.units(kind), generator=torch.manual_seed(0)) for kind in KINDS}
     assert float(remaining(padded.cut(scores, 0.3), sizes)) <= 0.3
     assert Budget(sizes, 0.5, "hetero", multiple_of=64).least == uniform.least
+
+
+@pytest.mark.parametrize("shape", ["uniform", "padded", "hetero"])
+def test_a_layer_that_is_gone_leaves_its_share_to_the_others(shape):
+    budget = Budget(SIZES, 0.5, shape, multiple_of=8, layers=2)
+    scores = random_scores(SIZES)
+    for one in scores.values():
+        one[0] = -torch.inf
+    masks = budget.cut(scores)
+    assert not any(bool(masks[kind][0].any()) for kind in KINDS)
+    step = 8 * 3 * 32 * 2 / SIZES.prunable
+    assert 0.5 - step < float(remaining(masks, SIZES)) <= 0.5 + 1e-6
+    assert budget.least == pytest.approx(Budget(SIZES, 0.5, shape, multiple_of=8).least * 2 / 3)

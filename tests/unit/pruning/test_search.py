@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lmray.errors import DivergenceError
+from lmray.pruning.depth import block_influence
 from lmray.pruning.gates import Gates
 from lmray.pruning.importance.wanda_sp import adding_inputs, no_inputs, scores_of, wanda_sp
 from lmray.pruning.masks import Budget, remaining
@@ -23,11 +24,11 @@ ALONE: Any = SimpleNamespace(of_first=lambda tensor: tensor, sum_tensor=lambda t
 ARGS = SearchArgs(steps=40, learning_rate=0.02, noisy=True, proximal=100.0, stages=1, seed=0)
 
 
-def made(**changes):
+def made(*, shape="padded", layers=None, share=0.5, **changes):
     model = adapted("llama")
     gates = Gates(model, structure_of(model, block=4))
     gates.real_BT = torch.ones_like(IDS, dtype=torch.bool)
-    budget = Budget(gates.structure.sizes, 0.5, "padded")
+    budget = Budget(gates.structure.sizes, share, shape, layers=layers)
     settings = {"steps": 40, "learning_rate": 0.02, "noisy": True, "proximal": 100.0, "stages": 1}
     search = Search(budget, SearchArgs(**{**settings, "seed": 0, **changes}), ALONE)
     return model, gates, search
@@ -250,3 +251,33 @@ def test_numbers_that_are_not_finite_end_the_search_and_move_nothing(loss, slope
     with pytest.raises(DivergenceError, match=f"search step 3: the search {found}"):
         search.decide(3, gates, lambda leaves: (loss, [torch.full_like(leaf, slope) for leaf in leaves]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in search.generator.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", ["uniform", "padded"])
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_whole_layers_go_first_those_of_least_influence(shape, share):
+    model, gates, search = made(shape=shape, layers=1, share=share)
+    weighed(search, gates, model)
+    influence = block_influence(model, [(IDS, IDS)] * 4)
+    stays = influence.index(max(influence))
+    assert search.influence.tolist() == pytest.approx([one * 4 * IDS.numel() for one in influence], rel=1e-4)
+    for step in range(5, 42):
+        decision = search.decide(step, gates, slopes_of(model))
+        masks = search.budget.cut(decision.scores) if decision.masks is None else decision.masks
+        assert not any(bool(masks[kind][1 - stays].any()) for kind in KINDS)
+        assert all(bool(masks[kind][stays].any()) for kind in KINDS)
+    assert decision.masks is None and float(remaining(masks, gates.structure.sizes)) <= share + 1e-6
+    if share == 0.5:
+        assert all(bool(masks[kind][stays].all()) for kind in KINDS), "one of two layers is the whole budget"
+
+
+def test_a_search_that_goes_on_knows_the_layers_that_went():
+    model, gates, search = made(layers=1)
+    weighed(search, gates, model)
+    middle = {name: tensor.clone() for name, tensor in search.state().items()}
+    _, _, again = made(layers=1)
+    again.load(middle)
+    assert torch.equal(again.influence, search.influence) and bool(again.influence.any())
+    search.decide(5, gates, slopes_of(model))
+    again.load(search.state())
+    assert torch.equal(again.dropped, search.dropped) and int(again.dropped.sum()) == 1

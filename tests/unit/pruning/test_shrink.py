@@ -192,3 +192,16 @@ def test_a_padded_mlp_is_as_wide_as_kernels_like_it():
     assert [one.config.intermediate_size for one in (exact, wider, whole)] == [17, 32, CHANNELS]
     assert torch.allclose(logits(wider), logits(exact), atol=1e-5)
     assert torch.allclose(logits(whole), logits(exact), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("shape", ["uniform", "padded"])
+def test_a_layer_that_keeps_nothing_is_left_out(name, shape, tmp_path: Path):
+    model = make(CONFIGS[name])
+    kept = {"groups": [[], [0, 3]], "channels": [[], [1, 2, 3]]}
+    record = save(model, structure_of(model, block=BLOCK), kept, tmp_path, shape=shape)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    zero_removed(model, kept)
+    assert torch.allclose(logits(again), logits(model), atol=1e-4)
+    assert again.config.num_hidden_layers == len(again.model.layers) == 1
+    assert record.parameters.after == again.num_parameters() and Pruning.beside(tmp_path) == record
