@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -118,6 +119,18 @@ def _member(cls: Any) -> dict[str, Any]:
 
 
 def _type_name(annotation: Any) -> str:
+    """As a reader of a job file sees it: values and alternatives, without what a value is checked by."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(parts[0])
+    if origin is Literal:
+        return " | ".join(map(repr, parts))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, parts))
+    if annotation is NoneType:
+        return "None"
+    if origin is not None and isinstance(origin, type):
+        return f"{origin.__name__}[{', '.join('...' if part is ... else _type_name(part) for part in parts)}]"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
 
 

@@ -208,6 +208,12 @@ def test_show_prints_a_family(cli):
     assert members["lora"]["fields"]["r"] == {"type": "int", "default": 8, "help": "Rank of the update."}
 
 
+def test_types_of_fields_are_told_as_a_reader_of_jobs_sees_them(cli):
+    fields = json.loads(cli("show", "methods", "--json").out)["members"]["atp"]["fields"]
+    told = {name: fields[name]["type"] for name in ("layers", "shape", "remaining")}
+    assert told == {"layers": "int | None", "shape": "'uniform' | 'padded' | 'hetero'", "remaining": "float"}
+
+
 def test_show_of_neither_file_nor_family(cli):
     said = cli("show", "adaptrs")
     assert said.code == 2 and "adaptrs: cannot be read" in said.err
