@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import Linear as LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lmray.models.hetero import DeciLMForCausalLM
 from lmray.models.rope import follows_length
 from lmray.ops.frozen_linear import FrozenLinear, PackedLinear, can_pack
 from lmray.ops.low_rank import LowRankStack, Piece
@@ -257,7 +258,9 @@ def unfit(model: nn.Module) -> str | None:
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = type(base).__name__
     family = next((one for one in FAMILIES if name == f"{one}ForCausalLM"), None)
-    if family is None or not type(base).__module__.startswith("transformers.models."):
+    if type(base) is DeciLMForCausalLM:
+        family = "Mistral"
+    elif family is None or not type(base).__module__.startswith("transformers.models."):
         return f"{name} is none of {', '.join(f'{one}ForCausalLM' for one in FAMILIES)}"
     if isinstance(model, PeftModel) and any(one.peft_type != PeftType.LORA for one in model.peft_config.values()):
         return "an adapter of another kind than LoRA is attached"

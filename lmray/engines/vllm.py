@@ -25,7 +25,8 @@ from lmray.engines._process import ServerProcess
 from lmray.engines._remote import Remote, RemoteEngine, check_rank
 from lmray.engines._server import Address, Server
 from lmray.engines.base import Capabilities, EngineConfig, check_length
-from lmray.errors import CapacityError
+from lmray.errors import CapacityError, ConfigError
+from lmray.models.hetero import HeteroConfig
 
 _BASE = "lmray-base"
 """The base model's name at the server."""
@@ -73,6 +74,9 @@ class Vllm(EngineConfig):
 
     def check(self, model: Any, adapters: Mapping[str, Path]) -> None:
         check_length(model, self.max_length)
+        if isinstance(model.config, HeteroConfig):
+            found = "has layers of different widths, whose config vLLM cannot read without code beside it"
+            raise ConfigError("engine.name", found, hint="`engine: native`, or prune with another `shape`")
         for folder in adapters.values():
             check_rank(read_adapter_folder(folder, model), self.max_lora_rank)
 

@@ -17,10 +17,14 @@ from lmray.pruning.gates import check_adapted
 from lmray.pruning.masks import Budget, Shape
 from lmray.pruning.search import Decider
 from lmray.pruning.shrink import check_writable, group_counts
-from lmray.pruning.structure import Structure, adds_alone, structure_of
+from lmray.pruning.structure import LAYOUTS, Structure, adds_alone, structure_of
 
 MOST_AT_ONCE = 1 / 3
 """Share of the prunable weights beyond which removing them in one go costs more than in steps."""
+
+SLACK = 0.001
+"""What `remaining` may be above the share of the layers that stay, so that three digits can say it."""
+ALL_STAY = "leave `layers` out: all of them stay"
 
 
 class Pruning(Method):
@@ -34,11 +38,11 @@ class Pruning(Method):
     """What an MLP's width is a multiple of, as kernels like it; its channels are chosen one by one."""
     shape: Shape = "uniform"
     """`uniform`: layers stay alike, which loads everywhere. `padded`: each keeps as much as it is worth, and is filled
-    up with zeros to the widest: better, and no faster than that one. `hetero`: MLPs of different widths, which are
-    faster, as DeciLM (Nemotron-NAS) writes them: lmray and vLLM read it."""
+    up with zeros to the widest: better, and no faster than that one. `hetero`, experimentally: MLPs of different
+    widths, written as DeciLM (Nemotron-NAS) has them, which lmray reads, and plain `transformers` does not."""
     layers: Annotated[int, Field(ge=1)] | None = None
-    """Decoder layers that stay. The others, which change least what flows through them, are left out whole
-    (block influence, arXiv 2403.03853). None: all stay."""
+    """Decoder layers that stay. The others, which change least what flows through them, are left out whole, at once
+    (block influence, arXiv 2403.03853); the rest of the budget is met by what the others lose. None: all stay."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """Devices that it will be served on together; they divide what is kept: key-value heads, and the MLP's width."""
     distill: Annotated[float, Field(ge=0.0)] = 0.0
@@ -76,7 +80,7 @@ class Pruning(Method):
         structure = structure_of(model, block=1)
         check_adapted(structure.layers(model), structure)
         sizes = structure.sizes
-        if self.multiple_of > sizes.channels:
+        if self.shape != "padded" and self.multiple_of > sizes.channels:
             found, allowed = f"is {self.multiple_of}", f"1 to {sizes.channels}, the width of the MLP"
             raise ConfigError("method.multiple_of", found, allowed=allowed)
         if sizes.groups % self.tensor_parallel:
@@ -104,21 +108,31 @@ class Pruning(Method):
         total = structure.sizes.layers
         if layers > total:
             raise ConfigError("method.layers", f"the model has {total} layers, not {layers}", allowed=f"1 to {total}")
+        if layers < total and structure.model_type not in LAYOUTS:
+            found = (
+                f"a layer of `{structure.model_type}` of which nothing is kept may still change what flows through it"
+            )
+            raise ConfigError("method.layers", found, allowed=f"of {', '.join(LAYOUTS)}", hint=ALL_STAY)
         if layers < total and (biased := adds_alone(model, structure)):
             found = f"`{biased}` has a bias, which a layer of which nothing is kept would add"
-            raise ConfigError("method.layers", found, hint="leave `layers` out: all of them stay")
-        if self.remaining > layers / total + 1e-9:
+            raise ConfigError("method.layers", found, hint=ALL_STAY)
+        if self.remaining > layers / total + SLACK:
             found = f"{layers} of {total} layers are less than the {self.remaining:g} of the weights that remain"
-            hint = f"`remaining: {math.floor(1000 * layers / total) / 1000:g}` or less, or more `layers`"
-            raise ConfigError(
-                "method.layers", found, allowed=f"{math.ceil(self.remaining * total)} to {total}", hint=hint
-            )
+            hint = f"`remaining: {math.ceil(layers / total / SLACK) * SLACK:g}` or less, or more `layers`"
+            allowed = f"{math.ceil((self.remaining - SLACK) * total)} to {total}"
+            raise ConfigError("method.layers", found, allowed=allowed, hint=hint)
 
     def warnings(self) -> tuple[str, ...]:
-        if self.in_steps or self.remaining >= 1 - MOST_AT_ONCE - 1e-9:
-            return ()
-        found = f"method: {1 - self.remaining:.0%} of the prunable weights go at once, and beyond a third quality falls"
-        return (f"{found}: set `schedule: progressive`",)
+        said = []
+        if self.shape == "hetero":
+            found = "method.shape: plain `transformers` and vLLM do not read what `hetero` keeps"
+            said += [f"{found}; `uniform` loads everywhere"]
+        if not self.in_steps and self.remaining < 1 - MOST_AT_ONCE - 1e-9:
+            found = (
+                f"method: {1 - self.remaining:.0%} of the prunable weights go at once, and beyond a third quality falls"
+            )
+            said += [f"{found}: set `schedule: progressive`"]
+        return tuple(said)
 
     def passes(self, steps: int) -> float:
         """Searching takes a gradient as well; a forward pass is half of what a step of an adapter is."""

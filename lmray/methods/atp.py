@@ -32,7 +32,7 @@ class Atp(Pruning):
     freeze_after: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Share of the steps after which masks are final."""
     schedule: Literal["at once", "progressive"] = "at once"
-    """`progressive`: the budget is tightened in stages, each of which removes at most a third of what is left."""
+    """`progressive`: units are removed in stages, of which each takes at most a third of what is left."""
     gate: Literal["gumbel", "deterministic"] = "gumbel"
     """`gumbel`: decisions are drawn, so that other ones are tried. `deterministic`: they are taken without noise."""
     generator_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
@@ -66,7 +66,7 @@ class Atp(Pruning):
             learning_rate=self.generator_learning_rate,
             noisy=self.gate == "gumbel",
             proximal=self.proximal,
-            stages=stages_to(self.remaining) if self.in_steps else 1,
+            stages=stages_to(self.remaining / budget.share_of_layers) if self.in_steps else 1,
             seed=seed,
         )
         return Search(budget, args, ranks)

@@ -5,18 +5,20 @@
 The form was checked against what vLLM's class says of it, not by running vLLM, which asks for the config's code from
 the Hub too.
 
-Importing this module makes the classes known to `transformers`, whose own refuse such a folder: they would build every
-layer as wide.
+`transformers` refuses such a folder, for it would build every layer as wide; `lmray.models.load` reads it. Nemotron-NAS
+models that bring their own code are left to that.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 MODEL_TYPE = "nemotron-nas"
 ONLY = "MLPs of different widths"
@@ -55,8 +57,16 @@ class DeciLMForCausalLM(MistralForCausalLM):
             layer.mlp = type(layer.mlp)(narrow)  # type: ignore[operator]
 
 
-AutoConfig.register(MODEL_TYPE, HeteroConfig)
 AutoModelForCausalLM.register(HeteroConfig, DeciLMForCausalLM)
+
+
+def is_hetero(folder: Path) -> bool:
+    """Whether the model in `folder` is one of these."""
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return facts["model_type"] == MODEL_TYPE and "auto_map" not in facts
+    except (OSError, ValueError, KeyError, TypeError):  # whoever reads it next says what is wrong
+        return False
 
 
 def blocks_of(widths: Sequence[int], heads_per_group: int) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import lmray.models.hetero  # noqa: F401  # makes its classes known
 from lmray.errors import ArtifactError, ConfigError
+from lmray.models.hetero import HeteroConfig, is_hetero
 from lmray.models.machine import is_out_of_memory
 from lmray.models.quantised import keep_layout, quantization_config
 from lmray.models.quiet import quiet
@@ -70,9 +70,13 @@ def load_model(
 def load_config(folder: Path, *, trust_remote_code: bool = False, rope_scaling: RopeScaling | None = None) -> Any:
     """The model's config, its positions scaled where asked for. Raises ArtifactError where it cannot be read, or needs
     code that is not trusted, and ConfigError for positions that cannot be scaled."""
+    how: Any = {"local_files_only": True}
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+            if is_hetero(folder):
+                config: Any = HeteroConfig.from_pretrained(folder, **how)
+            else:
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **how)
         except Exception as error:  # whatever a spoilt file leads the library to
             raise unreadable(folder, error) from None
         if rope_scaling is not None:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig
 
 from lmray.errors import ArtifactError
-from lmray.models.load import load_model, load_tokenizer
+from lmray.models.load import load_config, load_model, load_tokenizer
 from lmray.models.machine import is_out_of_memory
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
@@ -41,7 +40,7 @@ def write_merged(
         model: Any = load_model(base, "float32", trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
         if adapter is not None:
             model = _merged(model, adapter)
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = load_config(base, trust_remote_code=trust_remote_code)
         model.to((config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)).save_pretrained(target)
         has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
         tokenizer_from = adapter if has_tokenizer and adapter is not None else base

@@ -133,7 +133,7 @@ def read_shape(
         embedding=sum(ends.values()),
         layers=facts.num_hidden_layers,
         hidden=facts.hidden_size,
-        intermediate=getattr(facts, "intermediate_size", None) or 4 * facts.hidden_size,
+        intermediate=_mlp_width(facts),
         heads=heads,
         query_width=heads * size,
         key_value_width=(getattr(facts, "num_key_value_heads", None) or heads) * size,
@@ -148,6 +148,13 @@ def read_shape(
         unfit="the weights are quantised" if quantization else unfit(model),
         reads_whole=whole,
     )
+
+
+def _mlp_width(facts: Any) -> int:
+    """Of a layer; of different ones on average."""
+    if widths := getattr(facts, "mlp_widths", None):
+        return -(-sum(widths) // len(widths))
+    return getattr(facts, "intermediate_size", None) or 4 * facts.hidden_size
 
 
 def _check_weights(folder: Path, model: Any) -> None:

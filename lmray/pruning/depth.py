@@ -18,7 +18,7 @@ from lmray.errors import ConfigError
 from lmray.models.layers import decoder_layers
 from lmray.pruning.importance.base import Rows, read_rows
 
-PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
+PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "block_configs")
 """Fields of configs that say something of each layer."""
 
 
@@ -50,7 +50,8 @@ def adding_influence(
             after_BTE = (output[0] if isinstance(output, tuple) else output).detach()
             chosen_BT = tokens() if tokens else torch.ones(before_BTE.shape[:2], dtype=torch.bool)
             if chosen_BT is not None:
-                before_NE, after_NE = (one[chosen_BT.to(one.device)].double() for one in (before_BTE, after_BTE))
+                type = torch.promote_types(before_BTE.dtype, torch.float32)
+                before_NE, after_NE = (one[chosen_BT.to(one.device)].to(type) for one in (before_BTE, after_BTE))
                 sums_L[number] += (1 - torch.cosine_similarity(before_NE, after_NE, dim=-1)).sum().cpu()
 
         return hook

@@ -94,6 +94,11 @@ class Budget:
     """Decoder layers that stay; None: all."""
 
     @property
+    def share_of_layers(self) -> float:
+        """Share of the prunable weights that the layers have which stay."""
+        return (self.layers or self.sizes.layers) / self.sizes.layers
+
+    @property
     def least(self) -> float:
         """The smallest `remaining` there is."""
         multiple_of = 1 if self.shape == "padded" else self.multiple_of
@@ -122,7 +127,7 @@ def _uniform(
     """Units of each kind in every layer that stays. Of the pairs that fit, the one that keeps what is worth most: every
     worth counts by the weights that its unit has."""
     layers = len(worths["groups"])
-    room = target * sizes.prunable / layers
+    room = _room(target, sizes) / layers
     best: tuple[float, tuple[int, int]] | None = None
     gains = {kind: _gains(worths[kind], sizes, kind) for kind in KINDS}
     totals = {kind: [0, *accumulate(sizes.costs(kind))] for kind in KINDS}
@@ -159,20 +164,17 @@ def _by_layer(scores: Masks, sizes: Sizes, target: float, step: int) -> dict[Kin
     steps: dict[Kind, int] = {"groups": 1, "channels": step}
     layers = len(scores["groups"])
     counts: dict[Kind, list[int]] = {kind: [steps[kind]] * layers for kind in KINDS}
-    room = target * sizes.prunable - sum(_cost(sizes, kind, steps[kind]) for kind in KINDS) * layers
+    room = _room(target, sizes) - sum(_cost(sizes, kind, steps[kind]) for kind in KINDS) * layers
     if room < 0:
         found = f"{target:g} is less than one unit of each kind in every layer"
         raise ConfigError(
             "method.remaining", found, allowed=f"{least(sizes, step * sizes.block, layers=layers):.3f} to 1"
         )
     ranked = []
-    for kind in KINDS:
-        for layer, row in enumerate(scores[kind].sort(dim=1, descending=True).values):
-            places = range(steps[kind], len(row), steps[kind])
-            ranked += [
-                (float(part.mean()), kind, layer, len(part))
-                for part in (row[start : start + steps[kind]] for start in places)
-            ]
+    for kind, one in steps.items():
+        for layer, row in enumerate(scores[kind].sort(dim=1, descending=True).values.tolist()):
+            parts = (row[start : start + one] for start in range(one, len(row), one))
+            ranked += [(sum(part) / len(part), kind, layer, len(part)) for part in parts]
     full: set[tuple[Kind, int]] = set()
     totals = {kind: [0, *accumulate(sizes.costs(kind))] for kind in KINDS}
     for _, kind, layer, more in sorted(ranked, key=lambda one: -one[0]):
@@ -196,6 +198,11 @@ def _step(sizes: Sizes, multiple_of: int) -> int:
     """Blocks that the MLP grows by, so that it is a multiple of `multiple_of` channels wide; all of them where it is
     narrower than that."""
     return min(max(multiple_of // sizes.block, 1), sizes.blocks)
+
+
+def _room(target: float, sizes: Sizes) -> float:
+    """Weights that may be kept; a share is no exact number."""
+    return target * sizes.prunable * (1 + 1e-9)
 
 
 def _cost(sizes: Sizes, kind: Kind, count: int) -> int:

@@ -18,6 +18,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -122,7 +123,7 @@ class Search(Decider):
         self.inputs: Squares = {}
         """What units are weighed by, of all search rows so far; empty once they are."""
         self.influence = torch.zeros(budget.sizes.layers, dtype=torch.float64)
-        """[L]: what layers are weighed by, alike."""
+        """[L]: what layers are weighed by, alike, where some are to go."""
         self.dropped = torch.zeros(budget.sizes.layers, dtype=torch.bool)
         """[L]: layers that are removed whole."""
 
@@ -148,7 +149,10 @@ class Search(Decider):
         everything = all_kept(self.budget.sizes)
         inputs, influence = no_inputs(gates.structure), torch.zeros_like(self.influence)
         model, real = gates.model, lambda: gates.real_BT
-        with adding_inputs(model, gates.structure, inputs, real), adding_influence(model, influence, real):
+        with ExitStack() as watching:
+            watching.enter_context(adding_inputs(model, gates.structure, inputs, real))
+            if self.budget.share_of_layers < 1:
+                watching.enter_context(adding_influence(model, influence, real))
             loss, _ = self._slopes(step, everything, gates, measure)
         self.influence = self.influence + self.ranks.sum_tensor(influence)
         before = self.inputs or no_inputs(gates.structure)
@@ -231,13 +235,14 @@ class Search(Decider):
         return torch.Generator().manual_seed(int.from_bytes(digest[:4]))
 
     def _target(self, step: int) -> float:
-        """What is to remain after `step`."""
+        """What is to remain after `step`, of which dropped layers are no part."""
         asked, stages, move = self.budget.remaining, self.args.stages, step - self.weighing
+        whole = self.budget.share_of_layers
         if stages == 1:
             fallen = min(1.0, move / (ARRIVAL * self.moves))
-            return asked if fallen == 1.0 else 1 - fallen * (1 - asked)
+            return asked if fallen == 1.0 else whole - fallen * (whole - asked)
         stage = math.ceil(move * stages / self.moves)
-        return asked if stage >= stages else asked ** (stage / stages)
+        return asked if stage >= stages else whole * (asked / whole) ** (stage / stages)
 
 
 def standardised(scores: Masks) -> dict[Kind, torch.Tensor]:

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from lmray.errors import ConfigError
-from lmray.models.hetero import HeteroConfig, blocks_of
+from lmray.models.hetero import MODEL_TYPE, HeteroConfig, blocks_of
 from lmray.pruning.depth import shallower
 from lmray.pruning.masks import Shape
 from lmray.pruning.record import Kept, kept_layers
@@ -132,10 +132,10 @@ def smaller_config(config: Any, structure: Structure, sizes: Outline) -> Any:
     }
     facts = {**config.to_dict(), **changes}
     alone = {name: value for name, value in facts.items() if name not in (*LLAMA_ALONE, "sliding_window")}
-    if sizes.shape == "hetero":
+    if sizes.shape == "hetero" or config.model_type == MODEL_TYPE:
         _check_hetero(config)
         blocks = blocks_of(sizes.channels, structure.sizes.heads_per_group)
-        return HeteroConfig(**alone, block_configs=blocks)
+        return HeteroConfig(**{**alone, "block_configs": blocks})
     if config.model_type != "llama" or structure.sizes.hidden % heads == 0:
         return type(config)(**facts)
     if config.attention_bias or config.mlp_bias:
@@ -149,10 +149,10 @@ def smaller_config(config: Any, structure: Structure, sizes: Outline) -> Any:
 
 
 def _check_hetero(config: Any) -> None:
-    plain = config.model_type == "llama" or (config.model_type == "mistral" and config.sliding_window is None)
+    plain = config.model_type in ("llama", "mistral", MODEL_TYPE) and getattr(config, "sliding_window", None) is None
     if not plain or getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-        found = f"a `{config.model_type}` with its biases and windows cannot have layers of different widths"
-        allowed = "of llama and mistral, those without biases and windows"
+        found = f"this `{config.model_type}` cannot have layers of different widths: no form is known"
+        allowed = "llama and mistral, without biases and windows"
         raise ConfigError("method.shape", found, allowed=allowed, hint="`shape: padded` or `uniform`")
 
 

@@ -136,6 +136,7 @@ class Structure:
 
     sizes: Sizes
     layout: Mapping[Kind, Layout]
+    model_type: str
 
     def layers(self, model: Any) -> list[Any]:
         """The decoder layers of `model`, plain or with a PEFT adapter."""
@@ -168,7 +169,7 @@ def structure_of(model: Any, *, block: int) -> Structure:
     sizes = Sizes(len(layers), config.hidden_size, key // head_dim, query // key, head_dim, channels, block)
     if not 1 <= block <= channels:
         raise ValueError(f"blocks of {block} channels in an MLP of {channels}")
-    return Structure(sizes, layout)
+    return Structure(sizes, layout, config.model_type)
 
 
 def adds_alone(model: Any, structure: Structure) -> str | None:

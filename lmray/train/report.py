@@ -170,10 +170,12 @@ def _pruning(run: Record) -> Iterator[str]:
     yield heading("Pruning")
     if masks:
         last = masks[-1]
+        kept = [number for number, pair in enumerate(zip(last["groups"], last["channels"], strict=True)) if any(pair)]
         facts = [
+            ("layers kept", f"{len(kept)} of {len(last['groups'])}"),
             ("of prunable weights kept", f"{last['remaining']:.1%}"),
-            ("key-value groups a layer", _span(last["groups"])),
-            ("MLP channels a layer", _span(last["channels"])),
+            ("key-value groups a layer", _span([last["groups"][layer] for layer in kept])),
+            ("MLP channels a layer", _span([last["channels"][layer] for layer in kept])),
             ("masks", "still searched" if frozen is None else f"final from step {frozen}"),
         ]
         yield cards(facts)

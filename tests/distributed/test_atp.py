@@ -49,9 +49,16 @@ def same(found: TrainJob, alone: TrainJob) -> None:
         assert torch.allclose(tensor, expected[name], atol=1e-4), name
 
 
-@pytest.mark.parametrize(("strategy", "stop_at"), [("ddp", 6), ("fsdp2", 3)], ids=["frozen", "searching"])
-def test_two_ranks_give_the_curve_and_the_masks_of_one(job, strategy, stop_at, tmp_path):
-    alone, shared = job("single", 1), job(strategy, 2)
+FEWER = {"method": {**TINY_ATP, "layers": 1, "remaining": 0.4}}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stop_at", "changes"),
+    [("ddp", 6, {}), ("fsdp2", 3, {}), ("fsdp2", None, FEWER)],
+    ids=["frozen", "searching", "fewer layers"],
+)
+def test_two_ranks_give_the_curve_and_the_masks_of_one(job, strategy, stop_at, changes, tmp_path):
+    alone, shared = job("single", 1, **changes), job(strategy, 2, **changes)
     run_here(alone, tmp_path / "scratch")
     if stop_at is not None:
         assert train_ranks(shared, stop_at=stop_at).status == "stopped"

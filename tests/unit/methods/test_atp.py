@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, OlmoConfig
 
 from lmray.adapters.lora import Lora
 from lmray.artifacts.store import run_folder
@@ -59,7 +59,7 @@ def logged(job: TrainJob) -> list[dict[str, Any]]:
 
 
 def weights(job: TrainJob) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder_of(job) / "model").state_dict()
+    return load_file(folder_of(job) / "model" / "model.safetensors")
 
 
 def test_a_run_ends_with_a_smaller_model_that_plain_transformers_loads(job, tmp_path):
@@ -133,7 +133,15 @@ def test_the_masks_follow_the_budget_while_they_are_searched(job, tmp_path):
     assert 0.6 < remaining[12] < 0.95, "what is removed is removed little by little"
 
 
-@pytest.mark.parametrize("changes", [{}, {"method__shape": "padded", "method__gate": "deterministic"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method__shape": "padded", "method__gate": "deterministic"},
+        {"method__shape": "hetero", "method__layers": 1, "method__remaining": 0.4},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("stop_at", [3, 8], ids=["searching", "frozen"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(job, tmp_path, changes, stop_at):
     whole, parts = job("whole", **changes), job("parts", **changes)
@@ -144,7 +152,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(job, tmp_path, cha
         assert curve(parts, name) == curve(whole, name), name
     assert logged(parts) == logged(whole)
     expected = weights(whole)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts).items())
+    assert expected and all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts).items())
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
@@ -368,6 +376,28 @@ def test_heads_that_no_config_is_written_for_are_never_kept():
     with pytest.raises(ConfigError, match="configs of 1, 2, 4 of them only") as caught:
         Atp(remaining=0.8, multiple_of=8, shape="padded").check(model, steps=10)
     assert caught.value.where == "method.shape" and "uniform" in str(caught.value.hint)
+
+
+def test_what_layers_add_is_known_only_of_architectures_that_are_described():
+    model = adapted_to(OlmoConfig(**sized(4, 64)))
+    Atp(remaining=0.4, multiple_of=8).check(model, steps=10)
+    with pytest.raises(ConfigError, match="a layer of `olmo` of which nothing is kept may still change") as caught:
+        Atp(remaining=0.4, multiple_of=8, layers=1).check(model, steps=10)
+    assert caught.value.where == "method.layers"
+
+
+def test_three_digits_say_that_layers_stay_whole():
+    model = adapted_to(LlamaConfig(**{**sized(4, 64), "num_hidden_layers": 3}))
+    with pytest.raises(ConfigError, match="2 of 3 layers are less") as caught:
+        Atp(remaining=0.7, multiple_of=8, layers=2).check(model, steps=10)
+    assert "`remaining: 0.667`" in str(caught.value)
+    Atp(remaining=0.667, multiple_of=8, layers=2).check(model, steps=10)
+
+
+def test_what_is_read_by_few_is_warned_of(job):
+    assert any(
+        "plain `transformers` and vLLM do not read" in one for one in make_plan(job(method__shape="hetero")).warnings
+    )
 
 
 def test_a_layer_that_adds_something_of_its_own_cannot_go():

@@ -12,8 +12,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
+from lmray.engines.vllm import Vllm
 from lmray.errors import ArtifactError, ConfigError
-from lmray.models.load import load_empty_model, load_model
+from lmray.models.load import load_config, load_empty_model, load_model
+from lmray.models.shape import read_shape
+from lmray.pruning.depth import shallower
 from lmray.pruning.record import Pruning
 from lmray.pruning.shrink import shrunk
 from lmray.pruning.structure import structure_of
@@ -103,6 +106,48 @@ def test_plain_transformers_refuses_it(tmp_path: Path):
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode != 0 and "nemotron-nas" in done.stderr
+
+
+def test_it_can_be_cut_again(tmp_path: Path):
+    """Of equal widths, as one layer is: in any shape, and by layers whatever the widths."""
+    model = make(CONFIGS["mistral"]())
+    one = {"groups": [[0, 1], [], []], "channels": [[0, 1, 2], [], []]}
+    save(model, structure_of(model, block=8), one, tmp_path / "one", shape="hetero")
+    alike: Any = load_model(tmp_path / "one", "float32")
+    structure = structure_of(alike, block=8)
+    again = {"groups": [[1]], "channels": [[0, 2]]}
+    cut = [shrunk(alike, structure, again, shape) for shape in ("uniform", "padded", "hetero")]
+    assert [one.config.mlp_widths for one in cut] == [[16]] * 3
+    assert torch.equal(logits(cut[0]), logits(cut[2]))
+    save(model, structure_of(model, block=8), KEPT, tmp_path / "all", shape="hetero")
+    fewer = shallower(load_model(tmp_path / "all", "float32"), [0, 2])
+    assert fewer.config.mlp_widths == [12, 44] and logits(fewer).isfinite().all()
+
+
+def test_models_that_bring_their_own_code_are_left_to_it(tmp_path: Path):
+    model = make(CONFIGS["mistral"]())
+    save(model, structure_of(model, block=8), KEPT, tmp_path, shape="hetero")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoConfig": "code.Theirs"}}))
+    (tmp_path / "code.py").write_text(
+        "from transformers import PretrainedConfig\nclass Theirs(PretrainedConfig):\n    model_type = 'nemotron-nas'\n"
+    )
+    with pytest.raises(ArtifactError, match="needs Python code that lies beside its weights"):
+        load_config(tmp_path)
+    assert type(load_config(tmp_path, trust_remote_code=True)).__name__ == "Theirs"
+
+
+def test_vllm_is_not_asked_for_it():
+    model = make(CONFIGS["mistral"]())
+    smaller = shrunk(model, structure_of(model, block=8), KEPT, "hetero")
+    with pytest.raises(ConfigError, match=r"engine.name: has layers of different widths"):
+        Vllm(max_length=64).check(smaller, {})
+
+
+def test_memory_is_planned_by_the_mean_width(tmp_path: Path):
+    model = make(CONFIGS["mistral"]())
+    save(model, structure_of(model, block=8), KEPT, tmp_path, shape="hetero")
+    assert read_shape(tmp_path).intermediate == -(-(12 + 8 + 44) // 3)
 
 
 REFUSED = {

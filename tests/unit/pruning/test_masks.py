@@ -110,4 +110,17 @@ def test_a_layer_that_is_gone_leaves_its_share_to_the_others(shape):
     assert not any(bool(masks[kind][0].any()) for kind in KINDS)
     step = 8 * 3 * 32 * 2 / SIZES.prunable
     assert 0.5 - step < float(remaining(masks, SIZES)) <= 0.5 + 1e-6
+    assert budget.share_of_layers == pytest.approx(2 / 3)
     assert budget.least == pytest.approx(Budget(SIZES, 0.5, shape, multiple_of=8).least * 2 / 3)
+
+
+@pytest.mark.parametrize("shape", ["uniform", "padded", "hetero"])
+@pytest.mark.parametrize("layers", range(1, 81))
+def test_layers_that_are_the_whole_budget_stay_whole(shape, layers):
+    """23 / 40 * 40 is less than 23 in floating point."""
+    sizes = Sizes(layers=80, hidden=24, groups=2, heads_per_group=1, head_dim=4, channels=8, block=1)
+    scores = {kind: torch.zeros(80, sizes.units(kind)) for kind in KINDS}
+    for one in scores.values():
+        one[layers:] = -torch.inf
+    masks = Budget(sizes, layers / 80, shape, multiple_of=4, layers=layers).cut(scores)
+    assert all(bool(masks[kind][:layers].all()) and not bool(masks[kind][layers:].any()) for kind in KINDS)

@@ -281,3 +281,13 @@ def test_a_search_that_goes_on_knows_the_layers_that_went():
     search.decide(5, gates, slopes_of(model))
     again.load(search.state())
     assert torch.equal(again.dropped, search.dropped) and int(again.dropped.sum()) == 1
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_what_falls_is_what_the_layers_have_that_stay(stages):
+    """Else everything would be kept of them until the budget is below their share, and nothing searched."""
+    _, _, search = made(layers=1, share=0.3, stages=stages)
+    targets = [search._target(step) for step in range(5, 41)]
+    assert all(target < 0.5 for target in targets) and targets[-1] == 0.3
+    assert targets == sorted(targets, reverse=True)
+    assert targets[0] == pytest.approx(0.5 - 0.2 / 12 if stages == 1 else (0.5 * 0.3) ** 0.5)

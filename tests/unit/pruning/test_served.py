@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lmray.engines._decoder import unfit
 from lmray.engines.base import Request, Sampling
 from lmray.engines.native import Native
 from lmray.models.load import load_model
@@ -46,6 +47,7 @@ def test_greedy_text_is_that_of_transformers(name, parent, tmp_path: Path):
     assert type(smaller).__name__ == f"{family}ForCausalLM"
 
     async def answer() -> list[list[int]]:
+        assert unfit(smaller) is None, "not through transformers' own forward"
         engine = Native(max_batch_size=4, max_length=128).start(smaller, stop_token_ids=STOP, threads=1)
         try:
             asked = (Request(str(place), prompt, Sampling(NUM_NEW)) for place, prompt in enumerate(PROMPTS))
