@@ -65,7 +65,7 @@ def project(
         counts = {"groups": [groups] * len(among["groups"]), "channels": [channels] * len(among["groups"])}
     else:
         counts = _by_layer(among, sizes, target, _step(sizes, multiple_of) if shape == "hetero" else 1)
-    masks = {kind: torch.zeros_like(scores[kind], dtype=torch.float32) for kind in KINDS}
+    masks: dict[Kind, torch.Tensor] = {kind: torch.zeros_like(scores[kind], dtype=torch.float32) for kind in KINDS}
     for kind in KINDS:
         masks[kind][kept_L] = _highest(among[kind], counts[kind])
     return masks

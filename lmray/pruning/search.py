@@ -49,6 +49,8 @@ Slopes = dict[Kind, torch.Tensor]
 ARRIVAL = 1 / 3
 """Share of the search's steps over which the budget falls to what is asked, where it is not tightened in stages."""
 MAX_GRAD_NORM = 1.0
+OF_ALL = 0.1
+"""Share of the learning rate by which the generator's encoder moves: with it the scores of all units of a layer do."""
 REACH = 3.0
 """How far a score can move in a search, in standard deviations of those that it starts from."""
 MARGIN = 3.0
@@ -119,7 +121,9 @@ class Search(Decider):
         self.moves = args.steps - self.weighing
         """Steps that move the generator; of a search of one step, none."""
         self.learning_rate = args.learning_rate or default_rate(max(1, self.moves))
-        self.optimizer = torch.optim.AdamW(self.generator.parameters(), lr=self.learning_rate)
+        rest = [one for name, one in self.generator.named_parameters() if not name.startswith("heads.")]
+        groups = [{"params": self.generator.heads.parameters(), "share": 1.0}, {"params": rest, "share": OF_ALL}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         self.inputs: Squares = {}
         """What units are weighed by, of all search rows so far; empty once they are."""
         self.influence = torch.zeros(budget.sizes.layers, dtype=torch.float64)
@@ -196,7 +200,7 @@ class Search(Decider):
 
     def _learn(self, step: int, loss: torch.Tensor) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * (1 - step / (self.args.steps + 1))
+            group["lr"] = group["share"] * self.learning_rate * (1 - step / (self.args.steps + 1))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.generator.parameters(), MAX_GRAD_NORM)
@@ -219,7 +223,7 @@ class Search(Decider):
 
     def _agreed(self, scores: Masks) -> dict[Kind, torch.Tensor]:
         """Rank 0's `scores`; of dropped layers -inf."""
-        agreed = {kind: self.ranks.of_first(one.detach()) for kind, one in scores.items()}
+        agreed: Masks = {kind: self.ranks.of_first(one.detach()) for kind, one in scores.items()}
         return {kind: one.masked_fill(self.dropped[:, None], -math.inf) for kind, one in agreed.items()}
 
     def _least_influential(self) -> torch.Tensor:
