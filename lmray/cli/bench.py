@@ -17,7 +17,8 @@ BENCHES = Path(lmray.__file__).resolve().parents[1] / "tests" / "bench"
 def bench(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="train, serve, endpoint, soak, prune, memory, overhead, rope")
+        str,
+        typer.Argument(metavar="NAME", help="train, serve, speculation, endpoint, soak, prune, memory, overhead, rope"),
     ],
 ) -> None:
     """Run a benchmark of the repository. What follows the name is the benchmark's; `--help` lists it."""

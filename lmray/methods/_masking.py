@@ -115,8 +115,8 @@ class Smaller:
         dtype = adapted.get_base_model().dtype
         whole = adapted.float().merge_and_unload(safe_merge=True)
         self.num_whole = num_parameters(whole)
-        how = self.budget.shape, self.budget.multiple_of
-        return shrunk(whole, self.structure, self.units, how[0], multiple_of=how[1]).to(dtype)
+        budget = self.budget
+        return shrunk(whole, self.structure, self.units, budget.shape, multiple_of=budget.multiple_of).to(dtype)
 
     def record(self, folder: Path, model: Any, parent: Mapping[str, Any]) -> None:
         """`pruning.json`: which units were kept, of which model, what was asked and what it came to."""

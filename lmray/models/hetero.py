@@ -50,6 +50,8 @@ class DeciLMForCausalLM(MistralForCausalLM):
     config_class = HeteroConfig
 
     def __init__(self, config: HeteroConfig):
+        if config.block_configs is None:
+            raise ValueError("its config has no `block_configs`")
         super().__init__(config)
         for layer, width in zip(self.model.layers, config.mlp_widths, strict=True):
             narrow = deepcopy(config)

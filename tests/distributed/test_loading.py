@@ -75,7 +75,8 @@ def test_an_adapter_that_starts_from_the_weights_has_them_read_whole(job, tiny_m
     alone = job(tiny_model, "alone", "single", resources={"workers": 1}, adapter=one.adapter.model_dump(mode="json"))
     alone = alone.changed({"train.per_device_train_batch_size": 8})
     run_here(alone, tmp_path / "scratch")
-    assert curve(one) == pytest.approx(curve(alone), abs=1e-5)
+    # The loss falls by two in three steps, and with it rounding grows: by 2e-6 of it where there is no AVX512.
+    assert curve(one) == pytest.approx(curve(alone), rel=5e-6)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "deepspeed"])

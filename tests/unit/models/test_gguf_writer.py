@@ -29,9 +29,9 @@ from lmray.errors import ArtifactError
 from lmray.models.export import export
 from lmray.models.gguf_writer import neighbours_paired, write_gguf
 from lmray.models.source import find_model
-from lmray.pruning.shrink import save_pruned
 from lmray.pruning.structure import structure_of
 from lmray.testing.tiny import CHATML, tiny_adapter_folder
+from tests.unit.pruning.models import save
 
 TEXTS = [
     "関数を呼ぶ前に、引数を1234個 数えます。",
@@ -338,7 +338,7 @@ def kept(tmp_path: Path) -> Artifacts:
     model = AutoModelForCausalLM.from_pretrained(parent)
     units = {"groups": [[0, 3], [1, 2]], "channels": [[0, 2], [1, 2]]}
     structure = structure_of(model, block=32)
-    save_pruned(model, structure, units, tmp_path / "小", shape="uniform", asked=0.7, parent=base)
+    save(model, structure, units, tmp_path / "小", shape="uniform")
     TOKENIZER.save_pretrained(tmp_path / "小")
     artifacts = Artifacts(open_store())
     artifacts.keep("切った", tmp_path / "小", base=base, kind="model")

@@ -173,6 +173,17 @@ SPOILT = {
 }
 
 
+def test_a_config_without_blocks_is_named(tmp_path: Path):
+    model = make(CONFIGS["mistral"]())
+    save(model, structure_of(model, block=8), KEPT, tmp_path, shape="hetero")
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    del written["block_configs"]
+    path.write_text(json.dumps(written))
+    with pytest.raises(ArtifactError, match="its config has no `block_configs`"):
+        load_model(tmp_path, "float32")
+
+
 @pytest.mark.parametrize(("spoil", "said"), SPOILT.values(), ids=SPOILT)
 def test_forms_that_are_not_read_are_named(spoil, said, tmp_path: Path):
     model = make(CONFIGS["mistral"]())
