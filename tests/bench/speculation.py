@@ -30,7 +30,7 @@ from lmray.engines._speculation.draft import Draft
 from lmray.engines._speculation.prompt_lookup import PromptLookup
 from lmray.engines.base import Request, Sampling
 from lmray.engines.native import Native
-from lmray.models.load import load_model, load_tokenizer, stop_token_ids
+from lmray.models.load import load_empty_model, load_model, load_tokenizer, stop_token_ids
 from lmray.models.precision import resolve_dtype
 from lmray.models.source import find_model
 
@@ -95,8 +95,8 @@ def contenders(model: Any, stops: tuple[int, ...], batch: int, drafts: dict[str,
     return found
 
 
-def line(name: str, batch: int, runs: Sequence[Run], plain: Sequence[Run], size: float) -> str:
-    """Of a table: a contender at a batch size, its runs and those of `none` in the same rounds."""
+def line(name: str, batch: int, runs: Sequence[Run], plain: Sequence[Run], size: str) -> str:
+    """Of a table: a contender of this `size` at a batch size, its runs and those of `none` in the same rounds."""
     ratio = statistics.median(one.speed / other.speed for one, other in zip(runs, plain, strict=True))
     same = statistics.fmean(
         a == b for one, other in zip(runs, plain, strict=True) for a, b in zip(one.answers, other.answers, strict=True)
@@ -105,7 +105,7 @@ def line(name: str, batch: int, runs: Sequence[Run], plain: Sequence[Run], size:
     accepted = f"{told['acceptance']:.0%} of {told['proposed']}" if told.get("proposed") else ""
     active = {True: "yes", False: "no"}.get(told.get("active", ""), "")
     speed = statistics.median(one.speed for one in runs)
-    parts = [name, f"{size:.1f} M", str(batch), f"{speed:.1f}", f"{ratio:.2f}x", accepted, active, f"{same:.0%}"]
+    parts = [name, size, str(batch), f"{speed:.1f}", f"{ratio:.2f}x", accepted, active, f"{same:.0%}"]
     return f"| {' | '.join(parts)} |"
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     tokenizer = load_tokenizer(folder)
     prompts = prompts_of(args.data, Path(os.environ.get("LMRAY_BENCH_DATA", "")), args.questions, tokenizer)
     stops, new = stop_token_ids(model, tokenizer), DATA[args.data].max_new_tokens
-    sizes = {name: load_model(Path(one), dtype).num_parameters() / 1e6 for name, one in args.drafts.items()}
+    sizes = {name: f"{load_empty_model(Path(one)).num_parameters() / 1e6:.1f} M" for name, one in args.drafts.items()}
     lines = ["| proposer | its weights | batch | tokens/s | ratio | accepted | pays | same answers |", "|---" * 8 + "|"]
     described = describe(args.threads)  # sets the number of threads
     for batch in args.batches:
@@ -125,7 +125,7 @@ def main() -> None:
             contenders(model, stops, batch, args.drafts),
             lambda core, salt, batch=batch: answer(core, prompts, batch, new, salt),
             rounds=args.rounds,
-            say=lambda name, runs, plain, batch=batch: line(name, batch, runs, plain, sizes.get(name, 0.0)),
+            say=lambda name, runs, plain, batch=batch: line(name, batch, runs, plain, sizes.get(name, "")),
         )
     command = shlex.join(["lmray", "bench", "speculation", *sys.argv[1:]])
     text = f"\n## Tokens guessed ahead, {time.strftime('%Y-%m-%d')}\n\n`{command}`\n\n"
