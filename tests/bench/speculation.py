@@ -30,6 +30,7 @@ from lmray.engines._speculation.draft import Draft
 from lmray.engines._speculation.prompt_lookup import PromptLookup
 from lmray.engines.base import Request, Sampling
 from lmray.engines.native import Native
+from lmray.errors import LmrayError
 from lmray.models.load import load_empty_model, load_model, load_tokenizer, stop_token_ids
 from lmray.models.precision import resolve_dtype
 from lmray.models.source import find_model
@@ -76,6 +77,8 @@ def answer(core: PagedStepper, prompts: Prompts, batch: int, max_new_tokens: int
             core.add(Request(f"{salt} {index}", prompts[index], Sampling(max_new_tokens), cache_salt=salt))
         while core.busy:
             for request_id, event in core.step():
+                if isinstance(event, LmrayError):
+                    raise event
                 if event.token_id is not None:
                     answers[int(request_id.split()[1])].append(event.token_id)
     seconds = time.process_time() - start
