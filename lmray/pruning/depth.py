@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lmray.errors import ConfigError
 from lmray.models.layers import decoder_layers
-from lmray.pruning.importance.base import Rows, read_rows
+from lmray.pruning.importance.base import Rows, hooked, read_rows
 
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "block_configs")
 """Fields of configs that say something of each layer."""
@@ -27,7 +27,7 @@ def block_influence(model: Any, rows: Rows) -> list[float]:
     """Of each decoder layer, on calibration `rows`: 0 where it only scales what comes in, 2 where it turns it round."""
     sums_L = no_influence(model)
     with adding_influence(model, sums_L):
-        read_rows(model, rows, {})
+        read_rows(model, rows)
     tokens = sum(ids_BT.numel() for ids_BT, _ in rows)
     return (sums_L / tokens).tolist()
 
@@ -58,11 +58,8 @@ def adding_influence(
 
     layers = decoder_layers(model)
     handles = [layer.register_forward_hook(add(number), with_kwargs=True) for number, layer in enumerate(layers)]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def layers_to_keep(influence: Sequence[float], remaining: float) -> list[int]:

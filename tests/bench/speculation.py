@@ -114,11 +114,18 @@ def line(name: str, batch: int, runs: Sequence[Run], plain: Sequence[Run], size:
 
 def main() -> None:
     args = _arguments()
-    folder = find_model(args.model).folder
+    data = Path(os.environ.get("LMRAY_BENCH_DATA", ""))
+    if not (data / DATA[args.data].folder).is_dir():
+        raise SystemExit(f"set LMRAY_BENCH_DATA to the folder that holds {DATA[args.data].folder}/")
+    try:
+        folder = find_model(args.model).folder
+        args.drafts = {name: str(find_model(source).folder) for name, source in args.drafts.items()}
+    except LmrayError as error:
+        raise SystemExit(str(error)) from None
     dtype = resolve_dtype(args.dtype, "cpu")[0]
     model: Any = load_model(folder, dtype).requires_grad_(False)
     tokenizer = load_tokenizer(folder)
-    prompts = prompts_of(args.data, Path(os.environ.get("LMRAY_BENCH_DATA", "")), args.questions, tokenizer)
+    prompts = prompts_of(args.data, data, args.questions, tokenizer)
     stops, new = stop_token_ids(model, tokenizer), DATA[args.data].max_new_tokens
     sizes = {name: f"{load_empty_model(Path(one)).num_parameters() / 1e6:.1f} M" for name, one in args.drafts.items()}
     lines = ["| proposer | its weights | batch | tokens/s | ratio | accepted | pays | same answers |", "|---" * 8 + "|"]
@@ -173,7 +180,9 @@ def _arguments() -> argparse.Namespace:
 
 def _named(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
-    return {name: str(find_model(folder).folder) for name, _, folder in pairs}
+    if not all(name and source for name, _, source in pairs) or len({name for name, _, _ in pairs}) < len(pairs):
+        raise ValueError(text)
+    return {name: source for name, _, source in pairs}
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ decoder layers, U units of a kind in a layer, B rows, T tokens, O outputs and I 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from lmray.pruning.structure import KINDS, Kind, Part, Structure, linear_in
 
@@ -19,13 +21,17 @@ Scores = dict[Kind, torch.Tensor]
 """[L, U] of each kind, float64: what a weight of a unit is worth on average, 0 or more."""
 
 
-def read_rows(model: Any, rows: Rows, hooks: Mapping[Any, Callable[..., None]], **how: Any) -> None:
-    """Runs `model` over calibration `rows`, each module's forward hook in place meanwhile; `how`: as for
-    `register_forward_hook`."""
-    handles = [module.register_forward_hook(hook, **how) for module, hook in hooks.items()]
+def read_rows(model: Any, rows: Rows) -> None:
+    """Runs `model` over calibration `rows`."""
+    for ids_BT, _ in rows:
+        model(input_ids=ids_BT.to(model.device), use_cache=False)
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are there within the block, and no longer."""
     try:
-        for ids_BT, _ in rows:
-            model(input_ids=ids_BT.to(model.device), use_cache=False)
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lmray.pruning.importance.base import Rows, Scores, read_rows, relative, unit_scores
+from lmray.pruning.importance.base import Rows, Scores, hooked, read_rows, relative, unit_scores
 from lmray.pruning.structure import KINDS, Kind, Part, Structure, linear_in
 
 Squares = dict[Kind, torch.Tensor]
@@ -27,7 +27,7 @@ def wanda_sp(model: Any, structure: Structure, rows: Rows) -> Scores:
     """Scores of all units of `model` on calibration `rows`, relative to their layer and kind."""
     squares = no_inputs(structure)
     with torch.no_grad(), adding_inputs(model, structure, squares):
-        read_rows(model, rows, {})
+        read_rows(model, rows)
     return scores_of(model, structure, squares)
 
 
@@ -60,11 +60,8 @@ def adding_inputs(
         for number, layer in enumerate(structure.layers(model))
         for kind in KINDS
     ]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -81,6 +81,7 @@ def test_whole_layers_are_left_out_of_the_model(job, tmp_path):
     folder = folder_of(one) / "model"
     model, record = AutoModelForCausalLM.from_pretrained(folder), Pruning.beside(folder)
     assert model.config.num_hidden_layers == 1 and record is not None and record.remaining <= 0.4
+    assert "1 of 2" in (folder_of(one) / "report.html").read_text(encoding="utf-8"), "layers kept"
     assert sorted(map(len, record.kept["groups"]))[0] == 0 == logged(one)[-1]["groups"].count(0) - 1
     assert result.metrics["eval.loss"] == pytest.approx(curve(one, "eval.loss")[-1], abs=1e-4)
     assert result.metrics["model.parameters"] == model.num_parameters()

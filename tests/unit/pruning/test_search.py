@@ -291,3 +291,16 @@ def test_what_falls_is_what_the_layers_have_that_stay(stages):
     assert all(target < 0.5 for target in targets) and targets[-1] == 0.3
     assert targets == sorted(targets, reverse=True)
     assert targets[0] == pytest.approx(0.5 - 0.2 / 12 if stages == 1 else (0.5 * 0.3) ** 0.5)
+
+
+def test_the_encoder_moves_slower_than_the_heads():
+    """With it the scores of all units of a layer move; Adam's first step is the learning rate long."""
+    model, gates, search = made(noisy=False)
+    weighed(search, gates, model)
+    search.decide(5, gates, slopes_of(model))
+    before = {name: one.clone() for name, one in search.generator.named_parameters()}
+    search.decide(6, gates, slopes_of(model))
+    moved = {name: float((one - before[name]).abs().max()) for name, one in search.generator.named_parameters()}
+    heads = max(one for name, one in moved.items() if name.startswith("heads."))
+    rest = max(one for name, one in moved.items() if not name.startswith("heads."))
+    assert 0 < rest < 0.2 * heads
