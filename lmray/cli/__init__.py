@@ -5,6 +5,8 @@ Heavy imports stay inside the commands, so that `lmray --help` answers at once.
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Sequence
 
 
@@ -13,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lmray.cli.output import leaving_with_exit_code, tune_streams
 
     tune_streams()
+    atexit.register(gc.freeze)  # Python would look once more for cycles among a million objects, for a second
     with leaving_with_exit_code(argv):
         from lmray.cli.app import app
 

@@ -13,11 +13,12 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private.authentication import authentication_token_setup
 from ray.exceptions import AuthenticationError
@@ -32,6 +33,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local Ray. Data and checkpoints go through storage, so little passes through Ray's own object store."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job."""
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 TOKEN_HINT = "where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with it"
 _TOKEN = secrets.token_hex(32)
 
@@ -77,15 +79,32 @@ def connected(*, num_cpus: int | None = None, num_gpus: int | None = None) -> It
         yield cluster_resources()
         return
     address = os.environ.get("RAY_ADDRESS", "")
+    local = address in ("", "local")
     with _same_sigterm():
-        if address in ("", "local"):
+        if local:
             _start_local(num_cpus, num_gpus)
         else:
             _join(address)
     try:
-        yield cluster_resources()
+        with _unwatched() if local else nullcontext():
+            yield cluster_resources()
     finally:
+        if local:
+            _end_helpers()
         ray.shutdown()
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """Nobody gives notice of taking this machine's own Ray away: a process less that listens for it."""
+    if WATCHER in os.environ:
+        yield
+        return
+    os.environ[WATCHER] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[WATCHER]
 
 
 def cluster_resources() -> ClusterResources:
@@ -144,6 +163,15 @@ def _deaf_to_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_helpers() -> None:
+    """Ends the local Ray's monitors, which keep nothing: deaf to SIGTERM, they would be waited for a second each."""
+    scripts = str(Path(ray.__file__).parent)
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if any(word.startswith(scripts) and word.endswith(".py") for word in child.cmdline()):
+                child.kill()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ def local_ray(root: Path) -> Iterator[None]:
         "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
         "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "30",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # as where `connected` starts a Ray of its own
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     with pytest.MonkeyPatch.context() as patch:

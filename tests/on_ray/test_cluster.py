@@ -89,7 +89,7 @@ from lmray.on_ray.run import sigterm_as_interrupt
 def token(): return os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])
 with sigterm_as_interrupt(), connected(num_cpus=3) as offered:
     assert offered.cpus == 3
-    print(*ray.get(token.remote()))
+    print(*ray.get(token.remote()), os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"])
     try:
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait()
@@ -97,6 +97,7 @@ with sigterm_as_interrupt(), connected(num_cpus=3) as offered:
         print("interrupted")
 assert not ray.is_initialized()
 assert "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_MODE" not in os.environ
+assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
 """
 
 
@@ -107,7 +108,7 @@ def test_a_local_ray_has_a_token_and_leaves_nothing_behind(tmp_path):
         [sys.executable, "-c", LOCAL], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["token", "64", "interrupted"]
+    assert done.stdout.split() == ["token", "64", "0", "interrupted"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,8 +6,9 @@ import pytest
 from ray import cloudpickle
 from ray.train.v2._internal.execution.failure_handling import create_failure_policy
 from ray.train.v2._internal.execution.scaling_policy import create_scaling_policy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from lmray.on_ray.train import _trainer
+from lmray.on_ray.train import _Trainer, _trainer
 from lmray.testing.jobs import tiny_job
 from tests.architecture.source import python
 
@@ -39,3 +40,9 @@ def test_the_controller_imports_neither_torch_nor_what_a_job_needs(tiny_model, t
     found = set(done.stdout.split())
     assert "lmray.on_ray.rendezvous" in found, "else this test says nothing"
     assert sorted(found & HEAVY) == []
+
+
+def test_no_process_is_started_for_what_no_run_uses(tiny_model, tiny_data, tmp_path):
+    trainer = _trainer(tiny_job(tiny_model, tiny_data, tmp_path / "store"), tmp_path)
+    made, own = DataParallelTrainer._create_default_callbacks(trainer), trainer._create_default_callbacks()
+    assert {type(one).__name__ for one in made} - {type(one).__name__ for one in own} == _Trainer.UNUSED
