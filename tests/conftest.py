@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
+from lmray.artifacts.files import write_json
 from lmray.testing.jobs import tiny_rows, write_jsonl
 from lmray.testing.tiny import tiny_model_folder
 
@@ -71,6 +74,15 @@ def _own_places(tmp_path, monkeypatch, request):
 def tiny_model(tmp_path_factory) -> Path:
     """Folder of a two-layer Llama over bytes."""
     return tiny_model_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def quantised_model(tiny_model, tmp_path) -> Path:
+    """Folder of a model whose config says that its weights were quantised before they were saved."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "quantised"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    return folder
 
 
 @pytest.fixture(scope="session")

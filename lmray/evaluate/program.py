@@ -35,6 +35,7 @@ from lmray.models.adapters import find_adapter
 from lmray.models.load import load_config, load_model, load_tokenizer
 from lmray.models.machine import keep_few_products
 from lmray.models.precision import resolve_dtype
+from lmray.models.quantised import check_unquantised
 from lmray.models.rope import RopeScaling, check_positions
 from lmray.models.source import FoundModel, find_model, model_of
 
@@ -63,6 +64,7 @@ def prepare(job: EvaluateJob) -> Prepared:
     for one in {model.folder: model for model in (found, *models.values())}.values():
         scaling = _scaling(job, one, found)
         config = load_config(one.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=scaling)
+        check_unquantised(config, one.folder)
         if job.data:
             check_positions(config, job.data.max_length, scaling)
     versions(job)

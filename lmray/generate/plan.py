@@ -19,6 +19,7 @@ from lmray.errors import ArtifactError, ConfigError
 from lmray.job import GenerateJob
 from lmray.models.adapters import FoundAdapter, find_adapter
 from lmray.models.load import load_empty_model, load_tokenizer
+from lmray.models.quantised import check_unquantised
 from lmray.models.source import FoundModel, model_of
 
 PLAN = "plan.json"
@@ -92,6 +93,8 @@ def prepare(job: GenerateJob, plan: GeneratePlan | None = None) -> Ready:
     empty = load_empty_model(
         found.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=job.model.rope_scaling
     )
+    if job.engine.needs_weights:
+        check_unquantised(empty.config, found.folder)
     job.engine.check(empty, {one.name: one.folder for one in adapters.values()})
     make_sampling(job, 0, 0)
     _check_schema(job, tokenizer)

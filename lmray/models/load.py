@@ -20,7 +20,7 @@ from transformers import (
 from lmray.errors import ArtifactError, ConfigError
 from lmray.models.hetero import HeteroConfig, is_hetero
 from lmray.models.machine import is_out_of_memory
-from lmray.models.quantised import keep_layout, quantization_config
+from lmray.models.quantised import check_unquantised, keep_layout, quantization_config
 from lmray.models.quiet import quiet
 from lmray.models.rope import RopeScaling
 from lmray.models.rope_by_example import follow_examples
@@ -40,9 +40,10 @@ def load_model(
     scaled where asked for; with `quantization` (`nf4`, `int8`) its linear layers are quantised, on `device`.
 
     Raises ArtifactError for weights or a config that cannot be read, or that need code which is not trusted, and
-    ConfigError for positions that cannot be scaled.
+    ConfigError for positions that cannot be scaled and weights that were saved quantised.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code, rope_scaling=rope_scaling)
+    check_unquantised(config, folder)
     more: dict[str, Any] = {}
     if quantization:
         more = {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -50,6 +52,18 @@ def check_library() -> None:
     if find_spec("bitsandbytes") is None:
         hint = "pip install 'lmray[quant]'"
         raise ConfigError("model.quantization", "needs the library `bitsandbytes`, which is not here", hint=hint)
+
+
+def check_unquantised(config: Any, folder: Path) -> None:
+    """Raises ConfigError where the weights in `folder`, which `config` is of, were quantised before they were saved:
+    they need the library that did so, take no gradient, and nothing can be cut out of them."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return
+    told = given if isinstance(given, dict) else given.to_dict()
+    found = f"the weights in {folder} were quantised before they were saved ({told.get('quant_method', 'unknown')})"
+    hint = "name the model that it was made from; `model.quantization: nf4` quantises it as it is read"
+    raise ConfigError("model.source", found, hint=hint)
 
 
 def check_quantised(model: PreTrainedModel, quantization: str) -> None:

@@ -21,7 +21,7 @@ from lmray.engines.base import EngineConfig
 from lmray.errors import ArtifactError, CapacityError, ConfigError
 from lmray.job import ServeJob
 from lmray.models.load import load_empty_model, load_tokenizer
-from lmray.models.quantised import check_quantised
+from lmray.models.quantised import check_quantised, check_unquantised
 from lmray.models.rope import RopeScaling
 from lmray.models.source import ARTIFACT, FoundModel, find_model, model_of
 from lmray.serve.fit import Fit, StoredAdapters
@@ -131,6 +131,8 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
     adapters = StoredAdapters(store, plan.fit)
     folders = {name: adapters.find(artifact.ref).folder for name, artifact in named.items()}
     model = load_empty_model(found.folder, rope_scaling=job.model.rope_scaling)
+    if job.engine.needs_weights:
+        check_unquantised(model.config, found.folder)
     if job.model.quantization:
         check_quantised(model, job.model.quantization)
     engine = job.engine if draft is None else job.engine.with_draft(draft.folder)

@@ -23,6 +23,7 @@ from lmray.errors import ConfigError
 from lmray.evaluate.measure import check_tasks
 from lmray.job import TrainJob
 from lmray.models.load import load_config, load_tokenizer
+from lmray.models.quantised import check_unquantised
 from lmray.models.rope import check_positions, follows_length
 from lmray.models.source import FoundModel, model_of
 
@@ -57,6 +58,7 @@ def prepare(job: TrainJob) -> Prepared:
     ConfigError for rows longer than the model has positions."""
     spec, model = job.model, model_of(job)
     config = load_config(model.folder, trust_remote_code=job.model.trust_remote_code, rope_scaling=spec.rope_scaling)
+    check_unquantised(config, model.folder)
     check_positions(config, job.data.max_length, spec.rope_scaling)
     if job.adapter.virtual_tokens and follows_length(config):
         found = f"`dynamic` positions of `{job.adapter.name}` would follow the padded row: it counts them by itself"

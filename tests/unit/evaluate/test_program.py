@@ -174,3 +174,8 @@ def test_a_task_that_the_data_does_not_fit_leaves_the_earlier_result(job, tmp_pa
 def test_two_targets_of_one_label_are_refused(job):
     with pytest.raises(ConfigError, match="two targets are labelled `a`"):
         job(targets=[{"label": "a"}, {"label": "a", "num_fewshot": 1}])
+
+
+def test_weights_that_were_saved_quantised_are_refused(job, quantised_model):
+    with pytest.raises(ConfigError, match=r"saved \(gptq\)"):
+        prepare(job(model={"source": str(quantised_model), "dtype": "float32"}, targets=[{"label": "base"}]))

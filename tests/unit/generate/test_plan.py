@@ -235,3 +235,8 @@ def test_a_worker_takes_the_version_that_was_planned_wherever_the_stage_is_now(j
     plan = make_plan(one, prepare(one))
     artifacts.promote(artifacts.find("helper@staging").ref, "production")
     Worker(one, plan).close()
+
+
+def test_weights_that_were_saved_quantised_are_refused(job, quantised_model):
+    with pytest.raises(ConfigError, match=r"saved \(gptq\)"):
+        prepare(job(model__source=str(quantised_model)))

@@ -307,3 +307,8 @@ def test_a_model_without_weights_knows_its_type_and_where_answers_end(model):
     assert stop_token_ids(empty, load_tokenizer(model)) == stop_token_ids(
         load_model(model, "float32"), load_tokenizer(model)
     )
+
+
+def test_weights_that_were_saved_quantised_are_refused(job, quantised_model):
+    with pytest.raises(ConfigError, match=r"saved \(gptq\)"):
+        prepare(job.changed({"model.source": str(quantised_model), "adapters": []}))

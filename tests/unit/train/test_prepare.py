@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from lmray.data.base import Example
 from lmray.data.examples import Examples
-from lmray.errors import ArtifactError, DataError
+from lmray.errors import ArtifactError, ConfigError, DataError
 from lmray.models.load import embedding_rows, load_tokenizer, stop_token_ids_in
 from lmray.testing.jobs import tiny_job, write_jsonl
 from lmray.train import prepare as module
@@ -84,3 +84,9 @@ def test_what_was_left_out_stands_in_the_plan(tiny_model, tmp_path):
     job = tiny_job(tiny_model, data, tmp_path / "store", data__eval=None, **cut)
     lines = "\n".join(make_plan(job).lines())
     assert f"1 without an answer token left out: {data}:2" in lines
+
+
+def test_weights_that_were_saved_quantised_are_refused(quantised_model, tiny_data, tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.source: .*saved \(gptq\)") as caught:
+        make_plan(tiny_job(quantised_model, tiny_data, tmp_path / "store"))
+    assert "the model that it was made from" in str(caught.value)
