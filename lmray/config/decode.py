@@ -14,6 +14,13 @@ from lmray.config.reader import Document, Path_, merge, parse_value
 from lmray.errors import ConfigError, Problem, did_you_mean
 
 T = TypeVar("T", bound=Config)
+BOUNDS = {
+    "greater_than": ("gt", "greater than"),
+    "greater_than_equal": ("ge", "greater than or equal to"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "less than or equal to"),
+}
+"""By Pydantic's type of an error: the end of a range as metadata calls it, and in words."""
 
 
 def decode(cls: type[T], document: Document) -> T:
@@ -104,7 +111,20 @@ def _problem(cls: type[BaseModel], document: Document, error: Any) -> Problem:
     allowed = error["msg"].removeprefix("Input should be ")
     if error["type"] == "model_type" and (owner := _class_at(cls, document.tree, path)) is not None:
         allowed = f"a mapping with {', '.join(_keys(owner))}"
+    if error["type"] in BOUNDS and path and (owner := _class_at(cls, document.tree, path[:-1])) is not None:
+        field = owner.model_fields.get(str(path[-1]))
+        allowed = " and ".join(dict.fromkeys(_bounds([field.annotation, *field.metadata]))) if field else allowed
     return Problem(where, f"found {_shown(error['input'])}", allowed)
+
+
+def _bounds(parts: Sequence[Any]) -> list[str]:
+    """Both ends of what numbers may be, in words, where there are two."""
+    found = []
+    for part in parts:
+        ends = ((words, getattr(part, sign, None)) for sign, words in BOUNDS.values())
+        found += [f"{words} {end:g}" for words, end in ends if isinstance(end, (int, float))]
+        found += _bounds([*typing.get_args(part), *getattr(part, "__metadata__", ()), *getattr(part, "metadata", ())])
+    return found
 
 
 def _shown(value: Any) -> str:

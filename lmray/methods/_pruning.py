@@ -100,7 +100,8 @@ class Pruning(Method):
             found = f"{self.remaining:g} is less than the narrowest model has that can be kept"
             width, hint = 1, None
             if self.shape != "padded":
-                width, hint = self.multiple_of, "a smaller `method.multiple_of` allows less"
+                smaller = ["`method.multiple_of`", *(["`method.tensor_parallel`"] if self.tensor_parallel > 1 else [])]
+                width, hint = self.multiple_of, f"a smaller {' or '.join(smaller)} allows less"
             allowed = f"{fewest:.3f} to 1: {budget.fewest_groups} key-value head(s) and {width} MLP channel(s)"
             raise ConfigError("method.remaining", found, allowed=allowed, hint=hint)
 

@@ -1,5 +1,5 @@
-"""What can be removed from a decoder layer in one piece, as data: key-value groups with their query heads, and blocks
-of MLP channels.
+"""What can be removed from a decoder layer in one piece, as data: key-value groups with their query heads, and MLP
+channels, one by one or in blocks.
 
 A unit is the smallest thing that is kept or removed. Removing a key-value group takes its rows of `k_proj` and
 `v_proj`, the rows of `q_proj` of the heads that read it, and their columns of `o_proj`; a block of MLP channels takes
@@ -159,7 +159,7 @@ def structure_of(model: Any, *, block: int) -> Structure:
             "method.name",
             f"`{config.model_type}` is not described for pruning: it has no {missing}",
             allowed=", ".join(LAYOUTS),
-            hint="add its linear layers to LAYOUTS in lmray/pruning/structure.py",
+            hint="add its linear layers to LAYOUTS in lmray/pruning/structure.py; fused ones and experts cannot be",
         )
     if len(set(found)) > 1:
         raise ConfigError("method.name", "the layers of this model have different widths, as pruned ones do already")
