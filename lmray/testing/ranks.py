@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -79,6 +80,24 @@ def train_ranks(job: TrainJob, *, stop_at: int | None = None, workers: int | Non
     """Trains `job` on its workers, each a process here: as many as it allows, or `workers`. `stop_at`: asks it to
     stop after that many steps."""
     return run_ranks(workers or job.resources.workers.max, _train, job, stop_at)[0]
+
+
+def train_until_killed(job: TrainJob, *, step: int) -> list[Any]:
+    """Trains `job` on two ranks, of which the second is killed as it reports `step`: what `outcomes` gives."""
+    return outcomes(2, _train_and_die, job, step)
+
+
+def _train_and_die(rank: int, job: TrainJob, last: int) -> None:
+    with torchrun_context(run_folder(job)) as ctx:
+        report = ctx.report
+
+        def dies(step: int, metrics: Any) -> None:
+            if rank == 1 and step == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            report(step, metrics)
+
+        ctx.report = dies
+        train(job, ctx)
 
 
 def _train(rank: int, job: TrainJob, stop_at: int | None) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,11 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from lmray.artifacts.store import run_folder
 from lmray.job import TrainJob
+from lmray.methods._masking import Masking
 from lmray.metrics.events import read_events
+from lmray.pruning.generator import Generator
+from lmray.pruning.structure import KINDS
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.testing.matrix import STEP_ROWS, shared_by
 from lmray.testing.pruned import TINY_ATP
-from lmray.testing.ranks import train_ranks
+from lmray.testing.ranks import RankDiedError, run_ranks, train_ranks, train_until_killed
+from lmray.train.group import torchrun_context
+from lmray.train.program import train
 
 
 @pytest.fixture
@@ -50,6 +56,44 @@ def same(found: TrainJob, alone: TrainJob) -> None:
 
 
 FEWER = {"method": {**TINY_ATP, "layers": 1, "remaining": 0.4}}
+
+
+@pytest.mark.parametrize(("strategy", "killed_at"), [("ddp", 3), ("fsdp2", 8)], ids=["searching", "frozen"])
+def test_a_killed_rank_costs_nothing_in_either_phase(job, strategy, killed_at, tmp_path):
+    alone, shared = job("single", 1), job(strategy, 2)
+    run_here(alone, tmp_path / "scratch")
+    survivor, dead = train_until_killed(shared, step=killed_at)
+    assert isinstance(dead, RankDiedError) and isinstance(survivor, Exception)
+    phases = [line["phase"] for line in masks(shared)]
+    assert (phases[-1] == "frozen") == (killed_at == 8)
+    assert train_ranks(shared).status == "succeeded"
+    second = [event["step"] for event in read_events(run_folder(shared) / "events.jsonl") if event["attempt"] == 2]
+    assert second[0] == killed_at - (killed_at - 1) % 2, "from the checkpoint before, two steps apart"
+    same(shared, alone)
+
+
+def _masks_of_each_step(rank: int, one: TrainJob) -> list[list[list[float]]]:
+    """On this rank; the generator of the second starts elsewhere."""
+    made, decided, found = Generator.__init__, Masking.before_step, []
+
+    def elsewhere(self, sizes, *, seed):
+        made(self, sizes, seed=seed + rank)
+
+    def kept(self, step, gradients):
+        decided(self, step, gradients)
+        found.append([self.gates.masks[kind].tolist() for kind in KINDS])
+
+    patched = patch.object(Generator, "__init__", elsewhere), patch.object(Masking, "before_step", kept)
+    with patched[0], patched[1], torchrun_context(run_folder(one)) as ctx:
+        train(one, ctx)
+    return found
+
+
+@pytest.mark.parametrize("gate", ["gumbel", "deterministic"])
+def test_every_rank_has_the_masks_of_the_first(job, gate):
+    first, second = run_ranks(2, _masks_of_each_step, job("ddp", 2, method={**TINY_ATP, "gate": gate}))
+    assert len(first) == 8 and first[1] != first[-1]
+    assert first == second
 
 
 @pytest.mark.parametrize(

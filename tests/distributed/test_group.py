@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from lmray.errors import CapacityError, CheckpointError, ConfigError, DataError
 from lmray.metrics.events import read_events
 from lmray.sharding.ddp import Ddp
 from lmray.testing.jobs import curve, run_here, tiny_job, tiny_rows, write_jsonl
-from lmray.testing.ranks import RankDiedError, outcomes, run_ranks, train_ranks
+from lmray.testing.ranks import RankDiedError, outcomes, run_ranks, train_ranks, train_until_killed
 from lmray.train import checkpoint, group
 from lmray.train.group import GroupContext, torchrun_context
 from lmray.train.program import train
@@ -208,25 +207,12 @@ def test_another_number_of_ranks_than_the_job_asks_for(job):
         assert isinstance(one, CapacityError) and "3, 2 were started" in str(one)
 
 
-def _dying(rank: int, job, last: int) -> None:
-    with torchrun_context(run_folder(job)) as ctx:
-        report = ctx.report
-
-        def dies(step: int, metrics) -> None:
-            if rank == 1 and step == last:
-                os._exit(9)
-            report(step, metrics)
-
-        ctx.report = dies
-        train(job, ctx)
-
-
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on_from_its_checkpoint(job, tmp_path, sharding):
     one = job(sharding=sharding, name="killed")
     straight = job(sharding="single", resources={"workers": 1}, name="straight", train__per_device_train_batch_size=8)
     run_here(straight, tmp_path / "scratch")
-    survivor, dead = outcomes(2, _dying, one, 4)  # before it adds its part of the checkpoint of step 4
+    survivor, dead = train_until_killed(one, step=4)  # before it adds its part of the checkpoint of step 4
     assert isinstance(dead, RankDiedError) and isinstance(survivor, Exception)
     assert [path.name for path in committed(run_folder(one))] == ["checkpoint-00000002"]
     assert train_ranks(one).status == "succeeded"

@@ -133,15 +133,24 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(job, tmp_path, cha
     assert expected and all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts).items())
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(job, tmp_path, share):
+@pytest.mark.parametrize(("commits", "goes_on_at"), [(0, 1), (1, 3), (3, 7), (5, None)])
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(job, tmp_path, commits, goes_on_at):
+    """Before its first checkpoint, in the search, in the frozen phase, and as the model is written."""
     whole = job("whole")
     operations = file_operations(tmp_path / "whole", lambda: run_here(whole, tmp_path / "scratch"))
+    written = [at for at, (event, path) in enumerate(operations, 1) if event == "os.rename" and "/.checkpoint" in path]
+    assert len(written) == 5
+    at = (
+        written[commits] - 3
+        if commits < 5
+        else next(at for at, (_, path) in enumerate(operations, 1) if "model" in path)
+    )
     parts = job("parts")
     with pytest.raises(Killed):
-        at = round(share * len(operations))
         file_operations(tmp_path / "parts", lambda: run_here(parts, tmp_path / "scratch-2"), kill_at=at)
     assert run_here(parts, tmp_path / "scratch").status == "succeeded"
+    second = [event["step"] for event in read_events(folder_of(parts) / "events.jsonl") if event["attempt"] == 2]
+    assert second[:1] == ([goes_on_at] if goes_on_at else [])
     expected = weights(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts).items())
     assert logged(parts) == logged(whole)
