@@ -17,10 +17,13 @@ from lmray.metrics.plots import png_of, series, set_fonts
 
 PANELS = {"groups": "key-value groups kept", "channels": "MLP channels kept"}
 COLOURS = ("#1f4e8c", "#c8502d", "#3c8d5a", "#8a5fb0", "#b58a1b", "#4a4a4a", "#5aa7c7", "#c75a8a")
+PANELS_ACROSS = 3
 AXES = {
     "remaining": "share of prunable weights kept",
-    "prefill_tokens_per_s": "prefill, ms a token",
-    "decode_tokens_per_s": "decode, ms a token",
+    "prefill_1_tokens_per_s": "prefill of one row, ms a token",
+    "decode_1_tokens_per_s": "decode of one row, ms a token",
+    "prefill_8_tokens_per_s": "prefill of eight rows, ms a token",
+    "decode_8_tokens_per_s": "decode of eight rows, ms a token",
 }
 """What quality is drawn against, with its axis; of rates, the time that a token takes."""
 
@@ -82,14 +85,18 @@ def plot_search(events: Sequence[Mapping[str, Any]], frozen: int | None) -> byte
 
 def pareto(rows: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
     """A PNG of held-out loss against size, and against time where it was measured. A row has `method`, `remaining`,
-    `loss`, and may have `prefill_tokens_per_s` and `decode_tokens_per_s`. Filled points are those that no other row
-    beats in both, with a line through them."""
+    `loss`, and may have any other of AXES. Filled points are those that no other row beats in both, with a line through
+    them."""
     set_fonts()
     shown = [name for name in AXES if any(name in row for row in rows)]
-    figure = Figure(figsize=(1.2 + 4.2 * len(shown), 4.2), layout="constrained")
+    across, down = min(PANELS_ACROSS, len(shown)), -(-len(shown) // PANELS_ACROSS)
+    figure = Figure(figsize=(1.2 + 4.2 * across, 0.6 + 3.6 * down), layout="constrained")
     figure.suptitle(title)
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    for axis, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for unused in axes[len(shown) :]:
+        unused.remove()
+    for axis, name in zip(axes, shown, strict=False):
         points = [(_place(row, name), row["loss"], row["method"]) for row in rows if name in row]
         best = front([(x, y) for x, y, _ in points])
         axis.plot(*zip(*best, strict=True), color="#9aa4b0", linestyle="--", linewidth=1.2, zorder=1)
@@ -102,9 +109,11 @@ def pareto(rows: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
         axis.set_xlabel(AXES[name])
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("held-out loss, nats/token")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("held-out loss, nats/token")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(methods), frameon=False)
+    columns = min(len(methods), PANELS_ACROSS * across)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return png_of(figure)
 
 

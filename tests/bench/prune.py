@@ -33,6 +33,8 @@ from typing import Any
 
 from lmray.artifacts.files import build_once, sha256_json, write_atomic
 from lmray.config.places import cache_root
+from lmray.metrics.page import heading, page, paragraph, picture, verbatim
+from lmray.metrics.page import table as page_table
 from lmray.metrics.pruning_plots import pareto
 from lmray.models.precision import resolve_dtype
 from lmray.models.source import find_model
@@ -41,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from machine import describe  # noqa: E402
 from prune_data import DATA, QUESTIONS, majority, read_rows, write_data  # noqa: E402
-from prune_rows import METHODS, TWO_STAGE, Cell, Rows, cells, points, table  # noqa: E402
+from prune_rows import METHODS, TWO_STAGE, Cell, Rows, cells, columns, points, table  # noqa: E402
 
 QUICK = {"steps": 4, "batch_size": 4, "max_examples": 12, "pairs": 1, "calibration_rows": 4}
 """Shows that every column is filled; the numbers say nothing."""
@@ -198,10 +200,29 @@ def main() -> None:
     if arguments.out:
         before = arguments.out.read_text(encoding="utf-8") if arguments.out.is_file() else "# Results\n"
         write_atomic(arguments.out, before + text)
-    if arguments.plot and (shown := points(rows)):
-        write_atomic(arguments.plot, pareto(shown, title=f"{arguments.model}, {arguments.data}"))
+    write_report(arguments, rows, command)
     if failed:
         raise SystemExit(f"{failed} of {len(wanted)} failed; the same command tries them again")
+
+
+def write_report(arguments: argparse.Namespace, rows: Rows, command: str) -> None:
+    """The table and quality against size and time, as a page that needs no other file, and as a PNG."""
+    report = arguments.report or (arguments.rows and arguments.rows.with_suffix(".html"))
+    if not (shown := points(rows)):
+        return
+    title = f"{arguments.model}, {arguments.data}"
+    drawn = pareto(shown, title=title)
+    if arguments.plot:
+        write_atomic(arguments.plot, drawn)
+    if report:
+        head, *lines = columns(rows, arguments.remaining, DATA[arguments.data].scores)
+        about = (
+            "Filled points are those that no other model beats in both; tokens a second are of one thread's CPU time."
+        )
+        body = [heading(f"Smaller models for one task: {title}", 1), verbatim(command), paragraph(about, "quiet")]
+        body += [picture(drawn, "Held-out loss against size and against time"), page_table(lines, head)]
+        write_atomic(report, page(title, body))
+        print(f"report: {report}", file=sys.stderr)
 
 
 def _arguments() -> argparse.Namespace:
@@ -226,7 +247,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rows", type=Path, help="JSON lines to append each measurement to, and to go on from")
     parser.add_argument("--out", type=Path, help="Markdown file to append the table to")
-    parser.add_argument("--plot", type=Path, help="PNG of quality against size and against time")
+    parser.add_argument("--report", type=Path, help="HTML page with the table and pictures; default: beside --rows")
+    parser.add_argument("--plot", type=Path, help="the picture alone, as PNG")
     parser.add_argument("--work", type=Path, default=cache_root() / "bench" / "prune", help="runs and models")
     parser.add_argument("--keep", action="store_true", help="keep the merged models")
     parser.add_argument("--quick", action="store_true", help=f"see that it works: {QUICK}")

@@ -19,6 +19,8 @@ FULL = ("base", "dense")
 """Methods that remove nothing."""
 TWO_STAGE = ("magnitude", "wanda_sp", "taylor", "depth", "optipfair")
 METHODS = (*FULL, "atp", *TWO_STAGE)
+SPEEDS = ("prefill_1", "prefill_8", "decode_1", "decode_8")
+"""Measured rates: of what, and of how many rows."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,19 @@ def mean_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(rows: Rows, budgets: Sequence[float], scores: Sequence[str]) -> str:
-    """A line a method and budget, means over the seeds there are. Losses are compared with the best two-stage method
-    of the same budget, speeds with the dense model beside which they were measured."""
+    """`columns` in Markdown."""
+    head, *lines = columns(rows, budgets, scores)
+    return "".join("| " + " | ".join(one) + " |\n" for one in (head, ["---"] * len(head), *lines))
+
+
+def columns(rows: Rows, budgets: Sequence[float], scores: Sequence[str]) -> list[list[str]]:
+    """The head, and a line a method and budget: means over the seeds there are. Losses are compared with the best
+    two-stage method of the same budget, speeds with the dense model beside which they were measured."""
     names = [name.partition(".")[2] for name in scores]
     head = ["method", "asked", "prunable", "parameters", "loss", "difference to the best two-stage (95 %)", *names]
-    head += ["relative to dense", "prefill 1", "prefill 8", "decode 1", "decode 8", "memory", "file"]
+    head += ["relative to dense", "prefill 1", "prefill 8", "decode 1", "decode 8", "decode of bytes", "memory", "file"]
     head += ["training memory", "LoRA tokens", "seeds"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [head]
     dense = rows.of("dense", 1.0, "quality")
     for budget in (1.0, *budgets):
         here = [cell.method for cell, part in rows.made if part == "quality" and cell.remaining == budget]
@@ -125,10 +133,14 @@ def table(rows: Rows, budgets: Sequence[float], scores: Sequence[str]) -> str:
             found = rows.of(method, budget, "quality")
             against = rows.of(best, budget, "quality") if best and method != best else None
             cells_ = [method, f"{budget:g}", *_sizes(found[0]), *_quality(found, against, dense, scores)]
-            cells_ += [*_speed(rows.of(method, budget, "speed")), f"{found[0]['bytes'] / 1e6:.0f} MB"]
-            cells_ += [*_training(found[0]), str(len(found))]
-            lines.append("| " + " | ".join(cells_) + " |")
-    return "\n".join(lines) + "\n"
+            speed = rows.of(method, budget, "speed")
+            cells_ += [*_speed(speed), _of_bytes(speed, found[0], dense)]
+            cells_ += [
+                f"{speed[0]['peak_bytes'] / 2**20:.0f} MiB" if speed else "",
+                f"{found[0]['bytes'] / 1e6:.0f} MB",
+            ]
+            lines.append([*cells_, *_training(found[0]), str(len(found))])
+    return lines
 
 
 def points(rows: Rows) -> list[dict[str, Any]]:
@@ -139,9 +151,8 @@ def points(rows: Rows) -> list[dict[str, Any]]:
             continue
         point = {"method": cell.method, "remaining": quality["prunable_share"], "loss": quality["metrics"]["eval.loss"]}
         if (speed := rows.made.get((cell, "speed"))) is not None:
-            for name in ("prefill", "decode"):
-                own = [pair["own"][f"{name}_1"] for pair in speed["pairs"]]
-                point[f"{name}_tokens_per_s"] = statistics.median(own)
+            for name in SPEEDS:
+                point[f"{name}_tokens_per_s"] = statistics.median(pair["own"][name] for pair in speed["pairs"])
         found.append(point)
     return found
 
@@ -171,16 +182,20 @@ def _quality(
     return [f"{means['eval.loss']:.4f}", difference, *(f"{means[name]:.4f}" for name in scores), near]
 
 
-SPEEDS = ("prefill_1", "prefill_8", "decode_1", "decode_8")
-
-
 def _speed(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Medians of tokens a CPU second, with the median of the pairs' ratios to dense; peak memory."""
+    """Medians of tokens a CPU second, with the median of the pairs' ratios to dense."""
     if not found:
-        return [""] * (len(SPEEDS) + 1)
-    shown = []
-    for name in SPEEDS:
-        own, dense = ([pair[side][name] for pair in found[0]["pairs"]] for side in ("own", "dense"))
-        ratio = statistics.median(a / b for a, b in zip(own, dense, strict=True))
-        shown.append(f"{statistics.median(own):.0f} ({ratio:.2f}x)")
-    return [*shown, f"{found[0]['peak_bytes'] / 2**20:.0f} MiB"]
+        return [""] * len(SPEEDS)
+    own = {name: statistics.median(pair["own"][name] for pair in found[0]["pairs"]) for name in SPEEDS}
+    return [f"{own[name]:.0f} ({_gain(found[0], name):.2f}x)" for name in SPEEDS]
+
+
+def _gain(speed: dict[str, Any], name: str) -> float:
+    return statistics.median(pair["own"][name] / pair["dense"][name] for pair in speed["pairs"])
+
+
+def _of_bytes(speed: Sequence[dict[str, Any]], found: dict[str, Any], dense: Sequence[dict[str, Any]]) -> str:
+    """How many times faster a row is decoded, as a share of how many times fewer bytes its weights are."""
+    if not speed or not dense:
+        return ""
+    return f"{_gain(speed[0], 'decode_1') / (dense[0]['bytes'] / found['bytes']):.0%}"

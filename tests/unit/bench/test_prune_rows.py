@@ -106,6 +106,7 @@ def test_the_table_compares_with_the_best_two_stage_method_and_shows_speeds_besi
     assert of["dense"][-3:-1] == ["3 MiB", "6,768"] and of["base"][-3:-1] == ["", ""]
     assert of["taylor"][5] == "" and of["depth"][5].startswith("+1.0000 (")
     assert of["dense"][8] == "100.0%" and "30 (1.50x)" in of["taylor"] and "1 MiB" in of["taylor"]
+    assert of["taylor"][13] == "90%", "1.5 times as fast with 1.67 times fewer bytes"
     assert "0.600" in of["depth"] and "60.0 M" in of["depth"] and "120 MB" in of["depth"]
 
 
@@ -149,9 +150,11 @@ def test_a_picture_has_a_point_a_model_and_its_speed_where_that_was_measured():
     rows = Rows(None, KEY)
     rows.once(Cell("dense", 1.0, 0), "quality", lambda: found(2.0))
     rows.once(Cell("atp", 0.6, 0), "quality", lambda: found(2.5, share=0.59))
-    pairs = [{"own": {"prefill_1": 10.0 * place, "decode_1": 3.0 * place}} for place in (1, 2, 9)]
+    rates = {"prefill_1": 10.0, "decode_1": 3.0, "prefill_8": 11.0, "decode_8": 20.0}
+    pairs = [{"own": {name: rate * place for name, rate in rates.items()}} for place in (1, 2, 9)]
     rows.once(Cell("atp", 0.6, 0), "speed", lambda: {"pairs": pairs})
+    measured = {f"{name}_tokens_per_s": 2 * rate for name, rate in rates.items()}
     assert points(rows) == [
         {"method": "dense", "remaining": 1.0, "loss": 2.0},
-        {"method": "atp", "remaining": 0.59, "loss": 2.5, "prefill_tokens_per_s": 20.0, "decode_tokens_per_s": 6.0},
+        {"method": "atp", "remaining": 0.59, "loss": 2.5, **measured},
     ]

@@ -69,9 +69,15 @@ def test_events_without_a_pruning_are_no_picture():
 
 
 ROWS = [
-    {"method": "dense", "remaining": 1.0, "loss": 2.0, "prefill_tokens_per_s": 900.0, "decode_tokens_per_s": 20.0},
-    {"method": "atp", "remaining": 0.6, "loss": 2.3, "prefill_tokens_per_s": 1500.0, "decode_tokens_per_s": 30.0},
-    {"method": "二段階", "remaining": 0.6, "loss": 2.6, "prefill_tokens_per_s": 1400.0, "decode_tokens_per_s": 29.0},
+    {"method": "dense", "remaining": 1.0, "loss": 2.0, "prefill_1_tokens_per_s": 900.0, "decode_1_tokens_per_s": 20.0},
+    {"method": "atp", "remaining": 0.6, "loss": 2.3, "prefill_1_tokens_per_s": 1500.0, "decode_1_tokens_per_s": 30.0},
+    {
+        "method": "二段階",
+        "remaining": 0.6,
+        "loss": 2.6,
+        "prefill_1_tokens_per_s": 1400.0,
+        "decode_1_tokens_per_s": 29.0,
+    },
     {"method": "base", "remaining": 1.0, "loss": 3.0},
 ]
 
@@ -81,13 +87,21 @@ def test_quality_is_drawn_against_size_and_time(figures):
     size, prefill, decode = figures[0].axes
     assert [axis.get_xlabel() for axis in (size, prefill, decode)] == [
         "share of prunable weights kept",
-        "prefill, ms a token",
-        "decode, ms a token",
+        "prefill of one row, ms a token",
+        "decode of one row, ms a token",
     ]
     assert list(size.lines[0].get_xdata()) == [0.6, 1.0] and list(size.lines[0].get_ydata()) == [2.3, 2.0]
     assert list(decode.lines[0].get_xdata()) == pytest.approx([1000 / 30, 1000 / 20])
     points = [line for line in decode.lines[1:] if len(line.get_xdata())]
     assert len(points) == 3, "the row without a time is not on that panel"
+
+
+def test_eight_rows_are_drawn_below(figures):
+    both = {"prefill_8_tokens_per_s": 7.0, "decode_8_tokens_per_s": 70.0}
+    pareto([row | both for row in ROWS[:2]], title="five")
+    places = [axis.get_subplotspec() for axis in figures[0].axes]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert figures[0].axes[4].lines[0].get_xdata()[0] == pytest.approx(1000 / 70)
 
 
 def test_times_that_nobody_measured_have_no_panel(figures):
