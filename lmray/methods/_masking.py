@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from lmray.artifacts.files import sha256_json
 from lmray.data.batch import Batch
 from lmray.methods._distill import distilled
 from lmray.methods.base import Companion, Gradients, Objective, Ranks
@@ -23,6 +24,9 @@ from lmray.pruning.record import Counts, Kept, record_of
 from lmray.pruning.search import Decider
 from lmray.pruning.shrink import num_parameters, shrunk
 from lmray.pruning.structure import KINDS, Structure
+
+RECORDED = ("remaining", "budget_loss", "removed_norm")
+"""Of the metrics of a step, what the log of masks tells again: what is kept, R and G of the paper."""
 
 
 class Masking(Companion):
@@ -69,7 +73,8 @@ class Masking(Companion):
     def record(self) -> dict[str, Any]:
         widths = torch.tensor(self.budget.sizes.widths("channels"), dtype=torch.float32)
         return {
-            "remaining": round(self._metrics["prune.remaining"], 6),
+            **{name: round(self._metrics.get(f"prune.{name}", 0.0), 6) for name in RECORDED},
+            "masks": digest_of(self.gates.masks),
             "groups": self.gates.masks["groups"].sum(1).int().tolist(),
             "channels": (self.gates.masks["channels"] @ widths).int().tolist(),
             "phase": "frozen" if self.settled else "search",
@@ -125,3 +130,8 @@ class Smaller:
         record_of(self.structure.sizes, self.units, shape=shape, asked=asked, parent=parent, parameters=counts).save(
             folder
         )
+
+
+def digest_of(masks: Masks) -> str:
+    """Of which units are kept: alike for the same, on every machine."""
+    return sha256_json({kind: (masks[kind] > 0.5).int().tolist() for kind in KINDS})[:16]

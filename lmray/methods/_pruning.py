@@ -124,7 +124,7 @@ class Pruning(Method):
             raise ConfigError("method.layers", found, allowed=allowed, hint=hint)
 
     def warnings(self) -> tuple[str, ...]:
-        said = []
+        said = ["method.remaining: 1 removes nothing; `method: sft` tunes as well"] if self.remaining == 1 else []
         if self.shape == "hetero":
             found = "method.shape: plain `transformers` and vLLM do not read what `hetero` keeps"
             said += [f"{found}; `uniform` loads everywhere"]
@@ -134,6 +134,11 @@ class Pruning(Method):
             )
             said += [f"{found}: set `schedule: progressive`"]
         return tuple(said)
+
+    def facts(self, steps: int) -> dict[str, str]:
+        layers = f"in {self.layers} layers, " if self.layers is not None else ""
+        left = f"at most {self.remaining:.1%} of the weights of attention and MLP stay, {layers}`{self.shape}`"
+        return {"pruning": f"{left}; masks are searched in {self.searched(steps)} of {steps} steps, then final"}
 
     def passes(self, steps: int) -> float:
         """Searching takes a gradient as well; a forward pass is half of what a step of an adapter is."""

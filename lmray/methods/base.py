@@ -144,6 +144,10 @@ class Method(MemberConfig):
         """What is no error and yet likely not meant."""
         return ()
 
+    def facts(self, steps: int) -> Mapping[str, str]:
+        """What it does in a run of `steps` steps beyond taking them: lines of the plan, each with its word."""
+        return {}
+
     def passes(self, steps: int) -> float:
         """The work of a run of `steps` steps, in steps that take the loss's gradient alone."""
         return steps

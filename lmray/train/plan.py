@@ -101,6 +101,7 @@ class Plan:
             f"loss       {self.reasons['loss']}",
             f"kernels    {self.kernels}: {self.reasons['kernels']}",
             f"sharding   {self.sharding['name']}: {self.reasons['sharding']}",
+            *([f"pruning    {how}"] if (how := self.reasons.get("pruning")) else []),
             *([f"loading    {self.loading}: {why}"] if (why := self.reasons.get("loading")) else []),
             *self._positions(),
             f"trained    {human_count(model['trainable_parameters'])} of {human_count(model['parameters'])} parameters "
@@ -214,7 +215,7 @@ def make_plan(job: TrainJob, prepared: Prepared | None = None) -> Plan:
         loading=loading,
         reasons={"dtype": dtype_reason, "sharding": sharding_reason, "kernels": kernels_reason}
         | loading_reason
-        | step_reasons(job, shape),
+        | step_reasons(job, shape, steps),
         rows_per_step=rows_per_step,
         samples=samples,
         steps=steps,

@@ -54,14 +54,16 @@ def fused_conflict(job: TrainJob) -> str | None:
     return "`torch_compile` compiles the model's own layers" if job.train.torch_compile else None
 
 
-def step_reasons(job: TrainJob, shape: ModelShape) -> dict[str, str]:
-    """Why attention and loss are computed as they are."""
+def step_reasons(job: TrainJob, shape: ModelShape, steps: int) -> dict[str, str]:
+    """Why attention and loss are computed as they are, and what the method does in a run of `steps` steps."""
     chosen = "what `transformers` takes for the architecture"
     chunks = "chunk by chunk: nothing follows the output head"
     return {
         "attention": chosen if job.model.attn_implementation == "auto" else "as the job says",
         "loss": chunks if shape.plain_head else "from all logits at once: something follows or adapts the head",
-    } | ({"quantization": QUANTISED[job.model.quantization]} if job.model.quantization else {})
+        **({"quantization": QUANTISED[job.model.quantization]} if job.model.quantization else {}),
+        **job.method.facts(steps),
+    }
 
 
 def sharding_of(job: TrainJob, shape: ModelShape, rows: Rows, settings: Mapping[str, Any]) -> tuple[Sharding, str]:

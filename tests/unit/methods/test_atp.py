@@ -183,7 +183,8 @@ def test_the_report_says_which_rows_each_part_had(job, tmp_path):
     facts = json.loads((folder_of(one) / "data.json").read_text())
     assert sum(facts[name]["rows"] for name in ("train", "search", "eval")) == 40
     assert len({facts[name]["rows_digest"] for name in ("train", "search", "eval")}) == 3
-    assert any("to search masks on" in line for line in make_plan(one).lines())
+    lines = "\n".join(make_plan(one).lines())
+    assert "to search masks on" in lines and "masks are searched in 5 of 10 steps" in lines
 
 
 def test_one_row_cannot_be_set_aside(job, tmp_path):
