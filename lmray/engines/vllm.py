@@ -13,7 +13,8 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -77,6 +78,7 @@ class Vllm(EngineConfig):
         if isinstance(model.config, HeteroConfig):
             found = "has layers of different widths, whose config vLLM cannot read without code beside it"
             raise ConfigError("engine.name", found, hint="`engine: native`, or prune with another `shape`")
+        _check_devices(model.config.get_text_config(), _tensor_parallel(self.arguments))
         for folder in adapters.values():
             check_rank(read_adapter_folder(folder, model), self.max_lora_rank)
 
@@ -156,3 +158,22 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _tensor_parallel(arguments: Sequence[str]) -> int:
+    """Devices that share every layer, as `arguments` ask for them: 1 where they do not, or not in a number."""
+    words = [word for one in arguments for word in one.partition("=")[::2] if word]
+    for name, value in pairwise(words):
+        if name.replace("_", "-") in ("--tensor-parallel-size", "-tp") and value.isdigit():
+            return int(value)
+    return 1
+
+
+def _check_devices(config: Any, devices: int) -> None:
+    """Raises ConfigError where vLLM cannot share the heads among `devices`, each of which has as many query heads, and
+    whole key-value heads, or one that others have too."""
+    queries, keys = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    fit = [n for n in range(1, queries + 1) if queries % n == 0 and 0 in (keys % n, n % keys)]
+    if devices not in fit:
+        found = f"{devices} devices cannot share {queries} query and {keys} key-value heads"
+        raise ConfigError("engine.arguments", found, allowed=", ".join(map(str, fit)), hint="`--tensor-parallel-size`")

@@ -151,6 +151,15 @@ def test_arguments_that_the_engine_gives_itself_are_refused(argument):
         Vllm(arguments=(argument,))
 
 
+@pytest.mark.parametrize("asked", [("--tensor-parallel-size", "3"), ("--tensor_parallel_size=3",), ("-tp=3",)])
+def test_devices_that_cannot_share_the_heads_are_refused(empty, asked):
+    heads = empty.config.num_attention_heads, empty.config.num_key_value_heads
+    assert heads == (4, 2)
+    Vllm(arguments=("--tensor-parallel-size=4",), max_length=512).check(empty, {})
+    with pytest.raises(ConfigError, match=r"3 devices cannot share 4 query and 2 key-value heads\n  allowed: 1, 2, 4"):
+        Vllm(arguments=asked, max_length=512).check(empty, {})
+
+
 def test_adapters_of_a_higher_rank_are_refused_before_the_start(empty, model_folder, tmp_path):
     folder = tiny_adapter_folder(model_folder, tmp_path / "adapter", seed=1, r=16)
     Vllm(max_lora_rank=16, max_length=512).check(empty, {"a": folder})

@@ -6,10 +6,12 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,9 +19,13 @@ from lmray.artifacts.store import run_folder
 from lmray.config import dump
 from lmray.errors import DataError, DivergenceError
 from lmray.job import TrainJob
+from lmray.methods._distill import distilled
 from lmray.metrics.events import read_events
 from lmray.models.load import load_model
+from lmray.models.supervised import IGNORED
+from lmray.pruning.gates import Gates
 from lmray.pruning.record import Pruning
+from lmray.pruning.structure import structure_of
 from lmray.testing.jobs import curve, run_here, tiny_rows, write_jsonl
 from lmray.testing.kills import Killed, file_operations
 from lmray.train.learner import Learner
@@ -230,6 +236,30 @@ def test_distilling_gives_another_curve_and_the_same_kind_of_model(job, tmp_path
         assert run_here(one, tmp_path / "scratch").status == "succeeded"
     assert curve(taught)[-1] > curve(plain)[-1], "the divergence counts in the loss"
     assert len(weights(taught)) == len(weights(plain))
+
+
+@torch.no_grad()
+def test_what_is_distilled_is_the_divergence_from_the_same_weights_without_masks(tiny_model):
+    """Against its definition, token by token in float64."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules="all-linear", r=2)
+    ).eval()
+    gates = Gates(model, structure_of(model, block=1))
+    ids_BT = torch.arange(24).view(2, 12)
+    labels_BT = ids_BT.masked_fill(torch.arange(12) < 5, IGNORED)
+    inputs = {"input_ids": ids_BT}
+    given: Any = SimpleNamespace(inputs=inputs, labels_BT=labels_BT)
+    open_BTV = model(**inputs).logits.double()
+    gates.masks["channels"][:, ::3] = 0.0
+    gates.masks["groups"][0, 0] = 0.0
+    shut_BTV = model(**inputs).logits.double()
+    expected = 0.0
+    for row in range(2):
+        for place in range(4, 11):
+            taught, said = (one[row, place].log_softmax(-1) for one in (open_BTV, shut_BTV))
+            expected += float((taught.exp() * (taught - said)).sum()) * 0.7 - float(said[labels_BT[row, place + 1]])
+    assert float((open_BTV - shut_BTV).abs().max()) > 1e-3
+    assert float(distilled(gates, 0.7)(model, given)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_in_stages_each_removes_a_third_at_most(job, tmp_path):

@@ -10,6 +10,8 @@ from lmray.metrics import pruning_plots as module
 from lmray.metrics.pruning_plots import freeze_step, front, pareto, plot_kept, plot_search
 from lmray.testing.pruned import made_up_events, made_up_masks
 
+pytestmark = pytest.mark.draws
+
 PNG = b"\x89PNG"
 
 

@@ -161,6 +161,7 @@ def test_the_same_name_with_other_content_is_refused(make, tmp_path):
         check_sweep(make(), tmp_path)
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("trials", [TRIALS, (), (trial("s", "stopped"),)], ids=["all", "none", "one stopped"])
 def test_the_picture_is_drawn_whatever_there_is(make, tmp_path, trials):
     path = tmp_path / "sweep.png"

@@ -11,6 +11,8 @@ from lmray.testing.jobs import run_here, tiny_job, write_jsonl
 from lmray.testing.pruned import made_up_events, made_up_masks
 from lmray.train.report import write_report
 
+pytestmark = pytest.mark.draws
+
 
 @pytest.fixture
 def folder(tiny_model, tiny_data, tmp_path):

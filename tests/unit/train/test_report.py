@@ -20,6 +20,8 @@ from lmray.train.record import read_record
 from lmray.train.report import before_and_after, write_report
 from lmray.train.statistics import data_statistics, histogram
 
+pytestmark = pytest.mark.draws
+
 VOID = {"meta", "img", "br"}
 
 
