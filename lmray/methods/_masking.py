@@ -25,8 +25,12 @@ from lmray.pruning.search import Decider
 from lmray.pruning.shrink import num_parameters, shrunk
 from lmray.pruning.structure import KINDS, Structure
 
-RECORDED = ("remaining", "budget_loss", "removed_norm")
-"""Of the metrics of a step, what the log of masks tells again: what is kept, R and G of the paper."""
+RECORDED = {
+    "remaining": "prune.remaining",
+    "budget_loss": "prune.budget_loss",
+    "removed_norm": "prune.removed_norm",
+}
+"""What the log of masks tells again of a step's metrics: what is kept, R and G of the paper."""
 
 
 class Masking(Companion):
@@ -73,7 +77,7 @@ class Masking(Companion):
     def record(self) -> dict[str, Any]:
         widths = torch.tensor(self.budget.sizes.widths("channels"), dtype=torch.float32)
         return {
-            **{name: round(self._metrics.get(f"prune.{name}", 0.0), 6) for name in RECORDED},
+            **{name: round(self._metrics.get(metric, 0.0), 6) for name, metric in RECORDED.items()},
             "masks": digest_of(self.gates.masks),
             "groups": self.gates.masks["groups"].sum(1).int().tolist(),
             "channels": (self.gates.masks["channels"] @ widths).int().tolist(),
