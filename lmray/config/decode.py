@@ -113,7 +113,8 @@ def _problem(cls: type[BaseModel], document: Document, error: Any) -> Problem:
         allowed = f"a mapping with {', '.join(_keys(owner))}"
     if error["type"] in BOUNDS and path and (owner := _class_at(cls, document.tree, path[:-1])) is not None:
         field = owner.model_fields.get(str(path[-1]))
-        allowed = " and ".join(dict.fromkeys(_bounds([field.annotation, *field.metadata]))) if field else allowed
+        ends = _bounds([field.annotation, *field.metadata]) if field else []
+        allowed = " and ".join(dict.fromkeys(ends)) or allowed
     return Problem(where, f"found {_shown(error['input'])}", allowed)
 
 
@@ -121,8 +122,9 @@ def _bounds(parts: Sequence[Any]) -> list[str]:
     """Both ends of what numbers may be, in words, where there are two."""
     found = []
     for part in parts:
-        ends = ((words, getattr(part, sign, None)) for sign, words in BOUNDS.values())
-        found += [f"{words} {end:g}" for words, end in ends if isinstance(end, (int, float))]
+        ends = [(words, getattr(part, sign, None)) for sign, words in BOUNDS.values()]
+        found += [f"{words} {end:g}" for words, end in ends if isinstance(end, float)]
+        found += [f"{words} {end}" for words, end in ends if isinstance(end, int)]
         found += _bounds([*typing.get_args(part), *getattr(part, "__metadata__", ()), *getattr(part, "metadata", ())])
     return found
 

@@ -163,17 +163,24 @@ def _free_port() -> int:
 def _tensor_parallel(arguments: Sequence[str]) -> int:
     """Devices that share every layer, as `arguments` ask for them: 1 where they do not, or not in a number."""
     words = [word for one in arguments for word in one.partition("=")[::2] if word]
-    for name, value in pairwise(words):
-        if name.replace("_", "-") in ("--tensor-parallel-size", "-tp") and value.isdigit():
-            return int(value)
-    return 1
+    asked = [
+        int(value)
+        for name, value in pairwise(words)
+        if name.replace("_", "-") in ("--tensor-parallel-size", "-tp") and value.isdecimal()
+    ]
+    return asked[-1] if asked else 1
 
 
 def _check_devices(config: Any, devices: int) -> None:
-    """Raises ConfigError where vLLM cannot share the heads among `devices`, each of which has as many query heads, and
-    whole key-value heads, or one that others have too."""
-    queries, keys = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    """Raises ConfigError where vLLM cannot share the heads among `devices`: each takes as many query heads as the
+    others, and some key-value heads of its own or one that it shares."""
+    queries = getattr(config, "num_attention_heads", None)
+    if devices == 1 or not isinstance(queries, int):
+        return
+    keys = getattr(config, "num_key_value_heads", None) or queries
     fit = [n for n in range(1, queries + 1) if queries % n == 0 and 0 in (keys % n, n % keys)]
     if devices not in fit:
         found = f"{devices} devices cannot share {queries} query and {keys} key-value heads"
-        raise ConfigError("engine.arguments", found, allowed=", ".join(map(str, fit)), hint="`--tensor-parallel-size`")
+        raise ConfigError(
+            "engine.arguments", found, allowed=", ".join(map(str, fit)), hint="ask for as many with `-tp`"
+        )

@@ -76,8 +76,9 @@ class Masking(Companion):
 
     def record(self) -> dict[str, Any]:
         widths = torch.tensor(self.budget.sizes.widths("channels"), dtype=torch.float32)
+        metrics = {"prune.removed_norm": 0.0, **self._metrics}  # of which a run that goes on knows none yet
         return {
-            **{name: round(self._metrics.get(metric, 0.0), 6) for name, metric in RECORDED.items()},
+            **{name: round(metrics[metric], 6) for name, metric in RECORDED.items()},
             "masks": digest_of(self.gates.masks),
             "groups": self.gates.masks["groups"].sum(1).int().tolist(),
             "channels": (self.gates.masks["channels"] @ widths).int().tolist(),

@@ -7,6 +7,7 @@ import math
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar
 
+from peft.tuners.lora import LoraLayer
 from pydantic import Field, model_validator
 
 from lmray.errors import ConfigError
@@ -78,6 +79,9 @@ class Pruning(Method):
 
     def check(self, model: Any, *, steps: int) -> None:
         structure = structure_of(model, block=1)
+        if not any(isinstance(module, LoraLayer) for module in model.modules()):
+            found = "adds no LoRA to a linear layer, and what is pruned goes through one"
+            raise ConfigError("adapter.name", found, allowed="lora", hint="`adapter: {name: lora}`")
         check_adapted(structure.layers(model), structure)
         sizes = structure.sizes
         if self.shape != "padded" and self.multiple_of > sizes.channels:
@@ -135,10 +139,10 @@ class Pruning(Method):
             said += [f"{found}: set `schedule: progressive`"]
         return tuple(said)
 
-    def facts(self, steps: int) -> dict[str, str]:
+    def pruning(self, steps: int) -> str:
         layers = f"in {self.layers} layers, " if self.layers is not None else ""
         left = f"at most {self.remaining:.1%} of the weights of attention and MLP stay, {layers}`{self.shape}`"
-        return {"pruning": f"{left}; masks are searched in {self.searched(steps)} of {steps} steps, then final"}
+        return f"{left}; masks are searched in {self.searched(steps)} of {steps} steps, then final"
 
     def passes(self, steps: int) -> float:
         """Searching takes a gradient as well; a forward pass is half of what a step of an adapter is."""

@@ -144,9 +144,9 @@ class Method(MemberConfig):
         """What is no error and yet likely not meant."""
         return ()
 
-    def facts(self, steps: int) -> Mapping[str, str]:
-        """What it does in a run of `steps` steps beyond taking them: lines of the plan, each with its word."""
-        return {}
+    def pruning(self, steps: int) -> str | None:
+        """How weights are removed in a run of `steps` steps, for the plan; None: none are."""
+        return None
 
     def passes(self, steps: int) -> float:
         """The work of a run of `steps` steps, in steps that take the loss's gradient alone."""

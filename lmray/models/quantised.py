@@ -20,6 +20,8 @@ from lmray.errors import ConfigError
 
 BLOCK = 64
 """Weights that share one scale in NF4."""
+MADE_WHOLE = ("mxfp4", "fp8")
+"""Methods whose weights `transformers` turns into bfloat16 where it lacks the kernels for them."""
 SCALES = 256
 """Blocks whose scales share one scale again."""
 
@@ -54,16 +56,17 @@ def check_library() -> None:
         raise ConfigError("model.quantization", "needs the library `bitsandbytes`, which is not here", hint=hint)
 
 
-def check_unquantised(config: Any, folder: Path) -> None:
-    """Raises ConfigError where the weights in `folder`, which `config` is of, were quantised before they were saved:
-    they need the library that did so, take no gradient, and nothing can be cut out of them."""
-    given = getattr(config, "quantization_config", None)
-    if given is None:
+def check_unquantised(config: Any, folder: Path, *, where: str = "model.source") -> None:
+    """Raises ConfigError where the weights in `folder`, which `config` is of, were quantised before they were saved, in
+    a form that `transformers` does not make whole again: they would be planned for as if they were whole."""
+    inner = getattr(config.get_text_config(), "quantization_config", None)
+    given = getattr(config, "quantization_config", None) or inner
+    told = given if isinstance(given, dict) or given is None else given.to_dict()
+    if not told or told.get("quant_method") in MADE_WHOLE:
         return
-    told = given if isinstance(given, dict) else given.to_dict()
     found = f"the weights in {folder} were quantised before they were saved ({told.get('quant_method', 'unknown')})"
     hint = "name the model that it was made from; `model.quantization: nf4` quantises it as it is read"
-    raise ConfigError("model.source", found, hint=hint)
+    raise ConfigError(where, found, hint=f"{hint}; `engine: vllm` serves it as it is")
 
 
 def check_quantised(model: PreTrainedModel, quantization: str) -> None:

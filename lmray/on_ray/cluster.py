@@ -12,7 +12,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ def connected(*, num_cpus: int | None = None, num_gpus: int | None = None) -> It
         yield cluster_resources()
         return
     address = os.environ.get("RAY_ADDRESS", "")
-    local = address in ("", "local")
+    local, others = address in ("", "local"), set(psutil.Process().children())
     with _same_sigterm():
         if local:
             _start_local(num_cpus, num_gpus)
@@ -90,7 +90,7 @@ def connected(*, num_cpus: int | None = None, num_gpus: int | None = None) -> It
             yield cluster_resources()
     finally:
         if local:
-            _end_helpers()
+            _end_helpers(others)
         ray.shutdown()
 
 
@@ -104,7 +104,7 @@ def _unwatched() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[WATCHER]
+        os.environ.pop(WATCHER, None)
 
 
 def cluster_resources() -> ClusterResources:
@@ -165,13 +165,15 @@ def _deaf_to_sigterm() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_helpers() -> None:
-    """Ends the local Ray's monitors, which keep nothing: deaf to SIGTERM, they would be waited for a second each."""
-    scripts = str(Path(ray.__file__).parent)
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            if any(word.startswith(scripts) and word.endswith(".py") for word in child.cmdline()):
-                child.kill()
+def _end_helpers(others: Collection[psutil.Process]) -> None:
+    """Ends the local Ray's monitors, children of this process that are not among `others`. They keep nothing; deaf to
+    SIGTERM, they would be waited for a second each."""
+    scripts = Path(ray.__file__).parent
+    with suppress(psutil.Error, OSError):
+        for child in set(psutil.Process().children()) - set(others):
+            with suppress(psutil.NoSuchProcess):
+                if any(word.endswith(".py") and Path(word).is_relative_to(scripts) for word in child.cmdline()):
+                    child.kill()
 
 
 @contextmanager

@@ -185,17 +185,17 @@ def _outlasting_controllers(job: TrainJob, folder: Path) -> ray.train.Result:
         try:
             return _trainer(job, folder).fit()
         except RayActorError as error:
+            _free_bundles(taken)
             if attempt == job.resources.max_failures:
                 hint = "the same command goes on from the last checkpoint; `resources.max_failures` allows more"
                 raise RemoteError(f"run {job.name}", f"lost its controller: {_first_line(error)}", hint=hint) from None
-            _free_bundles(taken)
             print("warning: the run's controller died; going on from the last checkpoint", file=sys.stderr, flush=True)
     raise AssertionError("unreachable")
 
 
 def _free_bundles(taken: set[str]) -> None:
-    """Gives back what a killed controller had reserved beyond `taken`: Ray Train's own cleaner leaves it reserved, and
-    after a few deaths no worker would fit any more. An id ends with that of the job it belongs to."""
+    """Gives back what a killed controller had reserved beyond `taken`, else after a few deaths no worker would fit any
+    more. (Ray Train's own cleaner left it reserved.) An id ends with that of the job it belongs to."""
     own = ray.get_runtime_context().get_job_id()
     for identity, facts in placement_group_table().items():
         if identity not in taken and identity.endswith(own) and facts["state"] != "REMOVED":

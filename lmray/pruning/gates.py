@@ -93,9 +93,6 @@ class Gates:
 
 def check_adapted(layers: list[Any], structure: Structure) -> None:
     """Raises ConfigError where a layer that a unit goes through has no LoRA, or one that is no plain product."""
-    if not any(isinstance(module, LoraLayer) for layer in layers for module in layer.modules()):
-        found = "adds no LoRA to a linear layer, and what is pruned goes through one"
-        raise ConfigError("adapter.name", found, allowed="lora", hint="`adapter: {name: lora}`")
     for number, layer in enumerate(layers):
         for kind in KINDS:
             for part in structure.layout[kind].parts:

@@ -62,7 +62,7 @@ def step_reasons(job: TrainJob, shape: ModelShape, steps: int) -> dict[str, str]
         "attention": chosen if job.model.attn_implementation == "auto" else "as the job says",
         "loss": chunks if shape.plain_head else "from all logits at once: something follows or adapts the head",
         **({"quantization": QUANTISED[job.model.quantization]} if job.model.quantization else {}),
-        **job.method.facts(steps),
+        **({"pruning": how} if (how := job.method.pruning(steps)) else {}),
     }
 
 

@@ -208,7 +208,7 @@ def main() -> None:
 def write_report(arguments: argparse.Namespace, rows: Rows, command: str) -> None:
     """The table and quality against size and time, as a page that needs no other file, and as a PNG."""
     report = arguments.report or (arguments.rows and arguments.rows.with_suffix(".html"))
-    if not (shown := points(rows)):
+    if not (arguments.plot or report) or not (shown := points(rows)):
         return
     title = f"{arguments.model}, {arguments.data}"
     drawn = pareto(shown, title=title)

@@ -82,11 +82,13 @@ def test_a_refused_token_says_what_to_set(monkeypatch):
 
 
 LOCAL = """
-import os, ray, signal, threading
+import os, ray, signal, subprocess, sys, threading
+from pathlib import Path
 from lmray.on_ray.cluster import connected
 from lmray.on_ray.run import sigterm_as_interrupt
 @ray.remote
 def token(): return os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])
+mine = subprocess.Popen([sys.executable, "-c", "input()", str(Path(ray.__file__).parent / "mine.py")], stdin=subprocess.PIPE)
 with sigterm_as_interrupt(), connected(num_cpus=3) as offered:
     assert offered.cpus == 3
     print(*ray.get(token.remote()), os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"])
@@ -96,6 +98,8 @@ with sigterm_as_interrupt(), connected(num_cpus=3) as offered:
     except KeyboardInterrupt:
         print("interrupted")
 assert not ray.is_initialized()
+assert mine.poll() is None, "a child that Ray did not start"
+mine.kill()
 assert "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_MODE" not in os.environ
 assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
 """

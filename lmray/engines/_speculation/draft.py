@@ -17,6 +17,7 @@ from lmray.engines._schedule import Limits, Sequence
 from lmray.engines._speculation.base import Proposer, Speculation
 from lmray.errors import ConfigError
 from lmray.models.load import load_config, load_model, load_tokenizer, make_model
+from lmray.models.quantised import check_unquantised
 
 _WHERE = "engine.speculation.model"
 _AT_ONCE = 32
@@ -59,8 +60,10 @@ class Draft(Speculation):
             hint = "leave `speculation` out, or set it to `prompt_lookup`"
             raise ConfigError(_WHERE, f"`{self.model}` was not looked up: drafts run in endpoints", hint=hint)
         try:
+            config = load_config(Path(self.model))
+            check_unquantised(config, Path(self.model), where=_WHERE)
             with torch.device("meta"):
-                return make_model(load_config(Path(self.model)), "float32")
+                return make_model(config, "float32")
         except ValueError as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(_WHERE, f"`{self.model}` is no causal language model: {first[:200]}") from None

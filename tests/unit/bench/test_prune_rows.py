@@ -6,11 +6,13 @@ import json
 import math
 import random
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+from prune import write_report
 from prune_data import evenly, majority, read_rows, write_data
 from prune_rows import Cell, Rows, cells, loss_difference, points, relative, table
 
@@ -158,3 +160,17 @@ def test_a_picture_has_a_point_a_model_and_its_speed_where_that_was_measured():
         {"method": "dense", "remaining": 1.0, "loss": 2.0},
         {"method": "atp", "remaining": 0.59, "loss": 2.5, **measured},
     ]
+
+
+def test_a_page_with_table_and_picture_is_left_beside_the_rows(tmp_path):
+    rows = Rows(None, KEY)
+    asked = Namespace(report=None, rows=tmp_path / "行.jsonl", plot=None, remaining=[0.6], model="m", data="pubmedqa")
+    write_report(asked, rows, "lmray bench prune")
+    assert list(tmp_path.iterdir()) == [], "nothing was measured"
+    rows.once(Cell("dense", 1.0, 0), "quality", lambda: found(2.0))
+    rows.once(Cell("atp", 0.6, 0), "quality", lambda: found(2.5, share=0.59))
+    write_report(asked, rows, "lmray bench prune <here>")
+    text = (tmp_path / "行.html").read_text(encoding="utf-8")
+    assert "lmray bench prune &lt;here&gt;" in text and "data:image/png" in text and "<td>2.5000</td>" in text
+    write_report(Namespace(**vars(asked) | {"rows": None}), rows, "")
+    assert len(list(tmp_path.iterdir())) == 1

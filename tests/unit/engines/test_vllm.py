@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lmray.engines import _process
 from lmray.engines._process import ServerProcess
@@ -151,13 +153,23 @@ def test_arguments_that_the_engine_gives_itself_are_refused(argument):
         Vllm(arguments=(argument,))
 
 
-@pytest.mark.parametrize("asked", [("--tensor-parallel-size", "3"), ("--tensor_parallel_size=3",), ("-tp=3",)])
+@pytest.mark.parametrize(
+    "asked", [("--tensor-parallel-size", "3"), ("--tensor_parallel_size=3",), ("-tp=3",), ("-tp", "2", "-tp", "3")]
+)
 def test_devices_that_cannot_share_the_heads_are_refused(empty, asked):
     heads = empty.config.num_attention_heads, empty.config.num_key_value_heads
     assert heads == (4, 2)
     Vllm(arguments=("--tensor-parallel-size=4",), max_length=512).check(empty, {})
     with pytest.raises(ConfigError, match=r"3 devices cannot share 4 query and 2 key-value heads\n  allowed: 1, 2, 4"):
         Vllm(arguments=asked, max_length=512).check(empty, {})
+
+
+def test_a_model_that_does_not_tell_its_heads_is_left_to_vllm():
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10))
+    Vllm(max_length=512).check(model, {})
+    with pytest.raises(ConfigError, match="3 devices cannot share 2 query"):
+        Vllm(max_length=512, arguments=("-tp=3",)).check(model, {})
 
 
 def test_adapters_of_a_higher_rank_are_refused_before_the_start(empty, model_folder, tmp_path):

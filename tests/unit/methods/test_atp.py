@@ -146,11 +146,8 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(job, tmp_path, commits
     operations = file_operations(tmp_path / "whole", lambda: run_here(whole, tmp_path / "scratch"))
     written = [at for at, (event, path) in enumerate(operations, 1) if event == "os.rename" and "/.checkpoint" in path]
     assert len(written) == 5
-    at = (
-        written[commits] - 3
-        if commits < 5
-        else next(at for at, (_, path) in enumerate(operations, 1) if "model" in path)
-    )
+    model = next(at for at, (_, path) in enumerate(operations, 1) if path.endswith("/model"))
+    at = [*(at - 3 for at in written), model][commits]  # while the files of the next checkpoint are written
     parts = job("parts")
     with pytest.raises(Killed):
         file_operations(tmp_path / "parts", lambda: run_here(parts, tmp_path / "scratch-2"), kill_at=at)

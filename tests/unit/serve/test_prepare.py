@@ -309,6 +309,12 @@ def test_a_model_without_weights_knows_its_type_and_where_answers_end(model):
     )
 
 
+def test_a_draft_that_was_saved_quantised_is_refused(job, quantised_model):
+    asked = {"engine.speculation": {"name": "draft", "model": str(quantised_model)}}
+    with pytest.raises(ConfigError, match=r"engine\.speculation\S*: .*saved \(gptq\)"):
+        prepare(job.changed({**asked, "adapters": []}))
+
+
 def test_weights_that_were_saved_quantised_are_refused(job, quantised_model):
     with pytest.raises(ConfigError, match=r"saved \(gptq\)"):
         prepare(job.changed({"model.source": str(quantised_model), "adapters": []}))

@@ -22,6 +22,7 @@ def job(tiny_model, tiny_data, tmp_path):
     return lambda **changes: tiny_job(tiny_model, tiny_data, tmp_path / "store", **changes)
 
 
+@pytest.mark.draws
 def test_a_run_leaves_its_folder_and_its_artifact(job, tmp_path):
     one = job(name="実験", output={"artifact": "関数"}, evaluate={"tasks": ["json_match", "loss"], "max_new_tokens": 8})
     result = run_here(one, tmp_path / "scratch")
