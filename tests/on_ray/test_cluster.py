@@ -88,7 +88,8 @@ from lmray.on_ray.cluster import connected
 from lmray.on_ray.run import sigterm_as_interrupt
 @ray.remote
 def token(): return os.environ["RAY_AUTH_MODE"], len(os.environ["RAY_AUTH_TOKEN"])
-mine = subprocess.Popen([sys.executable, "-c", "input()", str(Path(ray.__file__).parent / "mine.py")], stdin=subprocess.PIPE)
+named = str(Path(ray.__file__).parent / "mine.py")
+mine = subprocess.Popen([sys.executable, "-c", "input()", named], stdin=subprocess.PIPE)
 with sigterm_as_interrupt(), connected(num_cpus=3) as offered:
     assert offered.cpus == 3
     print(*ray.get(token.remote()), os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"])
