@@ -210,7 +210,7 @@ def test_a_call_that_holds_what_ends_an_answer_is_not_made(filtered, call, ids, 
 
 def test_decisions_are_logged_and_counted_without_a_word_of_the_text(call, ids, caplog):
     backend = FakeBackend(ids("me@x.org you@x.org: open sesame"))
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "秘密77, 秘密88"}]}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "秘密770770770, 秘密880880880"}]}
     told = {"json": body, "headers": {"x-request-id": "r-1"}, "settings": {"filters": (HIDDEN, MAIL, CODE)}}
     with caplog.at_level(logging.INFO):
         call(backend, "POST", "/v1/chat/completions", **told)
@@ -223,7 +223,7 @@ def test_decisions_are_logged_and_counted_without_a_word_of_the_text(call, ids, 
         "request=r-1 filter=code-word on=answers action=refuse code-word=1",
         "request=r-1 filter=code-word on=prompts action=refuse code-word=1",
     ]
-    assert not any(word in caplog.text for word in ("x.org", "sesame", "77"))
+    assert not any(word in caplog.text for word in ("x.org", "sesame", "秘密", "770770", "880880"))
 
 
 def test_a_filter_is_a_member_of_its_family(tmp_path):
