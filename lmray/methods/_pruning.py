@@ -64,6 +64,10 @@ class Pruning(Method):
         raise NotImplementedError
 
     @property
+    def distils(self) -> bool:
+        return self.distill > 0
+
+    @property
     def in_steps(self) -> bool:
         """Whether the budget is tightened little by little."""
         return False

@@ -127,6 +127,11 @@ class Method(MemberConfig):
         return None
 
     @property
+    def distils(self) -> bool:
+        """Whether the loss takes logits of a teacher, too, at all supervised tokens at once."""
+        return False
+
+    @property
     def set_aside(self) -> float:
         """Share of the training examples that no weight is trained on: the search rows."""
         return 0.0

@@ -29,6 +29,7 @@ from lmray.train.checkpoint import Progress, Write, load_checkpoint, save_checkp
 from lmray.train.commits import Commits, Snapshot, best_folder
 from lmray.train.feed import Feed
 from lmray.train.learner import Learner, Share, StepReport
+from lmray.train.memory import searched_at_once
 from lmray.train.model import measures_base_again
 from lmray.train.out_of_memory import noticing_shortage
 from lmray.train.peak import peak_memory_bytes
@@ -205,20 +206,19 @@ class Loop:
         rows = self.sampler.rows(start, self._end_of(start))
         companion, done = self.learner.companion, start // self.plan.rows_per_step
         if companion is None or done >= companion.search_steps or not self.prepared.search_rows:
-            return self._share(self.prepared.rows, rows), Share()
-        search = self._searched_on(done)
-        return self._share(self.prepared.rows, rows), self._share(self.prepared.search_rows, search)
+            return self._share(self.prepared.rows, rows, self.micro_batch), Share()
+        search = self._share(self.prepared.search_rows, self._searched_on(done), searched_at_once(self.micro_batch))
+        return self._share(self.prepared.rows, rows, self.micro_batch), search
 
     def _searched_on(self, done: int) -> list[int]:
         """The search rows of the step that `done` steps were taken before."""
         size = min(self.plan.rows_per_step, len(self.prepared.search_rows or ()))
         return self.search.rows(done * size, (done + 1) * size)
 
-    def _share(self, source: Rows | Stream, rows: list[int]) -> Share:
-        """This rank's part of `rows` in micro-batches, as many on every rank: what is only there for that is the first
-        row again."""
+    def _share(self, source: Rows | Stream, rows: list[int], size: int) -> Share:
+        """This rank's part of `rows` in micro-batches of `size`, as many on every rank: what is only there for that is
+        the first row again."""
         mine = rows[self.ctx.rank :: self.ctx.world_size]
-        size = self.micro_batch
         parts = [mine[first : first + size] for first in range(0, len(mine), size)]
         most = -(-len(rows) // self.ctx.world_size)  # rank 0's
         num_idle = -(-most // size) - len(parts)

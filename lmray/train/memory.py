@@ -4,7 +4,8 @@ Of every layer and token autograd keeps (D hidden, Q queries, K keys, I MLP, w b
 the inputs of the adapters' first matrices (layers that share an input keep it once) and their r outputs; queries,
 keys, values and the output of attention, with one float32 a head; the float32 inputs of two norms; of the gated MLP
 gate, activated gate and up. A row that several examples share also needs a mask of T numbers a token, and on a CPU
-keys and values repeated for every query head. Norms whose weight is trained also keep what
+keys and values repeated for every query head. A search of masks needs values, gate and up as they were before the
+masks as well. Norms whose weight is trained also keep what
 they multiply it with; frozen matrices keep nothing but themselves. Fused steps keep what
 `_fused_bytes` lists.
 `tests/unit/train/test_memory.py` holds this sum to what `saved_tensors_hooks` counts.
@@ -55,6 +56,10 @@ class Rows:
     """Whether attention keeps its weights, T numbers a token and head."""
     again: bool = False
     """Whether layers keep their inputs only, and all else of one at a time."""
+    searched: bool = False
+    """Whether masks learn from them, by what they are laid on."""
+    distilled: bool = False
+    """Whether the model is also held to itself without masks, by all logits of both."""
 
 
 def worst_rows(rows: batch.Rows | Stream, count: int, *, fused: bool = False) -> Rows:
@@ -62,6 +67,12 @@ def worst_rows(rows: batch.Rows | Stream, count: int, *, fused: bool = False) ->
     supervised = np.sort(rows.supervised)[-count:]
     tokens = int(rows.lengths.max())
     return Rows(count, tokens, -(-int(supervised.sum()) // len(supervised)), bool((rows.sizes > 1).any()), fused)
+
+
+def searched_at_once(micro_batch: int) -> int:
+    """Rows of one forward pass where masks are searched. They keep up to a third more each than rows to train on, and
+    leave larger holes: half as many take no more memory, and no more time."""
+    return max(1, micro_batch // 2)
 
 
 def kept_bytes(shape: ModelShape, rows: Rows, dtype: str, *, device: str = "cpu") -> int:
@@ -78,6 +89,8 @@ def kept_bytes(shape: ModelShape, rows: Rows, dtype: str, *, device: str = "cpu"
     layer += 2 * (4 * shape.hidden + 4)
     if rows.packed:
         layer += width * rows.tokens
+    if rows.searched:
+        layer += width * (shape.key_value_width + 2 * shape.intermediate)
     if rows.eager:
         layer += shape.heads * rows.tokens * (4 + (width if width < 4 else 0))
     return rows.count * rows.tokens * (shape.layers * layer + 4 * shape.trained_norms + _adapter_bytes(shape, width))
@@ -174,6 +187,8 @@ def _logits(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
     they leave the head, and in float32 with their gradient."""
     width, tokens = WIDTH[dtype], rows.count * rows.supervised
     low = width if width < 4 else 0
+    if rows.distilled:  # logits, their logarithms in float32 and a gradient of each; of the teacher, the first two
+        return tokens * shape.vocabulary * (2 * width + 4 * 4)
     if not shape.plain_head:
         return tokens * shape.vocabulary * (2 * 4 + low)
     held = min(tokens, chunk_rows(shape.vocabulary, device))

@@ -21,7 +21,15 @@ from lmray.models.shape import ModelShape, read_shape
 from lmray.sharding.base import Sharding
 from lmray.train.data_facts import data_facts, data_warnings
 from lmray.train.duration import forward_flops, step_flops
-from lmray.train.memory import Rows, bytes_per_row, memory_parts, process_bytes, worst_rows
+from lmray.train.memory import (
+    Rows,
+    bytes_per_row,
+    kept_bytes,
+    memory_parts,
+    process_bytes,
+    searched_at_once,
+    worst_rows,
+)
 from lmray.train.plan_steps import (
     attention_asked,
     check_divided,
@@ -243,10 +251,15 @@ def _schedule(job: TrainJob, num_rows: int) -> tuple[int, int, int]:
 
 
 def _largest(job: TrainJob, ready: Prepared, shape: ModelShape) -> Rows:
-    """The micro-batch that takes most memory."""
-    rows = worst_rows(ready.rows, job.train.per_device_train_batch_size)
+    """The micro-batch that takes most memory, to train or to search masks on."""
+    count = job.train.per_device_train_batch_size
+    found = [worst_rows(ready.rows, count)]
+    if ready.search_rows:
+        found.append(replace(worst_rows(ready.search_rows, searched_at_once(count)), searched=True))
     again, eager = job.train.gradient_checkpointing, shape.attention == "eager"
-    return replace(rows, tokens=rows.tokens + job.adapter.virtual_tokens, eager=eager, again=again)
+    how = {"eager": eager, "again": again, "distilled": job.method.distils}
+    found = [replace(one, tokens=one.tokens + job.adapter.virtual_tokens, **how) for one in found]
+    return max(found, key=lambda one: kept_bytes(shape, one, "float32"))
 
 
 def _settings(job: TrainJob, shape: ModelShape, dtype: str, device: str) -> dict[str, Any]:

@@ -172,6 +172,30 @@ def test_no_row_is_both_trained_and_searched_on(job):
     assert {example.where for row in prepared.rows for example in row} == sets[0]
 
 
+def test_a_search_takes_half_the_rows_at_once_and_the_plan_counts_what_it_keeps(job, tmp_path, monkeypatch):
+    seen, gradients = [], Learner._gradients
+    monkeypatch.setattr(
+        Learner,
+        "_gradients",
+        lambda self, share, leaves: (
+            seen.append([len(one.lengths) for one in share.batches]) or gradients(self, share, leaves)
+        ),
+    )
+    path = write_jsonl(tmp_path / "alike.jsonl", [{"prompt": f"{n:02}?", "completion": "yes"} for n in range(40)])
+    one = job().changed({"data.train": [{"source": str(path)}], "data.eval": None, "train.eval_steps": None})
+    one = one.changed({"train.max_steps": 2, "train.per_device_train_batch_size": 4})
+    run_here(one, tmp_path / "scratch")
+    assert seen == [[2, 2]]
+    single = one.changed({"train.per_device_train_batch_size": 1})
+    plain = {"method": {"name": "sft"}, "model.kernels": "plain"}
+    kept = [make_plan(each).memory_bytes["activations"] for each in (single, single.changed(plain))]
+    assert kept[0] > 1.1 * kept[1]
+    kept = [make_plan(each).memory_bytes["activations"] for each in (one, one.changed(plain))]
+    assert kept[0] == kept[1], "half of the rows keep less than all of them to train on"
+    logits = make_plan(one).memory_bytes["logits"], make_plan(job(method__distill=1.0)).memory_bytes["logits"]
+    assert logits[1] > 2 * logits[0], "a teacher's logits are there, too"
+
+
 def test_a_row_that_repeats_goes_to_one_side(job, tiny_model, tmp_path):
     one = job()
     sources = [{**dump(source), "weight": 2.0} for source in one.data.train]

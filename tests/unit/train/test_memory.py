@@ -19,6 +19,8 @@ from lmray.models.fused import Fused
 from lmray.models.load import load_model
 from lmray.models.precision import computing
 from lmray.models.shape import read_shape
+from lmray.pruning.gates import Gates
+from lmray.pruning.structure import structure_of
 from lmray.sharding.deepspeed import Deepspeed
 from lmray.sharding.fsdp2 import Fsdp2
 from lmray.testing.tiny import tiny_model_folder
@@ -30,8 +32,9 @@ def example(length: int, supervised: int = 4) -> Tokenised:
     return Tokenised(ids, (IGNORED,) * (length - supervised) + ids[length - supervised :])
 
 
-def saved_bytes(folder, adapter: Adapter, rows, dtype: str, *, fused: bool = False) -> int:
-    """Bytes of every tensor autograd keeps of a forward pass, weights and their copies left out."""
+def saved_bytes(folder, adapter: Adapter, rows, dtype: str, *, fused: bool = False, searched: bool = False) -> int:
+    """Bytes of every tensor autograd keeps of a forward pass, weights and their copies left out. `searched`: masks
+    learn from it."""
     model = adapter.attach(load_model(folder, dtype).requires_grad_(False), seed=0).train()
     shapes = {tuple(parameter.shape) for parameter in model.parameters()}
     kept = {}
@@ -45,6 +48,9 @@ def saved_bytes(folder, adapter: Adapter, rows, dtype: str, *, fused: bool = Fal
 
     batch = collate([tuple(chain.from_iterable(rows))] if fused else list(rows), pad_token_id=0)
     run = Fused(model).running(batch.position_ids_BT) if fused else computing(model)
+    if searched:
+        gates = Gates(model.eval(), structure_of(model, block=1))
+        gates.masks = {kind: mask.clone().requires_grad_() for kind, mask in gates.masks.items()}
     # Now that they lie where they stay: where a fused one lay before, something else may.
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), run:
@@ -73,6 +79,17 @@ def test_what_is_kept_of_a_layer_is_what_autograd_saves(tmp_path, dtype, packed,
         sizes.append(saved_bytes(folder, adapter, rows, dtype))
         shape = read_shape(folder, lambda model: adapter.attach(model, seed=0), dtype=dtype)
         sums.append(kept_bytes(shape, worst_rows(rows, 2), dtype))
+    assert sums[1] - sums[0] == pytest.approx(sizes[1] - sizes[0], rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_search_keeps_of_a_layer_is_what_autograd_saves(tmp_path, dtype):
+    rows, sizes, sums = unpacked([example(48)] * 2), [], []
+    for layers in (2, 6):
+        folder = tiny_model_folder(tmp_path / str(layers), num_hidden_layers=layers)
+        sizes.append(saved_bytes(folder, Lora(r=4), rows, dtype, searched=True))
+        shape = read_shape(folder, lambda model: Lora(r=4).attach(model, seed=0), dtype=dtype)
+        sums.append(kept_bytes(shape, replace(worst_rows(rows, 2), searched=True), dtype))
     assert sums[1] - sums[0] == pytest.approx(sizes[1] - sizes[0], rel=0.03)
 
 
