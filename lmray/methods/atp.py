@@ -6,8 +6,8 @@ of what is masked are shrunk by the proximal step of a group lasso. In the secon
 Runs on every rank.
 Differs from the paper in: whole key-value groups and channels of the MLP are removed, not dimensions of heads, so that
 stock classes load what is left (`lmray.pruning.structure`); slices reach zero exactly; masks meet the budget in every
-step (`lmray.pruning.search`), and the final ones are drawn without noise; the rows that masks are searched on are
-training rows, and none that anything is measured on.
+step (`lmray.pruning.search`), and the final ones, by default all, are drawn without noise; the rows that masks are
+searched on are training rows, and none that anything is measured on.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Atp(Pruning):
     """Share of the steps after which masks are final."""
     schedule: Literal["at once", "progressive"] = "at once"
     """`progressive`: units are removed in stages, of which each takes at most a third of what is left."""
-    gate: Literal["gumbel", "deterministic"] = "gumbel"
-    """`gumbel`: decisions are drawn, so that other ones are tried. `deterministic`: they are taken without noise."""
+    gate: Literal["deterministic", "gumbel"] = "deterministic"
+    """`deterministic`: decisions are taken without noise (arXiv 2603.08065). `gumbel`: they are drawn, as in the paper,
+    so that other ones are tried; it was worse where both were measured (`tests/bench/RESULTS.md`)."""
     generator_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """Of the generator's AdamW, falling to zero. None: such that a search of any length changes decisions as much."""
     proximal: Annotated[float, Field(ge=0.0)] = 5e4

@@ -11,6 +11,7 @@ TINY_ATP: dict[str, Any] = {
     "remaining": 0.6,
     "multiple_of": 8,
     "search_fraction": 0.25,
+    "gate": "gumbel",  # the harder to go on with: noise of a step is to be the same again
     "generator_learning_rate": 0.03,
 }
 

@@ -4,7 +4,7 @@
         [--methods base,dense,taylor,...] [--rows FILE] [--out FILE] [--quick]
 
 `base`: the model as it is. `dense`: LoRA, nothing removed. `atp`: pruned while it is tuned, masks searched on a tenth
-of the training rows; `atp:gate=deterministic:distill=1` sets fields of the method. `magnitude`, `wanda_sp`, `taylor`:
+of the training rows; `atp:gate=gumbel:distill=1` sets fields of the method. `magnitude`, `wanda_sp`, `taylor`:
 heads and MLP channels cut by an importance score, then LoRA. `depth`: layers of least block influence cut, then LoRA.
 `optipfair`: that package's width pruning of the MLP, then LoRA. What is cut first is calibrated on training rows
 alone. All are merged, and measured from a plain folder: held-out loss of every example and task scores; tokens a

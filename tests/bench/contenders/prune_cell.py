@@ -140,7 +140,7 @@ def job_tree(settings: Settings) -> dict[str, Any]:
 
 
 def method_tree(settings: Settings) -> dict[str, Any]:
-    """`atp:distill=1:gate=deterministic` is ATP with these fields; all that is cut first or not at all is tuned."""
+    """`atp:distill=1:gate=gumbel` is ATP with these fields; all that is cut first or not at all is tuned."""
     name, *fields = settings["method"].split(":")
     if name != "atp":
         return {"name": "sft"}
