@@ -1,6 +1,7 @@
-"""Serving against the peers: generated tokens/s of SmolLM2-135M in bfloat16, with 0, 1, 4 or 16 adapters in a batch.
+"""Serving against the peers: generated tokens/s of SmolLM2-135M, with 0, 1, 4 or 16 adapters in a batch.
 
     lmray bench serve [--batches 1,8,16,32] [--adapters 0,1,4,16,64] [--rounds 3] [--contenders lmray,generate]
+        [--dtype bfloat16]
 
 Every request has 128 tokens of random ids in and 64 out; adapters have rank 16 on all linear layers and random weights,
 and requests take turns with them.
@@ -35,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lmray.artifacts.files import write_atomic
+from lmray.models.precision import resolve_dtype
 from lmray.models.source import find_model
 
 HERE = Path(__file__).resolve().parent
@@ -131,14 +133,15 @@ def main() -> None:
     for turn in range(arguments.rounds):
         for name, batch, distinct in random.Random(turn).sample(chosen, len(chosen)):
             case = {"round": turn, "contender": name, "batch": batch, "adapters": distinct}
-            case |= {"threads": arguments.threads, "tokens": [NUM_IN, arguments.num_out]}
+            case |= {"threads": arguments.threads, "tokens": [NUM_IN, arguments.num_out], "dtype": arguments.dtype}
             told = {"model": str(folder), "num_in": NUM_IN, "num_out": arguments.num_out}
             one = turns.once(case, case | told)
             found[name, batch, distinct].append(one)
             shown = f"{name}, batch {batch}, {distinct} adapters: {one.tokens_per_s:.0f} tokens/s"
             print(f"round {turn + 1}  {shown}", file=sys.stderr, flush=True)
     command = shlex.join(["lmray", "bench", "serve", *sys.argv[1:]])
-    head = f"{NUM_IN} tokens in, {arguments.num_out} out, {arguments.rounds} rounds; {describe(arguments.threads)}"
+    head = f"{arguments.dtype}, {NUM_IN} tokens in, {arguments.num_out} out, {arguments.rounds} rounds"
+    head += f"; {describe(arguments.threads)}"
     text = f"\n## Serving, {time.strftime('%Y-%m-%d')}\n\n`{command}`\n\n{head}\n\n" + table(found)
     print(text)
     if arguments.out:
@@ -158,12 +161,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--contenders", type=lambda text: text.split(","), default=list(CONTENDERS))
     parser.add_argument("--num-out", type=int, default=NUM_OUT, help="tokens generated for each request")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    dtypes = ("auto", "bfloat16", "float32")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of all contenders; auto: as an endpoint's")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=Path, help="JSON lines to append each measurement to, and to go on from")
     parser.add_argument("--out", type=Path, help="Markdown file to append the table to")
     arguments = parser.parse_args()
     if unknown := set(arguments.contenders) - set(CONTENDERS):
         parser.error(f"unknown contenders {sorted(unknown)}; there are: {', '.join(CONTENDERS)}")
+    arguments.dtype, _ = resolve_dtype(arguments.dtype, "cpu")
     return arguments
 
 

@@ -186,7 +186,7 @@ def _timed(answer: Callable[[int], Any], prompts: list[Prompt]) -> Callable[[int
 def main() -> None:
     settings = json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
-    model: Any = load_model(Path(settings["model"]), "bfloat16")
+    model: Any = load_model(Path(settings["model"]), settings["dtype"])
     source = random.Random(0)
     vocabulary, in_turn = model.config.vocab_size, settings["contender"] == "lmray in turn"
     count = settings["batch"] * (1 + TURNS * in_turn)
