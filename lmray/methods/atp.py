@@ -35,7 +35,7 @@ class Atp(Pruning):
     """`progressive`: units are removed in stages, of which each takes at most a third of what is left."""
     gate: Literal["deterministic", "gumbel"] = "deterministic"
     """`deterministic`: decisions are taken without noise (arXiv 2603.08065). `gumbel`: they are drawn, as in the paper,
-    so that other ones are tried; it was worse where both were measured (`tests/bench/RESULTS.md`)."""
+    so that other ones are tried; with one seed that was worse (`tests/bench/RESULTS.md`)."""
     generator_learning_rate: Annotated[float, Field(gt=0.0)] | None = None
     """Of the generator's AdamW, falling to zero. None: such that a search of any length changes decisions as much."""
     proximal: Annotated[float, Field(ge=0.0)] = 5e4

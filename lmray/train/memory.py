@@ -60,6 +60,8 @@ class Rows:
     """Whether masks learn from them, by what they are laid on."""
     distilled: bool = False
     """Whether the model is also held to itself without masks, by all logits of both."""
+    search: Rows | None = None
+    """One row to search masks on, the one that takes most; a search takes `searched_at_once` of them."""
 
 
 def worst_rows(rows: batch.Rows | Stream, count: int, *, fused: bool = False) -> Rows:
@@ -70,8 +72,8 @@ def worst_rows(rows: batch.Rows | Stream, count: int, *, fused: bool = False) ->
 
 
 def searched_at_once(micro_batch: int) -> int:
-    """Rows of one forward pass where masks are searched. They keep up to a third more each than rows to train on, and
-    leave larger holes: half as many take no more memory, and no more time."""
+    """Rows of one forward pass where masks are searched. They keep up to four tenths more each than rows to train on,
+    and leave larger holes on a CPU's heap, where half as many took no more time."""
     return max(1, micro_batch // 2)
 
 
@@ -153,6 +155,7 @@ def memory_parts(
     parts |= {
         "activations": _activations(shape, rows, dtype, device) + copies,
         "logits": _logits(shape, rows, dtype, device),
+        **({"search": _beyond_a_step(shape, rows, dtype, device)} if rows.search else {}),
         "process": CUDA_PROCESS_BYTES if device == "cuda" else process_bytes,
     }
     if shares_weights and reads_whole:
@@ -168,7 +171,21 @@ def _gathered(shape: ModelShape, dtype: str) -> int:
 
 
 def bytes_per_row(shape: ModelShape, rows: Rows, dtype: str, *, device: str) -> int:
-    """What one more row in the micro-batch takes; a row after that takes no more."""
+    """What one more row in the micro-batch takes, or every second of a search; a row after that takes no more."""
+    own = _row(shape, rows, dtype, device)
+    return own if rows.search is None else max(own, -(-_row(shape, rows.search, dtype, device) // 2))
+
+
+def _beyond_a_step(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
+    """What a search may take more than a step. With m rows a step takes m s bytes, a search max(1, m // 2) t: both are
+    at most m r + max(0, t - r), r = max(s, t / 2), which is what is planned for any m."""
+    assert rows.search is not None
+    own, searched = _row(shape, rows, dtype, device), _row(shape, rows.search, dtype, device)
+    each = bytes_per_row(shape, rows, dtype, device=device)
+    return rows.count * (each - own) + max(0, searched - each)
+
+
+def _row(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
     more = replace(rows, count=rows.count + 1)
     activations = _activations(shape, more, dtype, device) - _activations(shape, rows, dtype, device)
     return activations + _logits(shape, more, dtype, device) - _logits(shape, rows, dtype, device)
@@ -187,8 +204,8 @@ def _logits(shape: ModelShape, rows: Rows, dtype: str, device: str) -> int:
     they leave the head, and in float32 with their gradient."""
     width, tokens = WIDTH[dtype], rows.count * rows.supervised
     low = width if width < 4 else 0
-    if rows.distilled:  # logits, their logarithms in float32 and a gradient of each; of the teacher, the first two
-        return tokens * shape.vocabulary * (2 * width + 4 * 4)
+    if rows.distilled:  # two models' logits; in float32 their logarithms, a probability, and two gradients
+        return tokens * shape.vocabulary * (2 * width + 5 * 4)
     if not shape.plain_head:
         return tokens * shape.vocabulary * (2 * 4 + low)
     held = min(tokens, chunk_rows(shape.vocabulary, device))

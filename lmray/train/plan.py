@@ -13,6 +13,8 @@ import torch
 from lmray.artifacts.files import read_json, sha256_json
 from lmray.artifacts.same_plan import check_same_plan
 from lmray.config import dump
+from lmray.data import batch
+from lmray.data.stream import Stream
 from lmray.errors import ArtifactError
 from lmray.job import TrainJob
 from lmray.models.precision import resolve_dtype
@@ -21,15 +23,7 @@ from lmray.models.shape import ModelShape, read_shape
 from lmray.sharding.base import Sharding
 from lmray.train.data_facts import data_facts, data_warnings
 from lmray.train.duration import forward_flops, step_flops
-from lmray.train.memory import (
-    Rows,
-    bytes_per_row,
-    kept_bytes,
-    memory_parts,
-    process_bytes,
-    searched_at_once,
-    worst_rows,
-)
+from lmray.train.memory import Rows, bytes_per_row, memory_parts, process_bytes, worst_rows
 from lmray.train.plan_steps import (
     attention_asked,
     check_divided,
@@ -251,15 +245,18 @@ def _schedule(job: TrainJob, num_rows: int) -> tuple[int, int, int]:
 
 
 def _largest(job: TrainJob, ready: Prepared, shape: ModelShape) -> Rows:
-    """The micro-batch that takes most memory, to train or to search masks on."""
-    count = job.train.per_device_train_batch_size
-    found = [worst_rows(ready.rows, count)]
-    if ready.search_rows:
-        found.append(replace(worst_rows(ready.search_rows, searched_at_once(count)), searched=True))
+    """The micro-batch that takes most memory."""
     again, eager = job.train.gradient_checkpointing, shape.attention == "eager"
-    how = {"eager": eager, "again": again, "distilled": job.method.distils}
-    found = [replace(one, tokens=one.tokens + job.adapter.virtual_tokens, **how) for one in found]
-    return max(found, key=lambda one: kept_bytes(shape, one, "float32"))
+
+    def worst(rows: batch.Rows | Stream, count: int) -> Rows:
+        found = worst_rows(rows, count)
+        how = {"eager": eager, "again": again, "distilled": job.method.distils}
+        return replace(found, tokens=found.tokens + job.adapter.virtual_tokens, **how)
+
+    largest = worst(ready.rows, job.train.per_device_train_batch_size)
+    if not ready.search_rows:
+        return largest
+    return replace(largest, search=replace(worst(ready.search_rows, 1), searched=True))
 
 
 def _settings(job: TrainJob, shape: ModelShape, dtype: str, device: str) -> dict[str, Any]:

@@ -57,10 +57,14 @@ def fused_conflict(job: TrainJob) -> str | None:
 def step_reasons(job: TrainJob, shape: ModelShape, steps: int) -> dict[str, str]:
     """Why attention and loss are computed as they are, and what the method does in a run of `steps` steps."""
     chosen = "what `transformers` takes for the architecture"
-    chunks = "chunk by chunk: nothing follows the output head"
+    loss = "chunk by chunk: nothing follows the output head"
+    if not shape.plain_head:
+        loss = "from all logits at once: something follows or adapts the head"
+    elif job.method.distils:
+        loss = "from all logits at once: beside a teacher's"
     return {
         "attention": chosen if job.model.attn_implementation == "auto" else "as the job says",
-        "loss": chunks if shape.plain_head else "from all logits at once: something follows or adapts the head",
+        "loss": loss,
         **({"quantization": QUANTISED[job.model.quantization]} if job.model.quantization else {}),
         **({"pruning": how} if (how := job.method.pruning(steps)) else {}),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lmray.adapters.lora import Lora
 from lmray.artifacts.store import run_folder
 from lmray.config import dump
 from lmray.errors import DataError, DivergenceError
@@ -22,6 +24,7 @@ from lmray.job import TrainJob
 from lmray.methods._distill import distilled
 from lmray.metrics.events import read_events
 from lmray.models.load import load_model
+from lmray.models.shape import read_shape
 from lmray.models.supervised import IGNORED
 from lmray.pruning.gates import Gates
 from lmray.pruning.record import Pruning
@@ -29,6 +32,7 @@ from lmray.pruning.structure import structure_of
 from lmray.testing.jobs import curve, run_here, tiny_rows, write_jsonl
 from lmray.testing.kills import Killed, file_operations
 from lmray.train.learner import Learner
+from lmray.train.memory import Rows, bytes_per_row, memory_parts, searched_at_once
 from lmray.train.plan import make_plan
 from lmray.train.prepare import prepare
 
@@ -186,14 +190,32 @@ def test_a_search_takes_half_the_rows_at_once_and_the_plan_counts_what_it_keeps(
     one = one.changed({"train.max_steps": 2, "train.per_device_train_batch_size": 4})
     run_here(one, tmp_path / "scratch")
     assert seen == [[2, 2]]
-    single = one.changed({"train.per_device_train_batch_size": 1})
     plain = {"method": {"name": "sft"}, "model.kernels": "plain"}
-    kept = [make_plan(each).memory_bytes["activations"] for each in (single, single.changed(plain))]
-    assert kept[0] > 1.1 * kept[1]
-    kept = [make_plan(each).memory_bytes["activations"] for each in (one, one.changed(plain))]
-    assert kept[0] == kept[1], "half of the rows keep less than all of them to train on"
-    logits = make_plan(one).memory_bytes["logits"], make_plan(job(method__distill=1.0)).memory_bytes["logits"]
-    assert logits[1] > 2 * logits[0], "a teacher's logits are there, too"
+    for rows in (4, 2, 1):
+        sized = one.changed({"train.per_device_train_batch_size": rows})
+        plan, tuned = make_plan(sized), make_plan(sized.changed(plain))
+        alone = plan.memory_bytes["total"] - plan.memory_bytes["search"]
+        assert alone == pytest.approx(tuned.memory_bytes["total"], rel=0.05)
+        assert 0.1 < plan.memory_bytes["search"] / tuned.row_bytes < 0.6, "one row of a search for two of a step"
+        assert plan.row_bytes == tuned.row_bytes
+    loss = make_plan(one), make_plan(one.changed({"method.distill": 1.0}))
+    assert loss[1].memory_bytes["logits"] > 4 * loss[0].memory_bytes["logits"], "a teacher's logits are there, too"
+    assert "teacher" in loss[1].reasons["loss"] and "chunk by chunk" in loss[0].reasons["loss"]
+
+
+def test_longer_rows_to_search_on_are_what_a_micro_batch_is_planned_for(tiny_model):
+    shape = read_shape(tiny_model, lambda model: Lora(r=4).attach(model, seed=0))
+    settings = {"device": "cpu", "process_bytes": 0, "optimizer_bytes": 0}
+    longest = Rows(1, 400, 40, False, searched=True)
+    sizes = {"step": Rows(1, 40, 4, False), "search": longest}
+    step, search = (bytes_per_row(shape, one, "float32", device="cpu") for one in sizes.values())
+    for count in (1, 2, 3, 4, 8):
+        rows = replace(sizes["step"], count=count, search=longest)
+        parts = memory_parts(shape, rows, "float32", **settings)
+        planned = sum(parts[part] for part in ("activations", "logits", "search"))
+        assert planned >= max(count * step, searched_at_once(count) * search)
+        assert planned <= count * step + (count / 2 + 1) * search
+        assert bytes_per_row(shape, rows, "float32", device="cpu") == -(-search // 2)
 
 
 def test_a_row_that_repeats_goes_to_one_side(job, tiny_model, tmp_path):
