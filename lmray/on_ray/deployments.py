@@ -69,7 +69,7 @@ def engine_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_ser
 def _lasting(job: ServeJob) -> dict[str, Any]:
     """How long replicas may take to end, and how they are watched."""
     return {
-        "graceful_shutdown_timeout_s": shutdown_s(job.engine.max_length),
+        "graceful_shutdown_timeout_s": shutdown_s(job.http.limits.answer_timeout_s),
         "max_constructor_retry_count": 2,
         "health_check_period_s": HEALTH_S,
     }

@@ -1,6 +1,6 @@
 """Ray Serve's request router for engine replicas: asks `lmray.policies.placement` and converts types.
 
-Runs wherever requests start, that is in the gateway. Requests without an adapter have no home and are spread.
+Runs wherever requests start, that is in the gateway. Calls that are no requests to generate are spread.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Any
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
-from lmray.policies.placement import ranked
+from lmray.engines.base import Request
+from lmray.policies.placement import key_of, ranked
 
 
 class AdapterRouter(ConsistentHashRouter):
-    """Tries replicas in the order of the request's adapter. Ray's own router of this kind keeps a request with the
-    order that was chosen for it, however many wait, which Serve's default does not; its hash ring is not used."""
+    """Tries replicas in the order of the request's adapter, or of the beginning of its prompt. Ray's own router of
+    this kind keeps a request with the order that was chosen for it, however many wait, which Serve's default does
+    not; its hash ring is not used."""
 
     def initialize_state(self, *, rows: int, light: int = 1, **told: Any) -> None:
         """`rows`: requests that a replica gets at a time, fewer than calls of all kinds that it takes."""
@@ -41,6 +43,7 @@ class AdapterRouter(ConsistentHashRouter):
 
 
 def _key(pending: PendingRequest) -> str:
-    """The adapter of the engine's request; another each time where there is none."""
-    asked: Any = pending.args[0] if pending.args else None
-    return getattr(asked, "adapter", None) or pending.metadata.internal_request_id
+    asked = pending.args[0] if pending.args else None
+    if isinstance(asked, Request):
+        return key_of(asked.adapter, asked.prompt_ids, asked.cache_salt)
+    return pending.metadata.internal_request_id

@@ -112,7 +112,7 @@ class Service:
         with self._turn:
             for name in ray_serve.status().applications:
                 ray_serve.delete(name, _blocking=False)  # which would wait for a minute at most
-            deadline = time.monotonic() + shutdown_s(self._serving.job.engine.max_length) + STOP_TIMEOUT_S
+            deadline = time.monotonic() + shutdown_s(self._serving.job.http.limits.answer_timeout_s) + STOP_TIMEOUT_S
             while ray_serve.status().applications and time.monotonic() < deadline:
                 time.sleep(POLL_S)
             _end_ray_serve()
@@ -146,7 +146,8 @@ class Service:
     ) -> None:
         """Returns once all replicas of `application` are new. Raises RemoteError where they do not start, find no room
         in time, or the endpoint ends before."""
-        limit_s = serving.job.autoscaling.max_replicas * (START_TIMEOUT_S + shutdown_s(serving.job.engine.max_length))
+        one_s = START_TIMEOUT_S + shutdown_s(serving.job.http.limits.answer_timeout_s)
+        limit_s = serving.job.autoscaling.max_replicas * one_s
         target = ray_serve.RunTarget(application, name=name, route_prefix=route_prefix, logging_config=_QUIET)
         where, deadline = f"endpoint `{name}`", time.monotonic() + limit_s
         try:

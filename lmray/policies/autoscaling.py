@@ -16,9 +16,8 @@ from typing import Any
 
 REPORT_S = 1.0
 """Replicas and gateways tell Ray Serve what they have to do this often; its own default is 10 s."""
-SLOWEST_TOKEN_S = 0.15
-"""A token of an answer takes less, even in a full batch on a few cores."""
-LEAST_SHUTDOWN_S = 60.0
+SPARE_S = 10.0
+"""Beyond the longest answer: until a replica knows that it is to go, and what it has said is on its way."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,7 @@ def autoscaling_arguments(preset: str, *, min_replicas: int, max_replicas: int) 
     }
 
 
-def shutdown_s(max_length: int) -> float:
-    """How long a replica that is to go may take for the answers it has begun: as long as the longest may take."""
-    return max(LEAST_SHUTDOWN_S, max_length * SLOWEST_TOKEN_S)
+def shutdown_s(answer_timeout_s: float) -> float:
+    """How long a replica that is to go may take for the answers it has begun: none takes longer than
+    `answer_timeout_s`."""
+    return answer_timeout_s + SPARE_S

@@ -1,6 +1,7 @@
-"""Which replica a request goes to, so that an adapter is loaded on few of them and a hot one on as many as it needs.
+"""Which replica a request goes to, so that an adapter is loaded on few of them and a hot one on as many as it needs,
+and what prompts have in common is read once.
 
-Rendezvous hashing (Thaler, Ravishankar 1998) gives each adapter an order of all replicas that hardly changes when one
+Rendezvous hashing (Thaler, Ravishankar 1998) gives each key an order of all replicas that hardly changes when one
 comes or goes; bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018) skip those that have much more to do than others.
 Standard library only.
 """
@@ -9,10 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 SLACK = 1.25
 """How much more than the mean a replica may have to do before requests go on to the next."""
+
+
+PREFIX = 64
+"""Tokens by which prompts to the base model are told apart: what is longer is shared where they agree in these."""
+
+
+def key_of(adapter: str | None, prompt_ids: Sequence[int], salt: str) -> str:
+    """What requests share that should meet: their adapter, which holds what was read of their prompts, too; of the base
+    model the beginning of their prompts, where `salt` lets them share it."""
+    if adapter is not None:
+        return adapter
+    return f"\n{salt}\n{' '.join(map(str, prompt_ids[:PREFIX]))}"  # no name of an adapter has line breaks
 
 
 def ranked(key: str, loads: Mapping[str, int], *, slack: float = SLACK, light: int = 1) -> list[str]:

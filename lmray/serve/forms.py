@@ -229,7 +229,8 @@ def _rewritten(message: dict[str, Any], change: Callable[[str], str]) -> dict[st
         {**call, "function": {**call["function"], "arguments": changed_values(call["function"]["arguments"], change)}}
         for call in message.get("tool_calls", ())
     ]
-    return {**message, "content": change(message["content"])} | ({"tool_calls": calls} if calls else {})
+    said = {field: change(message[field]) for field in ("content", "name") if field in message}
+    return {**message, **said} | ({"tool_calls": calls} if calls else {})
 
 
 def _chat_chunk(index: int, delta: Any, *, logprobs: Any = None, finish_reason: str | None = None) -> Choice:

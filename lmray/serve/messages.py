@@ -20,9 +20,23 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class TextPart(Wire):
-    type: Literal["text"]
-    text: str
+class Part(Wire):
+    """A text, or what an assistant said in place of an answer."""
+
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _is_of_its_type(self) -> Self:
+        other = self.refusal if self.type == "text" else self.text
+        if self.said is None or other is not None:
+            raise ValueError(f"a part of type `{self.type}` has one field besides, `{self.type}`")
+        return self
+
+    @property
+    def said(self) -> str | None:
+        return self.text if self.type == "text" else self.refusal
 
 
 class Function(Wire):
@@ -92,9 +106,15 @@ class ChatMessage(Wire):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is OpenAI's newer word for `system`."""
-    content: str | Items[TextPart] | None = None
+    content: str | Items[Part] | None = None
+    refusal: str | None = None
+    """Of the assistant, in place of `content`."""
+    name: Annotated[str, Field(max_length=64, pattern=r"^[^\s<|\\/>]+$")] | None = None
+    """Who speaks, where several have one role; for chat templates that tell them apart."""
     tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
+    annotations: list[Any] | None = None
+    """What a server noted beside an answer; not read."""
 
     @model_validator(mode="before")
     @classmethod
@@ -103,8 +123,11 @@ class ChatMessage(Wire):
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.refusal is None and not self.tool_calls:
             raise ValueError("content is missing")
+        refuses = self.refusal is not None or any(part.type == "refusal" for part in self._parts)
+        if refuses and self.role != "assistant":
+            raise ValueError(f"refusals are the assistant's, not of role `{self.role}`")
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls are the assistant's, not of role `{self.role}`")
         if self.tool_call_id and self.role != "tool":
@@ -113,9 +136,13 @@ class ChatMessage(Wire):
 
     def plain(self) -> dict[str, Any]:
         """The message as chat templates take it: content as one string."""
-        parts = self.content or ""
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        text = self.content if isinstance(self.content, str) else "".join(part.said or "" for part in self._parts)
         calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
         answered = {"tool_call_id": self.tool_call_id} if self.tool_call_id else {}
+        named = {"name": self.name} if self.name is not None else {}
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | calls | answered
+        return {"role": role, "content": text or self.refusal or ""} | named | calls | answered
+
+    @property
+    def _parts(self) -> list[Part]:
+        return self.content if isinstance(self.content, list) else []

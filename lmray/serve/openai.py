@@ -61,6 +61,8 @@ DEFAULT_LIMITS = HttpLimits()
 
 class StreamOptions(Wire):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+    """Nothing is added to pieces to hide how long they are."""
 
 
 class GenerationRequest(Wire):
@@ -70,7 +72,8 @@ class GenerationRequest(Wire):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     temperature: Temperature = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    """0, or -1 as other servers have it: all tokens."""
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     seed: Annotated[int, Field(ge=-(2**63), le=MAX_SEED)] | None = None
     """Of the first answer to a prompt; the next ones count on from it."""
@@ -99,7 +102,7 @@ class GenerationRequest(Wire):
             max_tokens=self.limit(room),
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=self.top_k,
+            top_k=max(self.top_k, 0),
             min_p=self.min_p,
             seed=None if self.seed is None else self.seed + place,
             repetition_penalty=self.repetition_penalty,
@@ -304,7 +307,7 @@ def _check_num_parts(messages: Any, limits: HttpLimits) -> None:
         raise RequestError("messages", f"are {len(messages)}", allowed=f"up to {limits.max_messages}")
     num_parts = 0
     for place, message in enumerate(messages):
-        for field in ("content", "tool_calls") if isinstance(message, dict) else ():
+        for field in ("content", "tool_calls", "annotations") if isinstance(message, dict) else ():
             num_parts += len(message[field]) if isinstance(message.get(field), list) else 0
             if num_parts > limits.max_parts:
                 where, allowed = f"messages.{place}.{field}", f"up to {limits.max_parts} in all messages"

@@ -36,15 +36,18 @@ class Replica(RunningReplica):
         return self.load
 
 
-def chosen(**loads: int) -> str | None:
+ADAPTED = Request("r", (1,), Sampling(max_tokens=1), "helper@1")
+
+
+def chosen(request: Request = ADAPTED, internal: str = "r", /, **loads: int) -> str | None:
     """The replica that a request is sent to, or None where it waits."""
 
     async def main() -> str | None:
         router = AdapterRouter(ENGINE, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
         router.initialize_state(rows=ROWS, light=2)
         router.update_replicas([Replica(name, load) for name, load in loads.items()])
-        request = Request("r", (1,), Sampling(max_tokens=1), "helper@1")
-        pending = PendingRequest([request], {}, RequestMetadata(request_id="r", internal_request_id="r"))
+        told = RequestMetadata(request_id=internal, internal_request_id=internal)
+        pending = PendingRequest([request], {}, told)
         for candidates in await router.choose_replicas(list(router.curr_replicas.values()), pending):
             if (found := await router._select_from_candidate_replicas(candidates, 0)) is not None:
                 return found.replica_id.unique_id
@@ -56,3 +59,13 @@ def chosen(**loads: int) -> str | None:
 def test_no_request_takes_a_slot_that_is_for_calls_to_every_replica():
     assert chosen(full=ROWS) is chosen(full=ROWS + 1) is None
     assert chosen(full=ROWS, free=ROWS - 1) == "free"
+
+
+def test_prompts_to_the_base_that_begin_alike_meet_and_others_are_spread():
+    idle = {"a": 0, "b": 0, "c": 0}
+
+    def home(number: int, *prompt_ids: int) -> str | None:
+        return chosen(Request(str(number), prompt_ids, Sampling(max_tokens=1)), str(number), **idle)
+
+    assert len({home(number, *range(64), number) for number in range(6)}) == 1
+    assert len({home(0, number) for number in range(20)}) == 3

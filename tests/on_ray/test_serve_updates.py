@@ -217,7 +217,7 @@ def test_replicas_keep_their_cpus_when_a_merged_model_goes(ray_serve, start, job
 
 def test_an_update_that_finds_no_room_is_given_up(monkeypatch, ray_serve, start, job):
     monkeypatch.setattr(module, "START_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(module, "shutdown_s", lambda max_length: 0.0)
+    monkeypatch.setattr(module, "shutdown_s", lambda answer_timeout_s: 0.0)
     service = start(job)
     ray_serve.fates["gateway@32:4"] = PENDING
     with pytest.raises(RemoteError, match=r"did not start within 0 s: no room for gateway@32:4\n  hint: .*lower"):

@@ -126,5 +126,4 @@ def test_an_endpoint_that_may_have_no_replica_starts_with_one():
 
 
 def test_answers_have_the_time_to_end():
-    assert shutdown_s(16) == 60.0
-    assert shutdown_s(32_768) > 3600
+    assert shutdown_s(600.0) == 610.0

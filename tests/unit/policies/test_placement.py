@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmray.policies.placement import ranked
+from lmray.policies.placement import PREFIX, key_of, ranked
 
 LOADS = st.dictionaries(st.text(min_size=1, max_size=4), st.integers(0, 50), min_size=1, max_size=8)
 
@@ -52,3 +52,23 @@ def test_with_little_to_do_an_adapter_stays_where_it_is(load, stays):
 
 def test_where_all_have_much_to_do_the_least_loaded_of_the_rest_comes_next():
     assert ranked("key", {"a": 100, "b": 0, "c": 90})[1:] == ["c", "a"]
+
+
+def test_requests_meet_by_adapter_else_by_how_their_prompts_begin_and_who_may_share_it():
+    system = tuple(range(PREFIX))
+    asked = [key_of(None, (*system, *question), "") for question in ((1,), (2, 3))]
+    assert asked[0] == asked[1] != key_of(None, (*system, 1), "another tenant")
+    assert key_of(None, (*system[:-1], 7), "") != asked[0] and key_of(None, (1,), "") != key_of(None, (2,), "")
+    assert key_of(None, (1, 23), "") != key_of(None, (12, 3), "")
+    assert key_of("helper@1", (1,), "") == key_of("helper@1", (2,), "another") == "helper@1"
+
+
+def test_prompts_that_begin_alike_go_to_one_replica_until_it_has_too_much_to_do():
+    loads = dict.fromkeys("abcd", 0)
+    key = key_of(None, range(1000), "")
+    for _ in range(8):
+        loads[ranked(key, loads, light=8)[0]] += 1
+    assert sorted(loads.values()) == [0, 0, 0, 8]
+    for _ in range(56):
+        loads[ranked(key, loads, light=8)[0]] += 1
+    assert max(loads.values()) <= 1.25 * 64 / 4 + 1 and min(loads.values()) > 0

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lmray.config.endpoint import HttpLimits
+from lmray.data.filters.regex import Regex
 from lmray.serve.openai import ChatRequest
 from tests.unit.serve.fakes import FakeBackend
 from tests.unit.serve.test_bad_input import MARKER, VALID, check_refused
@@ -78,3 +79,56 @@ def test_how_many_messages_and_parts_is_set_in_the_job(call):
         body = {"model": "tiny", "messages": [{"role": "user", "content": content}] * num}
         response = call(FakeBackend(), "POST", "/v1/chat/completions", json=body, settings={"limits": limits})
         assert response.status_code == status
+
+
+@pytest.mark.parametrize(
+    ("turn", "shown"),
+    [
+        ({"role": "user", "name": "bob", "content": "hi"}, {"role": "user", "content": "hi", "name": "bob"}),
+        ({"role": "assistant", "content": "yes", "refusal": None, "annotations": []}, {"content": "yes"}),
+        ({"role": "assistant", "content": None, "refusal": "I will not", "audio": None}, {"content": "I will not"}),
+        (
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}, {"type": "text", "text": "!"}]},
+            {"content": "no!"},
+        ),
+    ],
+    ids=["name", "annotations", "refusal", "refusal part"],
+)
+def test_turns_are_taken_as_openai_gave_them(turn, shown):
+    (message,) = ChatRequest.model_validate({"model": "tiny", "messages": [turn]}).messages
+    assert message.plain() == {"role": turn["role"], **shown}
+
+
+def test_settings_that_ask_for_what_is_done_anyway_are_taken(call):
+    options = {"include_usage": True, "include_obfuscation": False}
+    body = {**VALID["/v1/chat/completions"], "top_k": -1, "stream": True, "stream_options": options}
+    backend = FakeBackend()
+    assert call(backend, "POST", "/v1/chat/completions", json=body).status_code == 200
+    assert backend.requests[0].sampling.top_k == 0
+    options["include_obfuscation"] = True
+    error = check_refused(call(backend, "POST", "/v1/chat/completions", json=body))
+    assert error["param"] == "stream_options.include_obfuscation"
+
+
+@pytest.mark.parametrize(
+    ("turn", "param"),
+    [
+        ({"role": "user", "refusal": MARKER}, "messages.0"),
+        ({"role": "user", "content": [{"type": "refusal", "refusal": MARKER}]}, "messages.0"),
+        ({"role": "user", "content": [{"type": "text", "refusal": MARKER}]}, "messages.0.content.0"),
+        ({"role": "user", "content": [{"type": "text", "text": "x", "refusal": MARKER}]}, "messages.0.content.0"),
+        ({"role": "user", "content": "x", "name": "<|im_start|>"}, "messages.0.name"),
+    ],
+)
+def test_turns_that_nobody_would_send_back_are_refused(call, turn, param):
+    body = {"model": "tiny", "messages": [turn]}
+    assert check_refused(call(FakeBackend(), "POST", "/v1/chat/completions", json=body))["param"] == param
+
+
+def test_a_filter_sees_who_speaks(call, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].name }} said {{ messages[0].content }}")
+    name = Regex(label="name", pattern="bob", replacement="them", on="prompts")
+    backend, body = FakeBackend(), {"model": "tiny", "messages": [{"role": "user", "name": "bob", "content": "I, bob"}]}
+    response = call(backend, "POST", "/v1/chat/completions", json=body, settings={"filters": (name,)})
+    assert response.status_code == 200, response.text
+    assert tokenizer.decode(backend.requests[0].prompt_ids) == "them said I, them"
