@@ -13,7 +13,7 @@ from lmray.data.filters.base import Found, TextFilter
 from lmray.engines.base import Request, TokenEvent, TokenLogprob
 from lmray.serve.filters import FilteredText, filtered_call
 from lmray.serve.tokens import Told
-from lmray.serve.tools import ToolCalls
+from lmray.serve.tools import CallReader
 
 
 class Backend(Protocol):
@@ -69,7 +69,7 @@ class Answer:
         tokenizer: PreTrainedTokenizerBase,
         stops: tuple[str, ...] = (),
         *,
-        calls: ToolCalls | None = None,
+        calls: CallReader | None = None,
         echo: Question | None = None,
         filters: Sequence[TextFilter] = (),
     ):
@@ -92,8 +92,9 @@ class Answer:
             text, calls = self._calls.push(text)
             reason = "tool_calls" if self._calls.done else reason
             if reason is not None:
+                rest, last = self._calls.finish()
+                text, calls = text + rest, calls + last
                 reason = "tool_calls" if self._calls.num_calls and reason == "stop" else reason
-                text += self._calls.finish()
         text, calls, reason, found = self._filtered(text, calls, reason)
         if self._echo is not None:
             text, self._echo = self._echo.text + text, None

@@ -18,7 +18,7 @@ from lmray.serve.failures import RequestError
 from lmray.serve.json_text import changed_values
 from lmray.serve.openai import ChatRequest, CompletionRequest, GenerationRequest
 from lmray.serve.tokens import chat_logprobs, prompt_logprobs, text_logprobs
-from lmray.serve.tools import ToolCalls, writes_tool_calls
+from lmray.serve.tool_forms import TAGGED, form_of
 
 Choice = dict[str, Any]
 """One entry of `choices`."""
@@ -74,6 +74,8 @@ class Chat:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.asked, self._tokenizer = asked, tokenizer
         self._messages = [message.plain() for message in asked.messages]
+        self._form = form_of(tokenizer.chat_template)
+        asked.written_in(self._form or TAGGED)
         self._num_calls: dict[int, int] = {}
 
     def rewrite(self, change: Callable[[str], str]) -> bool:
@@ -91,10 +93,11 @@ class Chat:
         return [Question(ids, "")]
 
     def answer(self, question: Question, filters: Sequence[TextFilter]) -> Answer:
-        """Its calls are read where the template asks for a form we know."""
+        """Its calls are read where the template asks for a form we know, or a grammar for one."""
         asked, calls = self.asked, None
-        if asked.offered_tools and (asked.grammar is not None or writes_tool_calls(self._tokenizer.chat_template)):
-            calls = ToolCalls(asked.max_calls)
+        form = self._form or (None if asked.grammar is None else TAGGED)
+        if asked.offered_tools and form is not None:
+            calls = form.reader({tool.function.name for tool in asked.tools}, asked.max_calls)
         return Answer(self._tokenizer, asked.stop_strings, calls=calls, filters=filters)
 
     def opening(self, index: int) -> list[Choice]:

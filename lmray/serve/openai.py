@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_validator
 
 from lmray.config.endpoint import HttpLimits
 from lmray.engines.base import MIN_TEMPERATURE, REPETITION_PENALTIES, Sampling
@@ -19,7 +19,8 @@ from lmray.errors import did_you_mean
 from lmray.serve.failures import RequestError
 from lmray.serve.guided import ResponseFormat, check_format, check_schema, grammar_of
 from lmray.serve.messages import ChatMessage, Items, NamedTool, Tool, Wire
-from lmray.serve.tools import call_grammar
+from lmray.serve.tool_forms import TAGGED
+from lmray.serve.tools import CallForm
 
 MAX_CHOICES = 128
 """Answers to one request, over all its prompts."""
@@ -159,6 +160,11 @@ class ChatRequest(GenerationRequest):
     """Whether the model is told of `tools` (all but `none`), and made to call one, or this one."""
     parallel_tool_calls: bool = True
     """Whether an answer may call several."""
+    _form: CallForm = PrivateAttr(TAGGED)
+
+    def written_in(self, form: CallForm) -> None:
+        """Calls are held to `form`; before `grammar` is asked for."""
+        self._form = form
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
@@ -182,11 +188,11 @@ class ChatRequest(GenerationRequest):
         functions = [tool.function for tool in self.tools]
         if isinstance(self.tool_choice, NamedTool):
             named = self.tool_choice.function.name
-            return call_grammar([one for one in functions if one.name == named], required=True, several=False)
+            return self._form.grammar([one for one in functions if one.name == named], required=True, several=False)
         if self.tool_choice == "required":
-            return call_grammar(functions, required=True, several=self.parallel_tool_calls)
+            return self._form.grammar(functions, required=True, several=self.parallel_tool_calls)
         if any(function.strict for function in functions):
-            return call_grammar(functions, required=False, several=self.parallel_tool_calls)
+            return self._form.grammar(functions, required=False, several=self.parallel_tool_calls)
         return None
 
     @property

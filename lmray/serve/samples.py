@@ -31,7 +31,8 @@ from lmray.serve.drift import Drift
 from lmray.serve.filters import FilteredText, filtered_call, of_answers
 from lmray.serve.fleet import Replicas
 from lmray.serve.refusals import Refusals
-from lmray.serve.tools import CLOSE, OPEN, ToolCalls
+from lmray.serve.tool_forms import read_whole
+from lmray.serve.tools_tagged import CLOSE, OPEN
 
 MAX_PENDING = 32
 """Answers that wait to be scored; beyond them the oldest is dropped."""
@@ -104,9 +105,8 @@ class KeptAnswers:
         """What the filters let through, of calls as they read."""
         if not self._filters:
             return answer
-        reading, way = ToolCalls(), FilteredText(self._filters)
-        text, calls = reading.push(answer)
-        text, _ = way.push(text + reading.finish(), last=True)
+        way, (text, calls) = FilteredText(self._filters), read_whole(answer)
+        text, _ = way.push(text, last=True)
         passed = () if way.stopped else [one for call in calls if (one := filtered_call(call, self._filters)[0])]
         return text + "".join(f"{OPEN}{json.dumps(one['function'], ensure_ascii=False)}{CLOSE}" for one in passed)
 

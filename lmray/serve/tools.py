@@ -1,116 +1,101 @@
-"""Tool calls in an answer, in the form most chat templates ask for: `<tool_call>{"name", "arguments"}</tool_call>`.
-
-NousResearch's Hermes function calling, as Qwen's and SmolLM's templates have it; between the tags stands one call or an
-array of them.
-"""
+"""What all forms share in which models write the functions they call: taken out of an answer while it comes, and as a
+grammar that answers are held to."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, ClassVar
 
-from lmray.data.detokenise import num_unfinished
 from lmray.engines._grammar import FLEXIBLE_SPACE
 from lmray.serve.messages import Function
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_OTHER_FORM = "<function="
-"""In a template whose calls are XML between the same tags."""
+Calls = tuple[dict[str, Any], ...]
+"""As OpenAI's clients take them."""
 
 
-def writes_tool_calls(template: object) -> bool:
-    """Whether a chat template asks for calls in the form that `ToolCalls` reads."""
-    return isinstance(template, str) and OPEN in template and CLOSE in template and _OTHER_FORM not in template
+class CallReader(ABC):
+    """Takes the calls out of one answer, wherever pieces happen to be cut. What is no call stays text."""
 
+    def __init__(self, names: Collection[str] | None = None, most: int | None = None) -> None:
+        """`names`: of the functions there are, where it takes them to tell a call. `most`: nothing is read behind so
+        many calls."""
+        self.num_calls, self._names, self._most = 0, names, most
 
-def call_grammar(functions: Sequence[Function], *, required: bool, several: bool) -> str:
-    """A grammar of `llguidance` for answers that call `functions`, their arguments held to their parameters (of those
-    that are not strict, as far as possible): a call and nothing else where one is `required`, else text with calls in
-    it; one, or `several`."""
-    rules = ["%llguidance {}"]
-    calls = " | ".join(f"call_{place}" for place in range(len(functions)))
-    if required:
-        rules += ["start: one" + (' ("\\n" one)*' if several else ""), f"one: {_quoted(OPEN)} ({calls})"]
-    else:  # text up to the tag, which no other text has
-        rules += [f"start: one{'*' if several else '?'} TEXT", f"one: opening ({calls})"]
-        rules += [f"opening[lazy]: TEXT {_quoted(OPEN)}", r"TEXT: /(.|\n)*/"]
-    for place, function in enumerate(functions):
-        before, after = f'\n{{"name": {json.dumps(function.name, ensure_ascii=False)}, "arguments": ', f"}}\n{CLOSE}"
-        guidance = {**FLEXIBLE_SPACE, "lenient": not function.strict}
-        held = {"type": "object", **function.parameters, "x-guidance": guidance}
-        rules.append(f"call_{place}: {_quoted(before)} %json {json.dumps(held)} {_quoted(after)}")
-    return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}]}, ensure_ascii=False)
+    @abstractmethod
+    def push(self, piece: str) -> tuple[str, Calls]:
+        """Text and whole calls up to what may yet turn out to be a call."""
+        raise NotImplementedError
 
-
-def _quoted(text: str) -> str:
-    """As a literal of a grammar."""
-    return json.dumps(text, ensure_ascii=False)
-
-
-class ToolCalls:
-    """Takes the calls out of an answer, wherever pieces happen to be cut. What is between the tags and is no call stays
-    text."""
-
-    def __init__(self, most: int | None = None) -> None:
-        """`most`: nothing is read behind so many calls."""
-        self.num_calls, self._most = 0, most
-        self._held = ""
-        self._between = False
-        """After a call: the space before what follows says nothing."""
-
-    def push(self, piece: str) -> tuple[str, tuple[dict[str, Any], ...]]:
-        """Text and whole calls (as OpenAI's clients take them) up to what may yet turn out to be a call."""
-        rest, text, found = self._held + piece, "", []
-        if self._between:
-            rest = rest.lstrip()
-            self._between = not rest
-        while True:
-            before, opened, after = rest.partition(OPEN)
-            content, closed, behind = after.partition(CLOSE)
-            if not closed:
-                break
-            calls = _calls(content)[: None if self._most is None else self._most - self.num_calls - len(found)]
-            text += before if calls else before + opened + content + closed
-            found += calls
-            rest = behind.lstrip() if calls else behind
-            self._between = bool(calls) and not rest
-            if self.num_calls + len(found) == self._most:
-                self.num_calls, self._held = self.num_calls + len(found), ""
-                return text, tuple(found)
-        num_held = len(opened + after) if opened else num_unfinished(rest, (OPEN,))
-        self._held = rest[len(rest) - num_held :]
-        self.num_calls += len(found)
-        return text + rest[: len(rest) - num_held], tuple(found)
+    @abstractmethod
+    def finish(self) -> tuple[str, Calls]:
+        """What was held back, now that nothing follows."""
+        raise NotImplementedError
 
     @property
     def done(self) -> bool:
         """Whether nothing more is read."""
         return self.num_calls == self._most
 
-    def finish(self) -> str:
-        """What was held back, now that nothing follows."""
-        held, self._held = self._held, ""
-        return held
+    def _taken(self, calls: Iterable[dict[str, Any]]) -> Calls:
+        """`calls`, of which no more than are read."""
+        room = None if self._most is None else self._most - self.num_calls
+        taken = tuple(calls)[:room]
+        self.num_calls += len(taken)
+        return taken
 
 
-def _calls(content: str) -> list[dict[str, Any]]:
-    """The calls that `content` is; none where it is something else."""
-    try:
-        value = json.loads(content)
-    except ValueError:
-        return []
-    found = value if isinstance(value, list) else [value]
-    return list(_wire(found)) if found and all(map(_is_call, found)) else []
+class CallForm(ABC):
+    """A way to write calls."""
+
+    arguments: ClassVar[str] = "arguments"
+    """What a call's arguments go by."""
+
+    @abstractmethod
+    def is_of(self, template: str) -> bool:
+        """Whether a chat template asks for calls in this form."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def reader(self, names: Collection[str] | None = None, most: int | None = None) -> CallReader:
+        """For one answer; see `CallReader`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def start(self, *, required: bool, several: bool) -> list[str]:
+        """Rules of a grammar for answers with a `call` in them: that and nothing else where one is `required`, else
+        text or calls; one, or `several`."""
+        raise NotImplementedError
+
+    def grammar(self, functions: Sequence[Function], *, required: bool, several: bool) -> str:
+        """A grammar of `llguidance` for answers that call `functions`, their arguments held to their parameters (of
+        those that are not strict, as far as possible)."""
+        rules = ["%llguidance {}", *self.start(required=required, several=several)]
+        rules += [f"call: {' | '.join(f'call_{place}' for place in range(len(functions)))}"]
+        for place, function in enumerate(functions):
+            before = f'{{"name": {json.dumps(function.name, ensure_ascii=False)}, "{self.arguments}": '
+            guidance = {**FLEXIBLE_SPACE, "lenient": not function.strict}
+            held = {"type": "object", **function.parameters, "x-guidance": guidance}
+            rules.append(f'call_{place}: {quoted(before)} %json {json.dumps(held)} "}}"')
+        return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}]}, ensure_ascii=False)
 
 
-def _is_call(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict)
+def quoted(text: str) -> str:
+    """As a literal of a grammar."""
+    return json.dumps(text, ensure_ascii=False)
 
 
-def _wire(calls: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for call in calls:
-        arguments = json.dumps(call["arguments"], ensure_ascii=False)
-        function = {"name": call["name"], "arguments": arguments}
-        yield {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+def wire(name: str, arguments: dict[str, Any], call_id: str | None = None) -> dict[str, Any]:
+    """A call as OpenAI's clients take it."""
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"id": call_id or f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_number)
+"""Of what models write: raises ValueError for what is no JSON, RecursionError for what is nested too deep."""

@@ -17,7 +17,7 @@ from lmray.testing.listening import listening
 from lmray.testing.tiny import tiny_model_folder
 from tests.unit.serve.fakes import FakeBackend
 from tests.unit.serve.servers import MAX_LENGTH, EngineBackend
-from tests.unit.serve.test_tools import CALL, TEMPLATE
+from tests.unit.serve.test_tools import CALL, LLAMA, MISTRAL, TEMPLATE
 
 pytest.importorskip("llguidance")
 MESSAGES: Any = [{"role": "developer", "content": "短く"}, {"role": "user", "content": "大阪の天気は？"}]
@@ -36,11 +36,11 @@ def tool(name: str, **fields: Any) -> Any:
     return {"type": "function", "function": {"name": name, "parameters": parameters, **fields}}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=[TEMPLATE, LLAMA, MISTRAL], ids=["tagged", "llama", "mistral"])
+def folder(request, tmp_path_factory):
     folder = tiny_model_folder(tmp_path_factory.mktemp("tools") / "tiny")
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = request.param
     tokenizer.save_pretrained(folder)
     return folder
 
