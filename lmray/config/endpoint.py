@@ -20,7 +20,7 @@ class HttpLimits(Config):
     body_timeout_s: Seconds = 30.0
     """For a request's body to arrive."""
     answer_timeout_s: Seconds = 600.0
-    """For an answer, from the request to its last token."""
+    """For an answer, from the request to its last token; a replica that is to go has as long for those it has begun."""
     send_timeout_s: Seconds = 60.0
     """For a client to take a piece of its answer; one that takes longer has left."""
 

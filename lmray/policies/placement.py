@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 
 SLACK = 1.25
 """How much more than the mean a replica may have to do before requests go on to the next."""
-
-
 PREFIX = 64
 """Tokens by which prompts to the base model are told apart: what is longer is shared where they agree in these."""
 

@@ -50,17 +50,14 @@ class CallReader(ABC):
 class CallForm(ABC):
     """A way to write calls."""
 
+    reader: ClassVar[type[CallReader]]
+    """Reads one answer."""
     arguments: ClassVar[str] = "arguments"
     """What a call's arguments go by."""
 
     @abstractmethod
     def is_of(self, template: str) -> bool:
         """Whether a chat template asks for calls in this form."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def reader(self, names: Collection[str] | None = None, most: int | None = None) -> CallReader:
-        """For one answer; see `CallReader`."""
         raise NotImplementedError
 
     @abstractmethod

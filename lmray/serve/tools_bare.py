@@ -8,6 +8,7 @@ functions that there are.
 from __future__ import annotations
 
 import uuid
+from abc import abstractmethod
 from collections.abc import Collection
 from typing import Any
 
@@ -16,36 +17,6 @@ from lmray.serve.tools import DECODER, CallForm, CallReader, Calls, wire
 _SPACE = " \t\r\n"
 _TEXT = r"TEXT: /[^\s{\[](.|\n)*/"
 """Of a grammar: text that no reader holds back."""
-
-
-class Llama(CallForm):
-    """Of Llama 3.1 to 3.3, for functions of one's own; several stand behind each other."""
-
-    arguments = "parameters"
-
-    def is_of(self, template: str) -> bool:
-        return '"parameters": ' in template and "ipython" in template
-
-    def reader(self, names: Collection[str] | None = None, most: int | None = None) -> BareCalls:
-        return BareCalls(names, most)
-
-    def start(self, *, required: bool, several: bool) -> list[str]:
-        calls = 'call ("; " call)*' if several else "call"
-        return [f"start: {calls}"] if required else [f"start: {calls} | TEXT?", _TEXT]
-
-
-class Mistral(CallForm):
-    """Of Mistral's third tokenizer; its later ones write names and arguments apart, which is another form."""
-
-    def is_of(self, template: str) -> bool:
-        return "[TOOL_CALLS]" in template and "[ARGS]" not in template
-
-    def reader(self, names: Collection[str] | None = None, most: int | None = None) -> BareCalls:
-        return BareCalls(names, most)
-
-    def start(self, *, required: bool, several: bool) -> list[str]:
-        calls = '"[" call (", " call)* "]"' if several else '"[" call "]"'
-        return [f"start: {calls}"] if required else [f"start: {calls} | TEXT?", _TEXT]
 
 
 class BareCalls(CallReader):
@@ -78,6 +49,43 @@ class BareCalls(CallReader):
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             return False
         return isinstance(_arguments(value), dict) and (self._names is None or value["name"] in self._names)
+
+
+class Bare(CallForm):
+    """What the forms share."""
+
+    reader = BareCalls
+
+    @abstractmethod
+    def calls(self, *, several: bool) -> str:
+        """A whole answer that is one `call`, or `several`, in a rule of a grammar."""
+        raise NotImplementedError
+
+    def start(self, *, required: bool, several: bool) -> list[str]:
+        calls = self.calls(several=several)
+        return [f"start: {calls}"] if required else [f"start: {calls} | TEXT?", _TEXT]
+
+
+class Llama(Bare):
+    """Of Llama 3.1 to 3.3, for functions of one's own; several stand behind each other."""
+
+    arguments = "parameters"
+
+    def is_of(self, template: str) -> bool:
+        return '"parameters": ' in template and "ipython" in template
+
+    def calls(self, *, several: bool) -> str:
+        return 'call ("; " call)*' if several else "call"
+
+
+class Mistral(Bare):
+    """Of Mistral's third tokenizer; its later ones write names and arguments apart, which is another form."""
+
+    def is_of(self, template: str) -> bool:
+        return "[TOOL_CALLS]" in template and "[ARGS]" not in template
+
+    def calls(self, *, several: bool) -> str:
+        return '"[" call (", " call)* "]"' if several else '"[" call "]"'
 
 
 def _arguments(call: dict[str, Any]) -> Any:

@@ -17,26 +17,6 @@ _OTHER_FORM = "<function="
 """In a template whose calls are XML between the same tags."""
 
 
-class Tagged(CallForm):
-    def is_of(self, template: str) -> bool:
-        return OPEN in template and CLOSE in template and _OTHER_FORM not in template
-
-    def reader(self, names: Collection[str] | None = None, most: int | None = None) -> TaggedCalls:
-        return TaggedCalls(names, most)
-
-    def start(self, *, required: bool, several: bool) -> list[str]:
-        content, closing = r'"\n" call "\n"', quoted(CLOSE)
-        if required:
-            more = r' ("\n" one)*' if several else ""
-            return [f"start: one{more}", f"one: {quoted(OPEN)} {content} {closing}"]
-        return [  # text up to the tag, which no other text has
-            f"start: one{'*' if several else '?'} TEXT",
-            f"one: opening {content} {closing}",
-            f"opening[lazy]: TEXT {quoted(OPEN)}",
-            r"TEXT: /(.|\n)*/",
-        ]
-
-
 class TaggedCalls(CallReader):
     """Calls wherever they stand in a text; what is between the tags and is no call stays text."""
 
@@ -71,6 +51,25 @@ class TaggedCalls(CallReader):
     def finish(self) -> tuple[str, Calls]:
         held, self._held = self._held, ""
         return held, ()
+
+
+class Tagged(CallForm):
+    reader = TaggedCalls
+
+    def is_of(self, template: str) -> bool:
+        return OPEN in template and CLOSE in template and _OTHER_FORM not in template
+
+    def start(self, *, required: bool, several: bool) -> list[str]:
+        content, closing = r'"\n" call "\n"', quoted(CLOSE)
+        if required:
+            more = r' ("\n" one)*' if several else ""
+            return [f"start: one{more}", f"one: {quoted(OPEN)} {content} {closing}"]
+        return [  # text up to the tag, which no other text has
+            f"start: one{'*' if several else '?'} TEXT",
+            f"one: opening {content} {closing}",
+            f"opening[lazy]: TEXT {quoted(OPEN)}",
+            r"TEXT: /(.|\n)*/",
+        ]
 
 
 def _calls(content: str) -> Calls:

@@ -5,9 +5,8 @@ the inputs of the adapters' first matrices (layers that share an input keep it o
 keys, values and the output of attention, with one float32 a head; the float32 inputs of two norms; of the gated MLP
 gate, activated gate and up. A row that several examples share also needs a mask of T numbers a token, and on a CPU
 keys and values repeated for every query head. A search of masks needs values, gate and up as they were before the
-masks as well. Norms whose weight is trained also keep what
-they multiply it with; frozen matrices keep nothing but themselves. Fused steps keep what
-`_fused_bytes` lists.
+masks as well. Norms whose weight is trained also keep what they multiply it with; frozen matrices keep nothing but
+themselves. Fused steps keep what `_fused_bytes` lists.
 `tests/unit/train/test_memory.py` holds this sum to what `saved_tensors_hooks` counts.
 """
 

@@ -169,3 +169,9 @@ def test_what_fails_while_ray_serve_itself_starts_leaves_nothing_running(monkeyp
     with pytest.raises(raised, match=said):
         serve(own)
     assert done == ["start", "stop"]
+
+
+def test_a_replica_that_is_to_go_has_as_long_as_an_answer_may_take():
+    fields = {"name": "endpoint", "model": {"source": "tiny"}, "engine": {"name": "native", "max_length": 16}}
+    job = ServeJob.model_validate({**fields, "http": {"limits": {"answer_timeout_s": 4000.0}}})
+    assert deployments._lasting(job)["graceful_shutdown_timeout_s"] > 4000
