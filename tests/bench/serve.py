@@ -89,6 +89,8 @@ class Turns:
 
     def __init__(self, path: Path | None):
         self.path = path
+        if path:  # what is measured can be kept
+            path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []
         read = [json.loads(line) for line in lines]
         self.made = {json.dumps(line["case"]): Measured(**line["measured"]) for line in read}

@@ -218,6 +218,10 @@ def test_longer_rows_to_search_on_are_what_a_micro_batch_is_planned_for(tiny_mod
         assert bytes_per_row(shape, rows, "float32", device="cpu") == -(-search // 2)
 
 
+def test_a_job_that_says_nothing_of_it_draws_no_noise(job):
+    assert job(method={"name": "atp", "remaining": 0.6}).method.gate == "deterministic"
+
+
 def test_a_row_that_repeats_goes_to_one_side(job, tiny_model, tmp_path):
     one = job()
     sources = [{**dump(source), "weight": 2.0} for source in one.data.train]

@@ -63,6 +63,7 @@ PARTS = [{"type": "text", "text": "x"}] * 30_000
         ([{"role": "user", "content": PARTS}], "messages.0.content", "30000 parts and calls"),
         ([{"role": "user", "content": PARTS[:1001]}] * 3, "messages.1.content", "2002 parts and calls"),
         ([{"role": "assistant", "tool_calls": [0] * 2001}], "messages.0.tool_calls", "2001 parts and calls"),
+        ([{"role": "assistant", "annotations": [0] * 2001}], "messages.0.annotations", "2001 parts and calls"),
     ],
 )
 def test_of_too_many_messages_and_parts_none_is_looked_at(call, monkeypatch, messages, param, found):

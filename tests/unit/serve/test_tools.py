@@ -89,6 +89,14 @@ def test_what_is_no_call_stays_text(text, size):
     assert (said + calls.finish()[0], calls.num_calls) == (text, 0)
 
 
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"name": "f", "arguments": {"x": NaN}}'], ids=["deep", "no number"]
+)
+def test_what_no_client_could_read_between_tags_stays_text(content):
+    text = f"<tool_call>{content}</tool_call>"
+    assert TaggedCalls().push(text) == (text, ())
+
+
 def test_an_array_is_several_calls():
     found = TaggedCalls().push(
         '<tool_call>[{"name": "a", "arguments": {}}, {"name": "b", "arguments": {}}]</tool_call>'
