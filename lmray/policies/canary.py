@@ -15,6 +15,9 @@ Z_95 = 1.645
 """One-sided quantile of the normal distribution."""
 PRIOR = 2.0
 """Failures and successes added to those seen, so that few requests do not look certain (Agresti, Coull 1998)."""
+MIN_LOST = 3
+"""Requests that ended every replica they met, before a version is taken back for that; many more would cost as many
+replicas."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Tally:
 
     requests: int = 0
     errors: int = 0
+    lost: int = 0
+    """Requests, of none of the above, whose replicas all ended before a first token."""
     log_first_token_s: Moments = field(default_factory=Moments)
     scores: Moments = field(default_factory=Moments)
 
@@ -70,15 +75,12 @@ class Tally:
         """With one more failure; `answered`: of a request that was counted when its first token came."""
         return replace(self, requests=self.requests + (not answered), errors=self.errors + 1)
 
+    def lost_one(self) -> Tally:
+        """With one more request that ended the replicas it met."""
+        return replace(self, lost=self.lost + 1)
+
     def scored(self, score: float) -> Tally:
         return replace(self, scores=self.scores.add(score))
-
-    @property
-    def smoothed_error_rate(self) -> tuple[float, float]:
-        """The share of failed requests, and the variance of that."""
-        count = self.requests + 2 * PRIOR
-        rate = (self.errors + PRIOR) / count
-        return rate, rate * (1.0 - rate) / count
 
     def summary(self) -> dict[str, float | int | None]:
         """For people: counts, seconds, means."""
@@ -86,6 +88,7 @@ class Tally:
         return {
             "requests": self.requests,
             "errors": self.errors,
+            "lost": self.lost,
             "first_token_s": math.exp(latency.mean) if latency.count else None,
             "scores": scores.count,
             "score": scores.mean if scores.count else None,
@@ -101,12 +104,14 @@ def takes_canary(key: str, share: float) -> bool:
 
 def objection(rule: Rule, current: Tally, canary: Tally) -> str | None:
     """Why the new version is to be taken back; None while nothing speaks against it."""
+    if canary.lost >= MIN_LOST:
+        counts = (current.lost, current.requests + current.lost), (canary.lost, canary.requests + canary.lost)
+        if _more_often(*counts, rule.max_error_increase):
+            return f"replicas ended: with {_of(*counts[1])} requests, before with {_of(*counts[0])}"
     if min(current.requests, canary.requests) >= rule.min_requests:
-        (now, now_variance), (new, new_variance) = current.smoothed_error_rate, canary.smoothed_error_rate
-        if _exceeds(new - now, new_variance + now_variance, rule.max_error_increase):
-            return (
-                f"errors: {canary.errors} of {canary.requests} requests, before {current.errors} of {current.requests}"
-            )
+        counts = (current.errors, current.requests), (canary.errors, canary.requests)
+        if _more_often(*counts, rule.max_error_increase):
+            return f"errors: {_of(*counts[1])} requests, before {_of(*counts[0])}"
     now, new = current.log_first_token_s, canary.log_first_token_s
     if min(now.count, new.count) >= rule.min_requests:
         variance = now.variance_of_mean + new.variance_of_mean
@@ -118,6 +123,23 @@ def objection(rule: Rule, current: Tally, canary: Tally) -> str | None:
         if _exceeds(now.mean - new.mean, variance, rule.max_score_drop):
             return f"score {new.mean:.3f}, before {now.mean:.3f}"
     return None
+
+
+def _of(some: int, every: int) -> str:
+    return f"{some} of {every}"
+
+
+def _more_often(current: tuple[int, int], canary: tuple[int, int], allowed: float) -> bool:
+    """Whether the share of failures among requests has grown by more than `allowed`."""
+    (now, now_variance), (new, new_variance) = _smoothed_rate(*current), _smoothed_rate(*canary)
+    return _exceeds(new - now, new_variance + now_variance, allowed)
+
+
+def _smoothed_rate(failures: int, requests: int) -> tuple[float, float]:
+    """The share of failures, and the variance of that."""
+    count = requests + 2 * PRIOR
+    rate = (failures + PRIOR) / count
+    return rate, rate * (1.0 - rate) / count
 
 
 def _exceeds(difference: float, variance: float, allowed: float) -> bool:

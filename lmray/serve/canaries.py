@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from lmray.serve.catalogue import Line
 Arm = Literal["current", "canary"]
 REMEMBERED = 10_000
 """Answers that can still be given a score."""
+APART_S = 10.0
+"""Requests lost sooner one after another count as one: a replica that dies takes along all it has."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -37,6 +40,8 @@ class Comparison:
     tallies: dict[Arm, Tally] = field(default_factory=lambda: {"current": Tally(), "canary": Tally()})
     taken_back: str | None = None
     """Why the new version gets no more requests."""
+    lost_s: dict[str, float] = field(default_factory=dict)
+    """Version -> when a request was lost last."""
 
 
 class Canaries:
@@ -70,6 +75,13 @@ class Canaries:
     def failed(self, compared: Comparison, version: str, *, answered: bool) -> None:
         """Counts a request that failed, before its first token or after it was `answered`."""
         self._count(compared, version, lambda tally: tally.failed(answered=answered))
+
+    def lost(self, compared: Comparison, version: str, *, now_s: float) -> None:
+        """Counts a request whose replicas all ended before its first token, at `now_s`."""
+        before_s = compared.lost_s.get(version, -math.inf)
+        compared.lost_s[version] = now_s
+        if now_s - before_s >= APART_S:
+            self._count(compared, version, lambda tally: tally.lost_one())
 
     def score(self, answer_id: str, score: float) -> None:
         """Counts a judgement of an answer, higher is better. Raises DataError for an answer that is not compared or is

@@ -137,8 +137,12 @@ class Fleet:
                         self.canaries.answered(compared, version, request_id=request.id, first_token_s=seconds)
                     answered = True
                     yield event
-        except (CapacityError, DataError, RemoteError):
-            raise  # load, a client's own mistakes and a replica's end say nothing about a version
+        except (CapacityError, DataError):
+            raise  # load and a client's own mistakes say nothing about a version
+        except RemoteError:  # nor does one replica's end; the same request goes on to the current version, though
+            if compared is not None and not answered:
+                self.canaries.lost(compared, version, now_s=self._clock())
+            raise
         except LmrayError:
             if compared is not None:
                 self.canaries.failed(compared, version, answered=answered)

@@ -60,9 +60,32 @@ def test_nothing_is_decided_on_few_requests(few):
     assert objection(RULE, tally(1, **few), tally(2, **bad)) is None
 
 
+def lost(tally: Tally, count: int) -> Tally:
+    for _ in range(count):
+        tally = tally.lost_one()
+    return tally
+
+
+@pytest.mark.parametrize(
+    ("current", "canary", "taken_back"),
+    [
+        ((20, 0), (0, 3), True),  # each of its requests
+        ((20, 0), (0, 2), False),  # which chance explains
+        ((20, 0), (300, 3), False),  # within what is allowed
+        ((2, 3), (0, 3), False),  # both: nothing runs
+        ((400, 0), (40, 8), True),
+    ],
+)
+def test_a_version_that_ends_replicas_is_taken_back_after_few_requests(current, canary, taken_back):
+    (answered, now), (tried, new) = current, canary
+    told = objection(RULE, lost(tally(1, count=answered), now), lost(tally(2, count=tried), new))
+    assert (told or "").startswith("replicas ended: with ") is taken_back
+    assert told is None or taken_back
+
+
 def test_a_summary_is_for_people():
     summary = Tally().answered(0.5).answered(0.5).failed().scored(1.0).summary()
-    assert summary == {"requests": 3, "errors": 1, "first_token_s": pytest.approx(0.5), "scores": 1, "score": 1.0}
+    assert summary == {"requests": 3, "errors": 1, "lost": 0, "first_token_s": pytest.approx(0.5), "scores": 1, "score": 1.0}
     assert Tally().summary()["first_token_s"] is None
 
 

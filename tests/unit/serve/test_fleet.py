@@ -252,6 +252,35 @@ def test_a_replica_that_died_says_nothing_about_a_version(small, versions):
     assert report["canary"]["errors"] == 0
 
 
+class Deadly(FakeReplicas):
+    """Every request for the version `bad` ends the replica that gets it."""
+
+    def __init__(self, bad: str):
+        super().__init__()
+        self.bad = bad
+
+    async def stream(self, request: Request):
+        self.requests.append(request)
+        if request.adapter == self.bad:
+            raise DEAD
+        yield TokenEvent(request.id, 0)
+
+
+@pytest.mark.parametrize("apart_s", [3600.0, 0.01])
+def test_a_next_version_that_ends_replicas_is_taken_back_before_it_ends_many(small, versions, apart_s):
+    fleet = make(small, replicas := Deadly(versions[1]), Canary(share=0.5))
+    fleet._clock = lambda: apart_s * len(replicas.requests)
+    for index in range(40):
+        assert ask(fleet, "helper", name=f"r{index}") == [0]
+    (report,) = fleet.canaries.report()
+    tried = sum(request.adapter == versions[1] for request in replicas.requests)
+    if apart_s > 10:
+        assert report["taken_back"].startswith("replicas ended: with 3 of 3 requests, before with 0 of ")
+        assert tried == 6, "three requests, each sent twice"
+    else:
+        assert report["taken_back"] is None and report["canary"]["lost"] == 1, "all of one moment are one"
+
+
 def test_an_answer_that_broke_off_counts_once_and_is_not_answered_twice(small, versions):
     fleet = make(small, Versioned(versions[1], after=2), Canary(share=1.0))
     with pytest.raises(LmrayError, match="NaN"):
