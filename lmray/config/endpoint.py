@@ -22,7 +22,8 @@ class HttpLimits(Config):
     answer_timeout_s: Seconds = 600.0
     """For an answer, from the request to its last token; a replica that is to go has as long for those it has begun."""
     send_timeout_s: Seconds = 60.0
-    """For a client to take a piece of its answer; one that takes longer has left."""
+    """For a client to take a piece of its answer; one that takes longer is cut off, as if it had left. Kept by an
+    update."""
 
 
 class Http(Config):

@@ -27,6 +27,7 @@ from lmray.errors import CapacityError, ConfigError, RemoteError
 from lmray.job import ServeJob
 from lmray.on_ray.cluster import cluster_resources
 from lmray.on_ray.deployments import endpoint_application, engine_application, merged_application, num_models
+from lmray.on_ray.proxy import proxy_environment
 from lmray.policies.autoscaling import shutdown_s
 from lmray.serve.catalogue import EVERY_S
 from lmray.serve.prepare import ServePlan, merged_plan, merged_source, prepare
@@ -44,8 +45,8 @@ _RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
 _LOG = logging.getLogger(__name__)
 _START_ERRORS = (RayError, RayServeException, RuntimeError, TimeoutError)
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
-_PATIENT = {"runtime_env": {"env_vars": {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{READY_TIMEOUT_S:.0f}"}}}
-"""Of Ray Serve's controller, which else kills a proxy that takes 5 s to start, as one does on a busy machine."""
+_PATIENT = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{READY_TIMEOUT_S:.0f}"}
+"""For Ray Serve's controller, which else kills a proxy that takes 5 s to start, as one does on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,10 @@ class Service:
         Replicas are replaced one after another and end with their last answer, so no request is refused but for a
         merged model that is left out; where the cluster has no room for one more meanwhile, requests wait for the first
         new one. Replicas keep their number of CPUs unless `job` names another. Raises ConfigError for another name,
-        address or base model, what `prepare` raises, and RemoteError where the new replicas do not start: then what ran
-        has been started again, and the error says so where that failed too.
+        address, time to read or base model, what `prepare` raises, and RemoteError where the new replicas do not start:
+        then what ran has been started again, and the error says so where that failed too.
         """
-        for field in ("name", "http.host", "http.port"):
+        for field in ("name", "http.host", "http.port", "http.limits.send_timeout_s"):
             _check_kept(field, *(_field(one, field) for one in (self._serving.job, job)))
         plan = prepare(job, listens=True)
         if plan.digest != self._serving.plan.digest:  # prompts are tokenised for one model, wherever they go
@@ -222,8 +223,9 @@ def serve(job: ServeJob, *, ended: Callable[[], bool] = lambda: False) -> Servic
 def _start_ray_serve(job: ServeJob) -> None:
     """Raises RemoteError where it cannot, as where the port is taken."""
     http = {"host": job.http.host, "port": job.http.port}
+    controller = {"runtime_env": {"env_vars": {**_PATIENT, **proxy_environment(job.http.limits)}}}
     try:
-        ray_serve.start(http_options=http, logging_config=_QUIET, controller_options=_PATIENT)
+        ray_serve.start(http_options=http, logging_config=_QUIET, controller_options=controller)
     except _START_ERRORS as error:
         found = f"Ray Serve did not start: {str(error).strip().splitlines()[-1]}"
         raise RemoteError(f"endpoint `{job.name}`", found, hint="is the port free, and the machine idle?") from None

@@ -1,8 +1,7 @@
-"""Around every HTTP request: its id, its account, slow clients, and an answer for whatever goes wrong."""
+"""Around every HTTP request: its id, its account, and an answer for whatever goes wrong."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import uuid
 from collections.abc import Awaitable, Callable
@@ -26,11 +25,10 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class Envelope:
-    """ASGI middleware. A client that takes longer than `send_timeout_s` to read a piece has left."""
+    """ASGI middleware."""
 
-    def __init__(self, app: Any, *, metrics: Metrics, send_timeout_s: float, sends_request_id: bool):
-        self._app, self._metrics = app, metrics
-        self._send_timeout_s, self._sends_request_id = send_timeout_s, sends_request_id
+    def __init__(self, app: Any, *, metrics: Metrics, sends_request_id: bool):
+        self._app, self._metrics, self._sends_request_id = app, metrics, sends_request_id
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,11 +58,7 @@ class Envelope:
                 account.status = account.status or message["status"]
                 if self._sends_request_id:
                     message["headers"] = [*message["headers"], (b"x-request-id", account.request_id.encode())]
-            try:
-                async with asyncio.timeout(self._send_timeout_s):
-                    await send(message)
-            except TimeoutError:
-                raise ClientGoneError from None
+            await send(message)
 
         return sending
 

@@ -91,8 +91,7 @@ def make_app(backend: Backend, tokenizer: PreTrainedTokenizerBase, settings: Gat
     app.add_api_route("/v1/completions", gateway.complete, methods=["POST"])
     if settings.page:
         add_page(app, backend, gateway.metrics, gateway.check_watcher)
-    told = {"sends_request_id": settings.sends_request_id, "send_timeout_s": settings.limits.send_timeout_s}
-    answer_failures(app, metrics=gateway.metrics, **told)
+    answer_failures(app, metrics=gateway.metrics, sends_request_id=settings.sends_request_id)
     return app
 
 

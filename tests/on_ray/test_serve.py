@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import select
+import socket
 from pathlib import Path
 
 import httpx
@@ -52,7 +55,7 @@ def job(ray_cluster, tmp_path_factory) -> ServeJob:
             ],
             "engine": {"name": "native", "max_batch_size": 4, "max_length": MAX_LENGTH},
             "filters": [{"name": "regex", "label": "code-word", "pattern": "open sesame"}],
-            "http": {"port": free_port(), "api_keys_file": str(root / "keys")},
+            "http": {"port": free_port(), "api_keys_file": str(root / "keys"), "limits": {"send_timeout_s": 3.0}},
             "resources": {"cpus_per_worker": 1},
             "storage": str(root / "store"),
         }
@@ -149,6 +152,26 @@ def test_a_full_batch_keeps_no_look_waiting_and_a_client_that_leaves_ends_its_re
     wait_until(lambda: not engine.stats.remote().result()["running"], "the end of all")
     stats = engine.stats.remote().result()
     assert stats["generated_tokens"] - before < rows * MAX_LENGTH / 2, "they were generated to their end"
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_its_request_ends(service, job):
+    engine = ray_serve.get_deployment_handle("engine", job.name)
+    before = engine.stats.remote().result()["generated_tokens"]
+    told = {"model": "tiny", "messages": MESSAGES, "logit_bias": {STOP: -100}, "logprobs": True, "top_logprobs": 20}
+    with socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # little is held by the system on its way
+        reader.connect(("127.0.0.1", job.http.port))
+        body = json.dumps({**told, "stream": True}).encode()
+        head = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}"
+        reader.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + body)
+        assert reader.recv(100).startswith(b"HTTP/1.1 200")
+        watch = select.poll()
+        watch.register(reader, 0)  # a reset is told in any case
+        assert watch.poll(120_000), "the connection stays"
+    wait_until(lambda: not engine.stats.remote().result()["running"], "the end of the request")
+    generated = engine.stats.remote().result()["generated_tokens"] - before
+    assert generated < MAX_LENGTH / 2, "it was answered to its end"
 
 
 def test_an_adapter_promoted_while_the_endpoint_runs_is_served_and_rolled_back(client, job, texts, tmp_path):

@@ -85,7 +85,14 @@ def test_a_version_that_ends_replicas_is_taken_back_after_few_requests(current, 
 
 def test_a_summary_is_for_people():
     summary = Tally().answered(0.5).answered(0.5).failed().scored(1.0).summary()
-    assert summary == {"requests": 3, "errors": 1, "lost": 0, "first_token_s": pytest.approx(0.5), "scores": 1, "score": 1.0}
+    assert summary == {
+        "requests": 3,
+        "errors": 1,
+        "lost": 0,
+        "first_token_s": pytest.approx(0.5),
+        "scores": 1,
+        "score": 1.0,
+    }
     assert Tally().summary()["first_token_s"] is None
 
 

@@ -176,16 +176,3 @@ def test_a_body_that_does_not_come_is_not_waited_for(tokenizer):
     asyncio.run(post(app, "/v1/chat/completions", [part], send=send))
     assert sent[0]["status"] == 408
     assert b"was not there after 0.05 s" in sent[1]["body"]
-
-
-def test_a_client_that_does_not_read_has_left(tokenizer, ids):
-    backend = FakeBackend(ids("abc"))
-    limits = HttpLimits(send_timeout_s=0.05)
-    app = make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH, limits=limits))
-
-    async def send(message):
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
-
-    asyncio.run(post(app, "/v1/chat/completions", {**CHAT, "stream": True}, send=send))
-    assert backend.closed == [backend.requests[0].id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ import pytest
 from lmray.config.endpoint import HttpLimits
 from lmray.engines.base import TokenEvent
 from lmray.serve.gateway import GatewaySettings, make_app
+from lmray.serve.slow_clients import SlowClients
 from lmray.testing.listening import listening
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import LETTER_A, FakeBackend
 
-LIMITS = HttpLimits(body_timeout_s=2.0, send_timeout_s=1.0)
+LIMITS = HttpLimits(body_timeout_s=2.0)
 MEGABYTE = 2**20
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 
@@ -46,7 +48,8 @@ def backend() -> Endless:
 
 @pytest.fixture(scope="module")
 def url(tokenizer, backend) -> Iterator[str]:
-    with listening(make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH, limits=LIMITS)), path="/v1") as url:
+    app = make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH, limits=LIMITS))
+    with listening(SlowClients(app, send_timeout_s=1.0), path="/v1") as url:
         yield url
 
 
@@ -64,6 +67,13 @@ def connection(url) -> Iterator[socket.socket]:
 def head(*fields: str) -> bytes:
     lines = ["POST /v1/chat/completions HTTP/1.1", "Host: gateway", "Content-Type: application/json", *fields]
     return "\r\n".join([*lines, "", ""]).encode()
+
+
+def is_cut(connection: socket.socket) -> bool:
+    """Waits for a reset, without reading."""
+    watch = select.poll()
+    watch.register(connection, 0)  # hang-ups and errors are told in any case
+    return bool(watch.poll(60_000))
 
 
 def test_a_prompt_of_a_hundred_megabytes_is_refused_in_the_clients_own_words(url):
@@ -94,6 +104,7 @@ def test_who_does_not_read_an_answer_is_not_answered_for_long(connection, backen
     connection.sendall(head(f"Content-Length: {len(body)}") + body)
     assert connection.recv(100).startswith(b"HTTP/1.1 200")
     assert backend.ended.wait(60)
+    assert is_cut(connection), "what it left unread would be held for ever"
 
 
 def test_who_hangs_up_is_not_answered_any_more(connection, backend):
