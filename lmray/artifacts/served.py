@@ -38,8 +38,8 @@ class ServedAdapter(Config):
     canary: Canary | None = None
     merged: bool = False
     """Merged into a copy of the base model, with replicas of its own, which answer as fast as the base model's; another
-    version that is promoted to `stage` replaces them one after another. `monitor` does not look at its answers,
-    and there is nothing of it to load or pin. Else it is one of many beside the base."""
+    version that is promoted to `stage` replaces them one after another. There is nothing of it to load or pin. Else it
+    is one of many beside the base."""
 
     @model_validator(mode="after")
     def _merged_by_name(self):

@@ -12,8 +12,7 @@ from lmray.config.base import Config
 
 class Monitor(Config):
     sample_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Share of the answers that is scored and compared with earlier ones. 0: none is looked at. Those of merged models
-    (`merged` of `adapters`) never are."""
+    """Share of the answers that is scored and compared with earlier ones. 0: none is looked at."""
     retention: Annotated[int, Field(ge=0, le=100_000)] = 0
     """Scored answers that are kept in the store with their prompts, old ones giving way to new. 0: none; an answer is
     dropped when it is scored, and nothing but numbers is kept."""

@@ -119,12 +119,12 @@ class Gateway:
             sends_request_id=False,  # Ray Serve sends it
         )
         canaries = Canaries(store, plan.endpoint)
-        merged = {
-            name: RoutedReplicas(ray_serve.get_deployment_handle(ENGINE, application))
-            for name, application in self._merged.items()
-        }
         tokenizer = load_tokenizer(check_out(plan))
         monitoring = Monitoring(RoutedReplicas(self._engines), plan, tokenizer, store)
+        merged = {
+            name: monitoring.merged(name, RoutedReplicas(ray_serve.get_deployment_handle(ENGINE, application)))
+            for name, application in self._merged.items()
+        }
         fleet = Fleet(monitoring.replicas, catalogue, canaries, merged=merged, min_replicas=plan.min_replicas)
         app = make_app(fleet, tokenizer, settings)
         monitoring.add_to(app, fleet)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 from transformers import PreTrainedTokenizerBase
 
@@ -11,30 +13,38 @@ from lmray.serve.fleet import Fleet, Replicas
 from lmray.serve.metrics import Metrics
 from lmray.serve.prepare import ServePlan
 from lmray.serve.replica_metrics import ReplicaMetrics
-from lmray.serve.samples import KeptAnswers, SampledReplicas, Scorer
+from lmray.serve.sampled import SampledReplicas, Scoring
+from lmray.serve.samples import KeptAnswers, Scorer
 
 
 class Monitoring:
     """Of one endpoint, in its gateway."""
 
     def __init__(self, replicas: Replicas, plan: ServePlan, tokenizer: PreTrainedTokenizerBase, store: Store):
+        """`replicas`: of the base model."""
         settings = plan.monitor
+        self._fraction = settings.sample_fraction
         self.drift: Drift | None = None
         """Nothing where no answer is sampled."""
-        self.replicas = replicas
-        """What the gateway asks instead."""
+        self.scoring: Scoring | None = None
+        """The same."""
         if settings.sample_fraction:
-            self.drift, kept = Drift(store, plan.endpoint, settings), None
+            kept = None
             if settings.retention:
                 kept = KeptAnswers(store, plan.endpoint, settings.retention, plan.filters)
-            self.replicas = SampledReplicas(
-                replicas,
-                self.drift,
-                Scorer(replicas, tokenizer, settings),
-                base=f"{plan.model_name}@{plan.digest[:12]}",
-                fraction=settings.sample_fraction,
-                kept=kept,
-            )
+            self.drift = Drift(store, plan.endpoint, settings)
+            self.scoring = Scoring(self.drift, Scorer(replicas, tokenizer, settings), kept=kept)
+        self.replicas = self._watched(replicas, name=f"{plan.model_name}@{plan.digest[:12]}")
+        """What the gateway asks instead."""
+
+    def merged(self, name: str, replicas: Replicas) -> Replicas:
+        """What the gateway asks instead of the `replicas` of a merged model."""
+        return self._watched(replicas, name=name, is_merged=True)
+
+    def _watched(self, replicas: Replicas, **told: Any) -> Replicas:
+        if self.scoring is None:
+            return replicas
+        return SampledReplicas(replicas, self.scoring, fraction=self._fraction, **told)
 
     def add_to(self, app: FastAPI, fleet: Fleet) -> None:
         """Puts it on the metrics page of `app`, one of `make_app`."""

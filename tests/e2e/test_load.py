@@ -12,19 +12,29 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmray.errors import RemoteError
+from lmray.job import ServeJob
 from lmray.on_ray.serve import serve
 from lmray.policies.autoscaling import PRESETS
 from lmray.testing.tiny import tiny_model_folder
 from lmray.testing.waiting import wait_until
-from tests.on_ray.endpoints import Load, ask, keep_version, kill_replica, make_job, replica_actors, resident_bytes
+from tests.on_ray.endpoints import (
+    Load,
+    ask,
+    keep_version,
+    kill_replica,
+    make_job,
+    replica_actors,
+    resident_by_process,
+    resident_bytes,
+)
 from tests.on_ray.local import local_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
 NAMES = tuple(f"adapter-{number}" for number in range(20))
 MAX_TOKENS, AT_ONCE, ROWS = 32, 8, 4
-GROWTH_BYTES = 150 * 2**20
-"""What a replica may hold more after hundreds of answers than after one from each adapter; a few MiB are seen."""
+GROWTH_BYTES = 48 * 2**20
+"""What a replica or the gateway may hold more after two hundred answers than after one from each adapter."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +54,6 @@ def test_no_request_is_lost_nor_answered_by_another_adapter(ray_cluster, tmp_pat
         assert len(set(answers.values())) == len(NAMES)
         allowed = {name: {text} for name, text in answers.items()}
         wait_until(lambda: len(replica_actors(job)) == 1, "one replica")
-        (before,) = resident_bytes(job)
         with Load(service.url, NAMES, at_once=AT_ONCE, max_tokens=MAX_TOKENS) as load:
             wait_until(lambda: len(resident_bytes(job)) == 2, "a second replica")
             load.wait_for(20)
@@ -55,18 +64,30 @@ def test_no_request_is_lost_nor_answered_by_another_adapter(ray_cluster, tmp_pat
             service.update(job.changed({"http.limits.max_body_bytes": 2000}))
             load.wait_for(max(40, 200 - len(load.outcomes)))
         wait_until(lambda: len(replica_actors(job)) == 1, "one replica again")
+        service.update(job.changed({"autoscaling.max_replicas": 1}))  # what is measured below is the same process
         now = ask(service.url, NAMES, max_tokens=MAX_TOKENS)
         allowed[NAMES[0]].add(now[NAMES[0]])
         assert len(allowed[NAMES[0]]) == 2, "the promoted version is what answers now"
-        (after,) = resident_bytes(job)
+        before = _resident(job)
+        with Load(service.url, NAMES, at_once=AT_ONCE, max_tokens=MAX_TOKENS) as more:
+            more.wait_for(200)
+        after = _resident(job)
+    assert [one.error for one in more.outcomes if one.error] == []
     lost = [one for one in load.outcomes if one.error and not one.begun]
     broken = [one for one in load.outcomes if one.error and one.begun]
     wrong = [one for one in load.outcomes if not one.error and one.text not in allowed[one.model]]
-    told = f"{len(load.outcomes)} requests, {len(broken)} broke off, replica {before >> 20} -> {after >> 20} MiB"
+    grown = {process: after.get(process, 0) - held for process, held in before.items()}
+    told = f"{len(load.outcomes)} requests, {len(broken)} broke off; grown by {grown} bytes of {before}"
     print(told, file=sys.stderr)
     assert lost == [] and wrong == []
     assert len(broken) <= ROWS, "an answer that had begun breaks off only where its replica died"
-    assert after - before < GROWTH_BYTES, told
+    assert len(before) == 2 and before.keys() == after.keys(), "the same gateway and the same replica"
+    assert max(grown.values()) < GROWTH_BYTES, told
+
+
+def _resident(job: ServeJob) -> dict[int, int]:
+    """Bytes that the gateway and the replica hold, by process."""
+    return resident_by_process(job) | resident_by_process(job, "gateway")
 
 
 @pytest.mark.parametrize("cpus", [1, 4], ids=["beside the old replica", "in its place"])

@@ -81,12 +81,17 @@ def kill_replica(job: ServeJob) -> None:
 
 def resident_bytes(job: ServeJob, deployment: str = "engine") -> list[int]:
     """Memory of the process of each replica of `deployment`."""
-    found = []
+    return list(resident_by_process(job, deployment).values())
+
+
+def resident_by_process(job: ServeJob, deployment: str = "engine") -> dict[int, int]:
+    """The same, by process id."""
+    found = {}
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             title = "".join(process.cmdline()[:1])  # of one that has just ended there is none
             if f"ServeReplica:{job.name}:{deployment}" in title:
-                found.append(process.memory_info().rss)
+                found[process.pid] = process.memory_info().rss
     return found
 
 

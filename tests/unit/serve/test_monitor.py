@@ -28,7 +28,7 @@ from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.keys import ApiKey
 from lmray.serve.live import LiveEngine
 from lmray.serve.monitor import Monitoring
-from lmray.serve.samples import Sample, SampledReplicas, Scorer
+from lmray.serve.samples import Sample, Scorer
 from tests.unit.serve.test_envelope import metrics as samples_of
 from tests.unit.serve.test_live import Place
 
@@ -78,8 +78,8 @@ class Endpoint:
             told = {"model": model, "prompt": SECRET, "max_tokens": 24, "temperature": 1.0, "seed": seed}
             answer = await self.client.post("/v1/completions", json=told)
             assert answer.status_code == 200
-            if isinstance(self.monitoring.replicas, SampledReplicas):
-                await self.monitoring.replicas.settle()
+            if self.monitoring.scoring is not None:
+                await self.monitoring.scoring.settle()
 
     async def metrics(self) -> dict[str, float]:
         return samples_of((await self.client.get("/metrics")).text)
@@ -143,7 +143,7 @@ def test_the_score_is_the_perplexity_that_transformers_gives(place, tokenizer):
     async def main() -> dict[str, float]:
         live = place.start("*")
         await live.start()
-        found = await Scorer(Here(live), tokenizer, Monitor()).score(Sample("helper@1", prompt, answer, True))
+        found = await Scorer(Here(live), tokenizer, Monitor()).score(Sample(prompt, answer, True))
         await live.engine.close()
         return found
 

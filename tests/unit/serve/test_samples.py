@@ -14,9 +14,10 @@ from lmray.config.monitor import Monitor
 from lmray.data.filters.regex import Regex
 from lmray.engines.base import Request, Sampling, TokenEvent, TokenLogprob
 from lmray.errors import LmrayError, RemoteError
-from lmray.serve import samples as module
+from lmray.serve import sampled, samples
 from lmray.serve.drift import Drift
-from lmray.serve.samples import KeptAnswers, SampledReplicas, Scorer
+from lmray.serve.sampled import SampledReplicas, Scoring
+from lmray.serve.samples import KeptAnswers, Scorer
 
 VERSION = "helper@aaaaaaaaaaaa"
 SECRET = "the client's secret"
@@ -63,15 +64,10 @@ class Place:
             await add(version, scores)
 
         self.drift.add = noted  # type: ignore[method-assign]
-        self.sampled = SampledReplicas(
-            replicas,
-            self.drift,
-            Scorer(replicas, tokenizer, told),
-            base="tiny@dddddddddddd",
-            fraction=told.sample_fraction,
-            kept=KeptAnswers(store, "endpoint", told.retention) if told.retention else None,
-            draw=random.Random(0),
-        )
+        kept = KeptAnswers(store, "endpoint", told.retention) if told.retention else None
+        self.scoring = Scoring(self.drift, Scorer(replicas, tokenizer, told), kept=kept)
+        self.how = {"fraction": told.sample_fraction, "draw": random.Random(0)}
+        self.sampled = SampledReplicas(replicas, self.scoring, name="tiny@dddddddddddd", **self.how)
 
     async def ask(self, prompt_ids=(10, 11, 12), *, adapter: str | None = VERSION, take: int | None = None, num=9):
         """An answer, or its first `take` events."""
@@ -97,13 +93,35 @@ def test_an_answer_is_passed_on_whole_and_scored_by_its_version(place, ids):
         events = await here.ask()
         assert [event.token_id for event in events] == [*ids("abc"), None]
         await here.ask(adapter=None)
-        await here.sampled.settle()
+        await here.scoring.settle()
         scores = {"length": 3.0, "refusal": 0.0, "log_perplexity": (3 + 4 + 5) / 3}
         assert here.scores == [(VERSION, scores), ("tiny@dddddddddddd", scores)]
         one = replicas.read[0]
         assert (one.adapter, one.prompt_ids) == (None, (10, 11, 12, *ids("abc")))
         assert one.cache_salt == one.id, "what is scored is in nobody's cache"
         assert await here.sampled.everywhere("manage", "list") == ["manage", "list"]
+
+    asyncio.run(main())
+
+
+def test_an_answer_of_a_merged_model_goes_by_what_its_replicas_serve(place, ids, caplog):
+    class Merged(Replicas):
+        serve = ("support@aaaaaaaaaaaa",)
+
+        async def everywhere(self, method, *arguments):
+            return [{"version": one} for one in self.serve]
+
+    async def main():
+        base, own = Replicas(), Merged(ids("abc"))
+        here = place(base)
+        here.sampled = SampledReplicas(own, here.scoring, name="support", is_merged=True, **here.how)
+        for serve in (Merged.serve * 2, ("support@bbbbbbbbbbbb",), (*Merged.serve, "support@bbbbbbbbbbbb"), ()):
+            own.serve = serve
+            await here.ask(adapter=None)
+            await here.scoring.settle()
+        assert [version for version, _ in here.scores] == ["support@aaaaaaaaaaaa", "support@bbbbbbbbbbbb"]
+        assert own.read == [] and len(base.read) == 2, "the perplexity is the base model's"
+        assert here.drift.missed == 2 and "`support` is not scored: support: which of 2 versions" in caplog.text
 
     asyncio.run(main())
 
@@ -115,7 +133,7 @@ def test_refusals_are_told_also_by_phrases_of_ones_own(place, ids):
         own = place(Replicas(ids("No puedo.")), refusals=("no puedo",))
         await own.ask()
         for one in (here, own):
-            await one.sampled.settle()
+            await one.scoring.settle()
             assert one.scores[0][1]["refusal"] == 1.0
 
     asyncio.run(main())
@@ -126,21 +144,21 @@ def test_without_perplexity_the_base_model_reads_nothing(place, ids):
         replicas = Replicas(ids("abc"))
         here = place(replicas, perplexity=False)
         await here.ask()
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert here.scores == [(VERSION, {"length": 3.0, "refusal": 0.0})] and replicas.read == []
 
     asyncio.run(main())
 
 
 def test_what_the_base_model_reads_is_bounded(place, ids, monkeypatch):
-    monkeypatch.setattr(module, "MAX_CONTEXT_TOKENS", 2)
-    monkeypatch.setattr(module, "MAX_ANSWER_TOKENS", 3)
+    monkeypatch.setattr(samples, "MAX_CONTEXT_TOKENS", 2)
+    monkeypatch.setattr(samples, "MAX_ANSWER_TOKENS", 3)
 
     async def main():
         replicas = Replicas(ids("abcdefgh"))
         here = place(replicas)
         await here.ask()
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert replicas.read[0].prompt_ids == (11, 12, *ids("abc"))
         assert here.scores[0][1] == {"length": 8.0, "refusal": 0.0, "log_perplexity": 3.0}
 
@@ -151,7 +169,7 @@ def test_an_answer_that_a_stop_string_cut_has_no_length(place, ids):
     async def main():
         here = place(Replicas(ids("abcdef")), perplexity=False)
         await here.ask(take=2)
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert here.scores == [(VERSION, {"refusal": 0.0})]
 
     asyncio.run(main())
@@ -170,12 +188,12 @@ def test_no_score_of_failures_of_clients_that_left_and_of_prompts_that_were_only
         await asyncio.sleep(0)
         left.cancel()
         await asyncio.wait({left})
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert here.scores == []
         replicas.error = None
         replicas.begins.set()
         await here.ask()
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert len(here.scores) == 1, "those that ended are not waited for"
 
     asyncio.run(main())
@@ -186,14 +204,14 @@ def test_only_the_share_that_was_asked_for_is_scored(place, ids):
         here = place(Replicas(ids("a")), sample_fraction=0.1, perplexity=False)
         for _ in range(1000):
             await here.ask()
-            await here.sampled.settle()
+            await here.scoring.settle()
         return len(here.scores)
 
     assert 70 <= asyncio.run(main()) <= 130
 
 
 def test_nothing_is_scored_while_a_request_waits_and_the_oldest_give_way(place, ids, monkeypatch):
-    monkeypatch.setattr(module, "MAX_PENDING", 4)
+    monkeypatch.setattr(sampled, "MAX_PENDING", 4)
 
     async def main():
         replicas, others = Replicas(ids("abc")), Replicas(ids("abc"))
@@ -204,11 +222,11 @@ def test_nothing_is_scored_while_a_request_waits_and_the_oldest_give_way(place, 
         here.sampled._replicas = others
         for place_ in range(6):
             await here.ask(prompt_ids=(place_ + 20,))
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert others.read == [] == replicas.read and here.drift.missed == 2
         replicas.begins.set()
         await waits
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert [one.prompt_ids[0] for one in replicas.read] == [23, 24, 25, 10] and here.drift.missed == 3
 
     asyncio.run(main())
@@ -220,7 +238,7 @@ def test_what_is_kept_of_answers(place, tmp_path, tokenizer, ids, retention):
         here = place(Replicas(ids("an answer of the model's")), retention=retention, window=20)
         for turn in range(25):
             await here.ask(prompt_ids=ids(f"{SECRET} {turn}"))
-            await here.sampled.settle()
+            await here.scoring.settle()
 
     asyncio.run(main())
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -267,13 +285,13 @@ def test_an_engine_that_tells_no_log_probabilities_is_named_and_the_watch_goes_o
         replicas.tells = False
         here = place(replicas)
         await here.ask(ids(SECRET))
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert here.scores == [] and here.drift.missed == 1
         assert "tells no log probabilities of prompts" in caplog.text and "monitor.perplexity: false" in caplog.text
         assert SECRET not in caplog.text
         replicas.tells = True
         await here.ask()
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert len(here.scores) == 1
 
     asyncio.run(main())
@@ -286,12 +304,12 @@ def test_a_store_that_cannot_be_written_to_does_not_stop_the_watch(place, ids, c
         def fail(facts):
             raise OSError(28, "No space left on device")
 
-        assert here.sampled._kept is not None
-        here.sampled._kept.keep = fail  # type: ignore[method-assign]
+        assert here.scoring._kept is not None
+        here.scoring._kept.keep = fail  # type: ignore[method-assign]
         await here.ask()
-        await here.sampled.settle()
+        await here.scoring.settle()
         await here.ask()
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert len(here.scores) == 2 and caplog.text.count("No space left on device") == 2
 
     asyncio.run(main())
@@ -303,19 +321,19 @@ def test_a_failure_that_nobody_expected_is_told_without_the_answer_and_the_watch
     async def main():
         replicas = Replicas(ids("abc"))
         here = place(replicas, perplexity=False)
-        score = here.sampled._scorer.score
+        score = here.scoring._scorer.score
 
         async def fail(sample):
-            monkeypatch.setattr(here.sampled._scorer, "score", score)
+            monkeypatch.setattr(here.scoring._scorer, "score", score)
             raise ValueError(SECRET)
 
-        monkeypatch.setattr(here.sampled._scorer, "score", fail)
+        monkeypatch.setattr(here.scoring._scorer, "score", fail)
         replicas.begins.clear()
         waits = [asyncio.ensure_future(here.ask()) for _ in range(2)]
         await asyncio.sleep(0)
         replicas.begins.set()
         await asyncio.gather(*waits)
-        await here.sampled.settle()
+        await here.scoring.settle()
         assert (len(here.scores), here.drift.missed) == (1, 1), "one task scores both"
         assert f"an answer of `{VERSION}` is not scored: ValueError" in caplog.text and SECRET not in caplog.text
 
