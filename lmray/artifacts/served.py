@@ -12,7 +12,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Canary(Config):
-    """A share of an adapter's requests goes to its next version, until it is promoted or does worse than allowed."""
+    """A share of an adapter's requests goes to its next version, until it is promoted or does worse than allowed, or
+    three of its requests have ended every replica they met."""
 
     stage: Literal["candidate", "staging"] = "staging"
     """Holds the next version."""

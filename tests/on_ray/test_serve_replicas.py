@@ -127,13 +127,16 @@ def test_a_merged_model_answers_under_its_name_and_a_promotion_replaces_it_witho
         {"artifact": name, "stage": "production", "merged": True},
         {"artifact": beside, "stage": "production"},
     ]
+    told["monitor"] = {"sample_fraction": 1.0}
     with serve(job.changed(told)) as service:
         old = ask(service.url, (beside,), max_tokens=MAX_TOKENS)[beside]
         with Load(service.url, (name,), at_once=3, max_tokens=MAX_TOKENS) as load:
             load.wait_for(10)
-            keep_version(root, name, seed=102)
+            version = keep_version(root, name, seed=102).partition("@")[2]
             wait_until(lambda: load.outcomes[-1].text != old, "the new version's answers")
             load.wait_for(10)
+        watched = f'lmray_serve_drift_answers_total{{model="{name}",version="{version}"}}'
+        wait_until(lambda: watched in httpx.get(f"{service.url}/metrics", timeout=60).text, "scores of the new version")
     assert [one for one in load.outcomes if one.error] == []
     new = load.outcomes[-1].text
     assert {one.text for one in load.outcomes} == {old, new}
