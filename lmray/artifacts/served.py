@@ -12,8 +12,9 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Canary(Config):
-    """A share of an adapter's requests goes to its next version, until it is promoted or does worse than allowed, or
-    three of its requests have ended every replica they met."""
+    """A share of an adapter's requests goes to its next version, until it is promoted or does worse than allowed. A
+    request that it does not answer, as when it ends its replicas, is answered by the current version; three of these
+    can be enough to take it back."""
 
     stage: Literal["candidate", "staging"] = "staging"
     """Holds the next version."""

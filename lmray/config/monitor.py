@@ -24,7 +24,8 @@ class Monitor(Config):
     false_alarms: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.001
     """Largest share of windows that may raise an alert by chance alone; see `lmray.policies.drift`."""
     perplexity: bool = True
-    """Also how likely the base model finds the answers; it reads each once more, while no request waits."""
+    """Also how likely the base model finds the answers; it reads each once more, while no request waits. With
+    `min_replicas: 0` that starts a replica of it, also for answers of merged models."""
     refusals: tuple[str, ...] = ()
     """What counts as a refusal besides the phrases that are known (`lmray.serve.refusals`): regular expressions, as
     Python's `re` reads them, looked for at the start of an answer."""

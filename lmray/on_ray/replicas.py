@@ -12,6 +12,7 @@ import logging.handlers
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -64,10 +65,12 @@ class EngineReplica:
             pass  # reserves memory and fails here rather than at a user's request
 
     async def stream(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
+        version: str | None = self._version  # said once
         try:
             async with aclosing(gathered(self._live.stream(request), self._interval_s)) as lists:
-                async for events in lists:
-                    yield events
+                async for first, *others in lists:
+                    yield [replace(first, version=version), *others]
+                    version = None
         except LmrayError:
             self._leave_with_engine()
             raise
@@ -122,7 +125,7 @@ class Gateway:
         tokenizer = load_tokenizer(check_out(plan))
         monitoring = Monitoring(RoutedReplicas(self._engines), plan, tokenizer, store)
         merged = {
-            name: monitoring.merged(name, RoutedReplicas(ray_serve.get_deployment_handle(ENGINE, application)))
+            name: monitoring.merged(RoutedReplicas(ray_serve.get_deployment_handle(ENGINE, application)))
             for name, application in self._merged.items()
         }
         fleet = Fleet(monitoring.replicas, catalogue, canaries, merged=merged, min_replicas=plan.min_replicas)

@@ -16,8 +16,7 @@ Z_95 = 1.645
 PRIOR = 2.0
 """Failures and successes added to those seen, so that few requests do not look certain (Agresti, Coull 1998)."""
 MIN_LOST = 3
-"""Requests that ended every replica they met, before a version is taken back for that; many more would cost as many
-replicas."""
+"""Requests that get no answer, before a version is taken back for that; each may have ended the replicas it met."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Tally:
     requests: int = 0
     errors: int = 0
     lost: int = 0
-    """Requests, of none of the above, whose replicas all ended before a first token."""
+    """Requests, of none of the above, that no replica answered and the version before did."""
     log_first_token_s: Moments = field(default_factory=Moments)
     scores: Moments = field(default_factory=Moments)
 
@@ -76,7 +75,7 @@ class Tally:
         return replace(self, requests=self.requests + (not answered), errors=self.errors + 1)
 
     def lost_one(self) -> Tally:
-        """With one more request that ended the replicas it met."""
+        """With one more request that only the version before answered."""
         return replace(self, lost=self.lost + 1)
 
     def scored(self, score: float) -> Tally:
@@ -104,10 +103,9 @@ def takes_canary(key: str, share: float) -> bool:
 
 def objection(rule: Rule, current: Tally, canary: Tally) -> str | None:
     """Why the new version is to be taken back; None while nothing speaks against it."""
-    if canary.lost >= MIN_LOST:
-        counts = (current.lost, current.requests + current.lost), (canary.lost, canary.requests + canary.lost)
-        if _more_often(*counts, rule.max_error_increase):
-            return f"replicas ended: with {_of(*counts[1])} requests, before with {_of(*counts[0])}"
+    tried = canary.requests + canary.lost
+    if canary.lost >= MIN_LOST and _exceeds(*_smoothed_rate(canary.lost, tried), rule.max_error_increase):
+        return f"no answer to {_of(canary.lost, tried)} requests, before to all"
     if min(current.requests, canary.requests) >= rule.min_requests:
         counts = (current.errors, current.requests), (canary.errors, canary.requests)
         if _more_often(*counts, rule.max_error_increase):

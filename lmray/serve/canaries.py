@@ -26,7 +26,7 @@ Arm = Literal["current", "canary"]
 REMEMBERED = 10_000
 """Answers that can still be given a score."""
 APART_S = 10.0
-"""Requests lost sooner one after another count as one: a replica that dies takes along all it has."""
+"""What a replica's end costs a version counts once in such a time: a replica takes along all it has."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,8 +40,8 @@ class Comparison:
     tallies: dict[Arm, Tally] = field(default_factory=lambda: {"current": Tally(), "canary": Tally()})
     taken_back: str | None = None
     """Why the new version gets no more requests."""
-    lost_s: dict[str, float] = field(default_factory=dict)
-    """Version -> when a request was lost last."""
+    counted_s: dict[str, float] = field(default_factory=dict)
+    """Version -> when a replica's end was last counted."""
 
 
 class Canaries:
@@ -76,12 +76,15 @@ class Canaries:
         """Counts a request that failed, before its first token or after it was `answered`."""
         self._count(compared, version, lambda tally: tally.failed(answered=answered))
 
-    def lost(self, compared: Comparison, version: str, *, now_s: float) -> None:
-        """Counts a request whose replicas all ended before its first token, at `now_s`."""
-        before_s = compared.lost_s.get(version, -math.inf)
-        compared.lost_s[version] = now_s
-        if now_s - before_s >= APART_S:
-            self._count(compared, version, lambda tally: tally.lost_one())
+    def lost(self, compared: Comparison, *, now_s: float) -> None:
+        """Counts a request to the next version that no replica answered, after the current version has."""
+        if self._apart(compared, compared.canary, now_s):
+            self._count(compared, compared.canary, lambda tally: tally.lost_one())
+
+    def broke_off(self, compared: Comparison, version: str, *, now_s: float) -> None:
+        """Counts an answer whose replica ended after its first token as one that failed."""
+        if self._apart(compared, version, now_s):
+            self.failed(compared, version, answered=True)
 
     def score(self, answer_id: str, score: float) -> None:
         """Counts a judgement of an answer, higher is better. Raises DataError for an answer that is not compared or is
@@ -111,6 +114,12 @@ class Canaries:
             known = Comparison(current, canary, _rule(settings), taken_back=self._taken_back.get(canary))
             self._comparisons[name] = known
         return known
+
+    def _apart(self, compared: Comparison, version: str, now_s: float) -> bool:
+        if now_s - compared.counted_s.get(version, -math.inf) < APART_S:
+            return False
+        compared.counted_s[version] = now_s
+        return True
 
     def _count(self, compared: Comparison, version: str, change: Any) -> None:
         arm: Arm = "canary" if version == compared.canary else "current"

@@ -91,18 +91,22 @@ class Fleet:
                     yield event
             return
         versions, compared = self._versions(request)
+        was_lost = False
         for version in versions:
             started = False
             try:
                 watched = self._watched(replace(request, adapter=version), compared)
                 async with aclosing(watched) as events:
                     async for event in events:
+                        if was_lost and not started and compared is not None:
+                            self.canaries.lost(compared, now_s=self._clock())
                         started = True
                         yield event
                 return
-            except LmrayError:
+            except LmrayError as error:
                 if started or version == versions[-1]:
                     raise
+                was_lost = isinstance(error, RemoteError)
 
     def _versions(self, request: Request) -> tuple[list[str | None], Comparison | None]:
         """Handles to try, one after another, and what they are compared in."""
@@ -139,9 +143,9 @@ class Fleet:
                     yield event
         except (CapacityError, DataError):
             raise  # load and a client's own mistakes say nothing about a version
-        except RemoteError:  # nor does one replica's end; the same request goes on to the current version, though
-            if compared is not None and not answered:
-                self.canaries.lost(compared, version, now_s=self._clock())
+        except RemoteError:  # nor does an end before the first token, unless the current version answers then
+            if compared is not None and answered:
+                self.canaries.broke_off(compared, version, now_s=self._clock())
             raise
         except LmrayError:
             if compared is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI
 from transformers import PreTrainedTokenizerBase
 
@@ -37,14 +35,14 @@ class Monitoring:
         self.replicas = self._watched(replicas, name=f"{plan.model_name}@{plan.digest[:12]}")
         """What the gateway asks instead."""
 
-    def merged(self, name: str, replicas: Replicas) -> Replicas:
+    def merged(self, replicas: Replicas) -> Replicas:
         """What the gateway asks instead of the `replicas` of a merged model."""
-        return self._watched(replicas, name=name, is_merged=True)
+        return self._watched(replicas, name=None)
 
-    def _watched(self, replicas: Replicas, **told: Any) -> Replicas:
+    def _watched(self, replicas: Replicas, *, name: str | None) -> Replicas:
         if self.scoring is None:
             return replicas
-        return SampledReplicas(replicas, self.scoring, fraction=self._fraction, **told)
+        return SampledReplicas(replicas, self.scoring, name=name, fraction=self._fraction)
 
     def add_to(self, app: FastAPI, fleet: Fleet) -> None:
         """Puts it on the metrics page of `app`, one of `make_app`."""

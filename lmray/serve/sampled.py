@@ -1,7 +1,7 @@
 """Replicas of whose answers some are scored while nobody waits, and dropped then, unless they are to be kept.
 
-Stands between the gateway's `Fleet` and the replicas, where a request names the version that answers it, or where all
-replicas serve one version, which they tell.
+Stands between the gateway's `Fleet` and the replicas, where a request names the version that answers it, or a replica
+tells with its answer which one it serves.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import logging
 import random
 import traceback
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from lmray.engines.base import Request, TokenEvent
-from lmray.errors import LmrayError, RemoteError
+from lmray.errors import LmrayError
 from lmray.serve.drift import Drift
 from lmray.serve.fleet import Replicas
 from lmray.serve.samples import KeptAnswers, Sample, Scorer
@@ -28,21 +26,12 @@ MAX_PENDING = 32
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Pending:
-    sample: Sample
-    label: str
-    """What is said of it where it is not scored."""
-    version: Callable[[], Awaitable[str]]
-    """Tells what answered; raises LmrayError where that is not known."""
-
-
 class Scoring:
     """Scores the sampled answers of an endpoint one after the other, while no request waits for its first token."""
 
     def __init__(self, drift: Drift, scorer: Scorer, *, kept: KeptAnswers | None = None):
         self._drift, self._scorer, self._kept = drift, scorer, kept
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[Sample] = deque()
         self._num_waiting = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -55,12 +44,11 @@ class Scoring:
         self._num_waiting -= 1
         self._go_on()
 
-    def push(self, sample: Sample, label: str, version: Callable[[], Awaitable[str]]) -> None:
-        """Scores `sample` for the `version` that is told then; in the log it goes by `label`."""
+    def push(self, sample: Sample) -> None:
         if len(self._pending) == MAX_PENDING:
             self._pending.popleft()
             self._drift.missed += 1
-        self._pending.append(_Pending(sample, label, version))
+        self._pending.append(sample)
         self._go_on()
 
     async def settle(self) -> None:
@@ -75,17 +63,15 @@ class Scoring:
     async def _score(self) -> None:
         """Until a request waits."""
         while self._pending and not self._num_waiting:
-            pending = self._pending.popleft()
+            sample = self._pending.popleft()
             try:
-                version = await pending.version()
-                scores = await self._scorer.score(pending.sample)
-                await self._drift.add(version, scores)
+                scores = await self._scorer.score(sample)
+                await self._drift.add(sample.version, scores)
                 if self._kept is not None:
-                    facts = {"version": version, **self._scorer.facts(pending.sample, scores)}
-                    await asyncio.to_thread(self._kept.keep, facts)
+                    await asyncio.to_thread(self._kept.keep, self._scorer.facts(sample, scores))
             except Exception as error:  # whatever one answer runs into, the watch goes on
                 self._drift.missed += 1
-                _LOG.warning("an answer of `%s` is not scored: %s", pending.label, _told(error))
+                _LOG.warning("an answer of `%s` is not scored: %s", sample.version, _told(error))
 
 
 class SampledReplicas:
@@ -96,26 +82,26 @@ class SampledReplicas:
         replicas: Replicas,
         scoring: Scoring,
         *,
-        name: str,
+        name: str | None,
         fraction: float,
-        is_merged: bool = False,
         draw: random.Random | None = None,
     ):
-        """`name`: what answers without an adapter go by, `NAME@VERSION`; `is_merged`: NAME alone, and the replicas tell
-        the version, which changes with a promotion. `draw`: which answers are sampled."""
-        self._replicas, self._scoring, self._name, self._is_merged = replicas, scoring, name, is_merged
+        """`name`: what answers without an adapter go by; None: by the version that the replica tells with them. `draw`:
+        which answers are sampled."""
+        self._replicas, self._scoring, self._name = replicas, scoring, name
         self._fraction, self._draw = fraction, draw or random.Random()
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         sampled = request.sampling.max_tokens > 0 and self._draw.random() < self._fraction
         answer_ids: list[int] = []
+        version = request.adapter or self._name
         started = is_whole = False
         self._scoring.waits()
         try:
             async with aclosing(self._replicas.stream(request)) as events:
                 async for event in events:
                     if not started:
-                        started = True
+                        started, version = True, version or event.version
                         self._scoring.answered()
                     if sampled and event.token_id is not None:
                         answer_ids.append(event.token_id)
@@ -127,24 +113,13 @@ class SampledReplicas:
             answer_ids.clear()
             raise
         finally:
-            if answer_ids:
-                sample = Sample(request.prompt_ids, tuple(answer_ids), is_whole)
-                self._scoring.push(sample, request.adapter or self._name, partial(self._version, request.adapter))
+            if answer_ids and version is not None:
+                self._scoring.push(Sample(version, request.prompt_ids, tuple(answer_ids), is_whole))
             if not started:
                 self._scoring.answered()
 
     async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
         return await self._replicas.everywhere(method, *arguments)
-
-    async def _version(self, adapter: str | None) -> str:
-        """Of a merged model: what its replicas serve now, where that is one; an answer that a replica gave just before
-        it was replaced may be taken for the next version's."""
-        if not self._is_merged:
-            return adapter or self._name
-        told = {str(one["version"]) for one in await self._replicas.everywhere("stats")}
-        if len(told) != 1:
-            raise RemoteError(self._name, f"which of {len(told)} versions it came from is not known")
-        return told.pop()
 
 
 def _told(error: Exception) -> str:

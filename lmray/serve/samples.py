@@ -35,6 +35,7 @@ MAX_CONTEXT_TOKENS, MAX_ANSWER_TOKENS = 256, 256
 class Sample:
     """One answer."""
 
+    version: str
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     is_whole: bool
@@ -64,7 +65,7 @@ class Scorer:
     def facts(self, sample: Sample, scores: dict[str, float]) -> dict[str, Any]:
         """What is kept of it, where something is."""
         prompt = self.text(sample.prompt_ids, special=True)
-        facts = {"prompt": prompt, "answer": self.text(sample.answer_ids)}
+        facts = {"version": sample.version, "prompt": prompt, "answer": self.text(sample.answer_ids)}
         return {**facts, "scores": scores, "time": round(time.time(), 3)}
 
     async def _log_perplexity(self, sample: Sample) -> float:

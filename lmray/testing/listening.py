@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -27,12 +28,20 @@ def free_port() -> int:
     raise OSError(f"none of {NUM_TRIES} ports is free")
 
 
+def is_cut(connection: socket.socket, *, timeout_s: float = 60.0) -> bool:
+    """Whether `connection`, from which nothing is read meanwhile, is reset by the other side."""
+    watch = select.poll()
+    watch.register(connection, 0)  # resets are told in any case
+    return bool(watch.poll(timeout_s * 1000))
+
+
 class _Server(uvicorn.Server):
     """Says when it listens."""
 
-    def __init__(self, app: Any):
+    def __init__(self, app: Any, loop: Any):
         # Without a configuration of its own for logging, which would close the handlers of others and their streams.
-        super().__init__(uvicorn.Config(app, log_config=None, log_level="error", timeout_graceful_shutdown=5))
+        told: Any = {"log_config": None, "log_level": "error", "timeout_graceful_shutdown": 5}
+        super().__init__(uvicorn.Config(app, loop=loop, **told))
         self.listens = threading.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -41,9 +50,10 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def listening(app: Any, *, path: str = "") -> Iterator[str]:
-    """The address of `app` while it is served, with `path` behind it. Raises TimeoutError where it does not start."""
-    server = _Server(app)
+def listening(app: Any, *, path: str = "", loop: str = "auto") -> Iterator[str]:
+    """The address of `app` while it is served on uvicorn's `loop`, with `path` behind it. Raises TimeoutError where it
+    does not start."""
+    server = _Server(app, loop)
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, args=([place],), daemon=True)

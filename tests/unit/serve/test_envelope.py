@@ -1,4 +1,4 @@
-"""Keys' rights and limits, metrics, request ids, logs, slow clients and long answers, through the app."""
+"""Keys' rights and limits, metrics, request ids, logs, slow bodies and long answers, through the app."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+from contextlib import suppress
 
 import pytest
 
@@ -253,32 +254,57 @@ def test_a_replica_that_died_says_nothing_about_a_version(small, versions):
 
 
 class Deadly(FakeReplicas):
-    """Every request for the version `bad` ends the replica that gets it."""
+    """Requests for the versions `bad` end the replicas that get them, after some tokens."""
 
-    def __init__(self, bad: str):
+    def __init__(self, *bad: str, num_tokens: int = 0):
         super().__init__()
-        self.bad = bad
+        self.bad, self.before_end = bad, num_tokens
 
     async def stream(self, request: Request):
         self.requests.append(request)
-        if request.adapter == self.bad:
+        for token in range(self.before_end or 1):
+            if request.adapter in self.bad and not self.before_end:
+                raise DEAD
+            yield TokenEvent(request.id, token)
+        if request.adapter in self.bad:
             raise DEAD
-        yield TokenEvent(request.id, 0)
 
 
-@pytest.mark.parametrize("apart_s", [3600.0, 0.01])
+@pytest.mark.parametrize("apart_s", [60.0, 1.0, 0.01])
 def test_a_next_version_that_ends_replicas_is_taken_back_before_it_ends_many(small, versions, apart_s):
     fleet = make(small, replicas := Deadly(versions[1]), Canary(share=0.5))
     fleet._clock = lambda: apart_s * len(replicas.requests)
-    for index in range(40):
+    for index in range(60):
         assert ask(fleet, "helper", name=f"r{index}") == [0]
     (report,) = fleet.canaries.report()
     tried = sum(request.adapter == versions[1] for request in replicas.requests)
-    if apart_s > 10:
-        assert report["taken_back"].startswith("replicas ended: with 3 of 3 requests, before with 0 of ")
-        assert tried == 6, "three requests, each sent twice"
-    else:
+    if apart_s < 1:
         assert report["taken_back"] is None and report["canary"]["lost"] == 1, "all of one moment are one"
+    else:
+        assert report["taken_back"] == "no answer to 3 of 3 requests, before to all"
+        assert tried == 6 if apart_s > 10 else 6 < tried <= 40, "each is sent twice"
+
+
+@pytest.mark.parametrize("bad", [(0, 1), (0,)])
+def test_what_ends_replicas_whichever_version_reads_it_says_nothing_about_a_version(small, versions, bad):
+    fleet = make(small, replicas := Deadly(*(versions[one] for one in bad)), Canary(share=0.5))
+    fleet._clock = lambda: 60.0 * len(replicas.requests)
+    for index in range(40):
+        with suppress(RemoteError):
+            ask(fleet, "helper", name=f"r{index}")
+    (report,) = fleet.canaries.report()
+    assert report["taken_back"] is None and report["canary"]["lost"] == 0
+
+
+@pytest.mark.parametrize(("apart_s", "errors"), [(60.0, 20), (0.01, 1)])
+def test_answers_that_break_off_with_their_replica_count_once_for_each(small, versions, apart_s, errors):
+    fleet = make(small, replicas := Deadly(versions[1], num_tokens=2), Canary(share=1.0, min_requests=50))
+    fleet._clock = lambda: apart_s * len(replicas.requests)
+    for index in range(20):
+        with pytest.raises(RemoteError):
+            ask(fleet, "helper", name=f"r{index}")
+    (report,) = fleet.canaries.report()
+    assert report["canary"]["errors"] == errors and report["canary"]["requests"] == 20
 
 
 def test_an_answer_that_broke_off_counts_once_and_is_not_answered_twice(small, versions):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from lmray.config.endpoint import HttpLimits
 from lmray.engines.base import TokenEvent
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.slow_clients import SlowClients
-from lmray.testing.listening import listening
+from lmray.testing.listening import is_cut, listening
 from tests.unit.serve.conftest import MAX_LENGTH
 from tests.unit.serve.fakes import LETTER_A, FakeBackend
 
@@ -46,10 +45,10 @@ def backend() -> Endless:
     return Endless()
 
 
-@pytest.fixture(scope="module")
-def url(tokenizer, backend) -> Iterator[str]:
+@pytest.fixture(scope="module", params=["asyncio", "uvloop"])
+def url(request, tokenizer, backend) -> Iterator[str]:
     app = make_app(backend, tokenizer, GatewaySettings("tiny", MAX_LENGTH, limits=LIMITS))
-    with listening(SlowClients(app, send_timeout_s=1.0), path="/v1") as url:
+    with listening(SlowClients(app, send_timeout_s=1.0), path="/v1", loop=request.param) as url:
         yield url
 
 
@@ -67,13 +66,6 @@ def connection(url) -> Iterator[socket.socket]:
 def head(*fields: str) -> bytes:
     lines = ["POST /v1/chat/completions HTTP/1.1", "Host: gateway", "Content-Type: application/json", *fields]
     return "\r\n".join([*lines, "", ""]).encode()
-
-
-def is_cut(connection: socket.socket) -> bool:
-    """Waits for a reset, without reading."""
-    watch = select.poll()
-    watch.register(connection, 0)  # hang-ups and errors are told in any case
-    return bool(watch.poll(60_000))
 
 
 def test_a_prompt_of_a_hundred_megabytes_is_refused_in_the_clients_own_words(url):

@@ -143,7 +143,7 @@ def test_the_score_is_the_perplexity_that_transformers_gives(place, tokenizer):
     async def main() -> dict[str, float]:
         live = place.start("*")
         await live.start()
-        found = await Scorer(Here(live), tokenizer, Monitor()).score(Sample(prompt, answer, True))
+        found = await Scorer(Here(live), tokenizer, Monitor()).score(Sample("helper@1", prompt, answer, True))
         await live.engine.close()
         return found
 
