@@ -31,6 +31,10 @@ from lmray.models.room import check_room, room_for
 PROBE_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local Ray. Data and checkpoints go through storage, so little passes through Ray's own object store."""
+START_ATTEMPTS = 2
+RAY_WAITS_S = 30
+"""For a local Ray's own processes to start; set in Ray."""
+_TOO_SLOW = "timed out during startup"
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job."""
 WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
@@ -141,17 +145,29 @@ def _same_sigterm() -> Iterator[None]:
 
 
 def _start_local(num_cpus: int | None, num_gpus: int | None) -> None:
+    """Raises RemoteError where it takes longer than Ray waits, twice."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _own_token(), _deaf_to_sigterm():
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    others = set(psutil.Process().children())
+    for _ in range(START_ATTEMPTS):
+        try:
+            with _own_token(), _deaf_to_sigterm():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    num_gpus=num_gpus,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+            return
+        except Exception as error:
+            if _TOO_SLOW not in str(error):  # Ray has no class of its own for that
+                raise
+            ray.shutdown()
+            _end_ray_processes(others)
+    hint = "is the machine busy? RAY_ADDRESS names a Ray that runs already"
+    raise RemoteError("this machine's own Ray", f"did not start within {RAY_WAITS_S} s, twice", hint=hint)
 
 
 @contextmanager
@@ -168,11 +184,16 @@ def _deaf_to_sigterm() -> Iterator[None]:
 def _end_helpers(others: Collection[psutil.Process]) -> None:
     """Ends the local Ray's monitors, children of this process that are not among `others`. They keep nothing; deaf to
     SIGTERM, they would be waited for a second each."""
-    scripts = Path(ray.__file__).parent
+    _end_ray_processes(others, suffix=".py")
+
+
+def _end_ray_processes(others: Collection[psutil.Process], *, suffix: str = "") -> None:
+    """Kills children of this process that are not among `others` and run a file of Ray's that ends with `suffix`."""
+    package = Path(ray.__file__).parent
     with suppress(psutil.Error, OSError):
         for child in set(psutil.Process().children()) - set(others):
             with suppress(psutil.NoSuchProcess):
-                if any(word.endswith(".py") and Path(word).is_relative_to(scripts) for word in child.cmdline()):
+                if any(word.endswith(suffix) and Path(word).is_relative_to(package) for word in child.cmdline()):
                     child.kill()
 
 

@@ -260,10 +260,13 @@ def _cpus_per_replica(job: ServeJob, *, running: int = 0) -> int:
 
 
 def _check_free(job: ServeJob) -> None:
-    running = ray_serve.status().applications
-    if running:
-        hint = "stop it first, or serve from another cluster"
-        raise CapacityError(f"endpoint `{job.name}`", f"Ray Serve already runs `{next(iter(running))}`", hint=hint)
+    where, hint = f"endpoint `{job.name}`", "stop it first, or serve from another cluster"
+    for name in ray_serve.status().applications:
+        raise CapacityError(where, f"Ray Serve already runs `{name}`", hint=hint)
+    with suppress(ValueError):
+        ray.get_actor(CONTROLLER, NAMESPACE)
+        hint = "end it with `serve shutdown`, or serve from another cluster"
+        raise CapacityError(where, "Ray Serve already runs there, with an address and limits of its own", hint=hint)
 
 
 def _why(application: ApplicationStatusOverview) -> str:

@@ -61,7 +61,12 @@ def keep_projectors(
     names: Sequence[str],
 ) -> torch.optim.Optimizer:
     """`optimizer`, whose `state_dict` holds the attributes `names` of its projectors in place of these objects, which
-    `make` makes again."""
+    `make` makes again.
+
+    A projection is cut out of a matrix that LAPACK has laid out by columns. From each step on it is a tensor of its
+    own, by rows, as files have it: products of another layout may be rounded otherwise, and a resumed run would not be
+    the uninterrupted one; and the rest of the matrix is not held.
+    """
 
     def as_values(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         state = {
@@ -81,6 +86,20 @@ def keep_projectors(
                     values, facts["projector"] = facts["projector"], make(group["rank"], **settings)
                     vars(facts["projector"]).update(values)
 
+    def own_tensors(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        for projector in (facts["projector"] for facts in stepped.state.values() if "projector" in facts):
+            for name in names:
+                setattr(projector, name, _own(getattr(projector, name)))
+
+    optimizer.register_step_post_hook(own_tensors)
     optimizer.register_state_dict_post_hook(as_values)
     optimizer.register_load_state_dict_post_hook(as_objects)
     return optimizer
+
+
+def _own(value: Any) -> Any:
+    """A tensor by rows that holds no more than itself."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    is_part = value.untyped_storage().nbytes() > value.nbytes
+    return value.clone(memory_format=torch.contiguous_format) if is_part or not value.is_contiguous() else value

@@ -91,6 +91,19 @@ def test_its_state_is_as_large_as_it_says(folder, optimizer, tmp_path):
     assert -100 <= found - optimizer.state_bytes(shapes) <= 0.1 * found + 13_000
 
 
+def test_what_is_held_is_what_is_saved(folder, optimizer):
+    """No views of larger tensors."""
+    made = learner(folder, optimizer)
+    steps(made, optimizer, 1)
+    states = made.placed.optimizer.state.values()
+    values = [one for state in states for one in state.values()]
+    values += [part for one in values if not isinstance(one, torch.Tensor | int | float) for part in vars(one).values()]
+    tensors = [one for one in values if isinstance(one, torch.Tensor)]
+    assert tensors or optimizer.name == "sgd"
+    for one in tensors:
+        assert one.untyped_storage().nbytes() <= one.nbytes + 64
+
+
 def test_biases_and_norms_are_not_decayed(folder, optimizer):
     for group in learner(folder, optimizer).placed.optimizer.param_groups:
         decays = {parameter.dim() > 1 for parameter in group["params"]}

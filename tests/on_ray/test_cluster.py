@@ -11,6 +11,7 @@ import ray
 
 from lmray.errors import CapacityError, ConfigError, DataError, RemoteError
 from lmray.job import Resources
+from lmray.on_ray import cluster
 from lmray.on_ray.cluster import ClusterResources, Node, check_resources, cluster_resources, connected, user_token
 from lmray.on_ray.failures import error_inside, reason, unwrapped
 
@@ -115,6 +116,35 @@ def test_a_local_ray_has_a_token_and_leaves_nothing_behind(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["token", "64", "0", "interrupted"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_a_local_ray_that_starts_too_slowly_is_started_once_more(monkeypatch, failures):
+    attempts, ended = [], []
+
+    def start(**told):
+        attempts.append(told["address"])
+        if len(attempts) <= failures:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append("connection"))
+    monkeypatch.setattr(cluster, "_end_ray_processes", lambda others: ended.append("processes"))
+    if failures == 2:
+        with pytest.raises(RemoteError, match="did not start within 30 s, twice\n  hint: is the machine busy"):
+            cluster._start_local(None, None)
+    else:
+        cluster._start_local(None, None)
+    assert len(attempts) == min(failures + 1, 2) and ended == ["connection", "processes"] * failures
+
+
+def test_any_other_failure_to_start_passes_as_it_is(monkeypatch):
+    def start(**told):
+        raise ValueError("num_cpus is negative")
+
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(ValueError, match="negative"):
+        cluster._start_local(-1, None)
 
 
 def test_the_users_token_is_found_where_ray_looks(monkeypatch, tmp_path):

@@ -63,6 +63,16 @@ def test_ray_serve_that_does_not_start_is_named_and_ended(job, monkeypatch):
         ray.get_actor(module.CONTROLLER, module.NAMESPACE)
 
 
+def test_an_idle_ray_serve_of_somebody_elses_is_left_alone(job):
+    ray_serve.start(http_options={"port": free_port()})
+    try:
+        with pytest.raises(CapacityError, match="already runs there, with an address and limits of its own"):
+            serve(job)
+        assert ray.get_actor(module.CONTROLLER, module.NAMESPACE)
+    finally:
+        ray_serve.shutdown()
+
+
 def test_replicas_that_can_never_be_placed_are_refused(job):
     with pytest.raises(CapacityError, match=r"1 replica\(s\) with 64 CPU\(s\) and 0 GPU\(s\) each do not fit"):
         serve(job.changed({"resources.cpus_per_worker": 64}))
