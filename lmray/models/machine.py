@@ -72,11 +72,12 @@ def keep_few_products() -> None:
 
 
 def map_large_tensors() -> None:
-    """Has the C library map every block of 4 MiB and more on its own, and give it back when it is freed. It begins with
-    128 KiB, and then learns from the blocks it sees to keep up to 32 MiB on its heap, in whose holes later tensors do
-    not fit: two workers that shared all of a 135M model had up to a gigabyte of holes each, and so a quarter of that.
-    Smaller bounds leave fewer holes, but mapping anew takes time: at 128 KiB there are none, and steps took half as
-    long again. Does nothing but under glibc."""
+    """Has the C library map every block of 4 MiB and more on its own, unless a hole on its heap takes it, and give it
+    back when it is freed; to be called before there are such holes. It begins with 128 KiB, and then learns from the
+    blocks it sees to keep up to 32 MiB on its heap, in whose holes later tensors do not fit: two workers that shared
+    all of a 135M model had up to a gigabyte of holes each, and so a quarter of that. Smaller bounds leave fewer holes,
+    but mapping anew takes time: at 128 KiB there are none, and steps took half as long again. Does nothing but under
+    glibc."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
 
