@@ -62,6 +62,11 @@ class Adapter(MemberConfig):
         return False
 
     @property
+    def takes_from_base(self) -> bool:
+        """Whether it begins with parts of the base's weights, which the base is without while it is trained."""
+        return False
+
+    @property
     def changes_base(self) -> bool:
         """Whether switching it off does not give the base back."""
         return self.kept == "model"

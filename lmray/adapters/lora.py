@@ -77,7 +77,7 @@ class Lora(PeftAdapter):
         return self
 
     @property
-    def _takes_from_base(self) -> bool:
+    def takes_from_base(self) -> bool:
         return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
 
     @property
@@ -87,7 +87,7 @@ class Lora(PeftAdapter):
     @property
     def _has_start(self) -> bool:
         """Whether the update is not zero at first, so that what is kept is its difference to that."""
-        return self._takes_from_base or self.starts_from_residual
+        return self.takes_from_base or self.starts_from_residual
 
     @property
     def starts_from_base(self) -> bool:
@@ -95,7 +95,7 @@ class Lora(PeftAdapter):
 
     @property
     def changes_base(self) -> bool:
-        return self._takes_from_base or self.bias != "none"
+        return self.takes_from_base or self.bias != "none"
 
     def config(self) -> LoraConfig:
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
@@ -168,7 +168,7 @@ class Lora(PeftAdapter):
         halves = {name: tensor.chunk(2, dim=_axis(name)) for name, tensor in state.items()}
         first = {name: _pair(name, *pair)[1] for name, pair in halves.items()}
         if any(not torch.equal(first[name], tensor) for name, tensor in model.initial_factors.items()):
-            for sign, factors in ((1, model.initial_factors), (-1, first)) if self._takes_from_base else ():
+            for sign, factors in ((1, model.initial_factors), (-1, first)) if self.takes_from_base else ():
                 self._set_state(model, factors)
                 _add_updates(model, sign)
             model.initial_factors = {name: tensor.clone() for name, tensor in first.items()}

@@ -26,7 +26,8 @@ class Chooser:
 
     def __init__(self, request: Request):
         sampling = self._sampling = request.sampling
-        self.random = random.Random(sampling.seed)
+        # Python takes a seed without its sign
+        self.random = random.Random(None if sampling.seed is None else sampling.seed % 2**64)
         self.matching: Matching | None = None
         """Where the answer stands in its grammar, for requests with one."""
         self._prompt_ids = request.prompt_ids

@@ -117,6 +117,8 @@ class TokenEvent:
     """With a request's first event, where it asked for them: one a token of the prompt, None for the first."""
     prefill_s: float | None = field(default=None, compare=False)
     """With a request's first event: time since the engine began to read the prompt."""
+    after_s: float | None = field(default=None, compare=False)
+    """With the others, where a replica tells it: time since the one before, whenever both are sent on."""
     version: str | None = field(default=None, compare=False)
     """With a request's first event, where a replica tells it: its model, `NAME@VERSION` of an artifact."""
 

@@ -18,6 +18,7 @@ from lmray.artifacts.files import sha256_json
 from lmray.data.batch import Batch
 from lmray.methods._distill import distilled
 from lmray.methods.base import Companion, Gradients, Objective, Ranks
+from lmray.models.precision import round_weights
 from lmray.pruning.gates import Gates, kept_units, shrink_removed
 from lmray.pruning.masks import Budget, Masks, budget_loss, remaining
 from lmray.pruning.record import Counts, Kept, record_of
@@ -120,13 +121,14 @@ class Smaller:
     num_whole: int = 0
     """Weights of the model before it was cut, once it is."""
 
-    def model(self, adapted: Any) -> Any:
-        """Merged and cut in float32, and rounded once to the type that `adapted` has."""
-        dtype = adapted.get_base_model().dtype
+    def model(self, adapted: Any, dtype: torch.dtype) -> Any:
+        """Merged and cut in float32, and rounded once."""
+        held = adapted.get_base_model().dtype
         whole = adapted.float().merge_and_unload(safe_merge=True)
         self.num_whole = num_parameters(whole)
         budget = self.budget
-        return shrunk(whole, self.structure, self.units, budget.shape, multiple_of=budget.multiple_of).to(dtype)
+        cut = shrunk(whole, self.structure, self.units, budget.shape, multiple_of=budget.multiple_of)
+        return round_weights(round_weights(cut, dtype), held)
 
     def record(self, folder: Path, model: Any, parent: Mapping[str, Any]) -> None:
         """`pruning.json`: which units were kept, of which model, what was asked and what it came to."""

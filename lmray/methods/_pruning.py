@@ -42,8 +42,8 @@ class Pruning(Method):
     up with zeros to the widest: better, and no faster than that one. `hetero`, experimentally: MLPs of different
     widths, written as DeciLM (Nemotron-NAS) has them, which lmray reads, and plain `transformers` does not."""
     layers: Annotated[int, Field(ge=1)] | None = None
-    """Decoder layers that stay. The others, which change least what flows through them, are left out whole, at once
-    (block influence, arXiv 2403.03853); the rest of the budget is met by what the others lose. None: all stay."""
+    """Decoder layers that stay. The others, which change least what flows through them, are left out whole, before
+    units are (block influence, arXiv 2403.03853); the rest of the budget is met by what the others lose. None: all."""
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     """Devices that it will be served on together; they divide what is kept: key-value heads, and the MLP's width."""
     distill: Annotated[float, Field(ge=0.0)] = 0.0

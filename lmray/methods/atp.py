@@ -67,7 +67,7 @@ class Atp(Pruning):
             learning_rate=self.generator_learning_rate,
             noisy=self.gate == "gumbel",
             proximal=self.proximal,
-            stages=stages_to(self.remaining / budget.share_of_layers) if self.in_steps else 1,
+            stages=stages_to(self.remaining) if self.in_steps else 1,
             seed=seed,
         )
         return Search(budget, args, ranks)

@@ -54,8 +54,9 @@ class Ranks(Protocol):
 class Kept(Protocol):
     """What becomes of a trained model in the end."""
 
-    def model(self, adapted: Any) -> Any:
-        """What is kept, in the type of `adapted`, a whole model with its adapter, which is used up."""
+    def model(self, adapted: Any, dtype: torch.dtype) -> Any:
+        """What is kept, its weights rounded to `dtype` and held in the type of `adapted`, a whole model with its
+        adapter, which is used up."""
         ...
 
     def record(self, folder: Path, model: Any, parent: Mapping[str, Any]) -> None:

@@ -54,6 +54,15 @@ def compute_dtype(model: Any) -> torch.dtype:
     return stated if isinstance(stated, torch.dtype) else torch.float32
 
 
+def round_weights(model: Any, dtype: torch.dtype) -> Any:
+    """`model` with weights of `dtype`. Its buffers stay: rotary frequencies in bfloat16 would turn far positions by
+    a wrong angle, and `from_pretrained` keeps them in float32, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
 def keep_masters(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Keeps `parameters` in float32 from now on; `computing` goes on multiplying in the model's own type."""
     for parameter in parameters:

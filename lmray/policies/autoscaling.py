@@ -56,7 +56,8 @@ class Demand:
 
 
 def replicas_for(demand: Demand, preset: Preset, *, max_batch_size: int) -> int:
-    """How many replicas would meet `demand`; none where there is nothing to do."""
+    """How many replicas would meet `demand`; none where there is nothing to do, and no more than there are requests:
+    one prompt is read by one replica."""
     if demand.requests <= 0:
         return 0
     by_rows = demand.requests / (preset.load_fraction * max_batch_size)
@@ -65,7 +66,7 @@ def replicas_for(demand: Demand, preset: Preset, *, max_batch_size: int) -> int:
         by_tokens = demand.waiting_tokens / (demand.tokens_per_s * preset.first_token_s)
     wanted = max(1, math.ceil(by_rows), math.ceil(by_tokens))
     late = demand.first_token_s > preset.first_token_s and demand.waiting_tokens > 0
-    return max(wanted, demand.replicas + 1) if late else wanted
+    return min(max(wanted, demand.replicas + 1) if late else wanted, math.ceil(demand.requests))
 
 
 class TokenPolicy:

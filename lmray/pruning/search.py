@@ -137,7 +137,8 @@ class Search(Decider):
         if step == self.weighing + 1:
             self.generator.say(standardised(scores_of(gates.model, gates.structure, self.inputs)))
             self.inputs = {}
-            self.dropped = self.ranks.of_first(self._least_influential())
+        if (staying := self._staying(step)) != int((~self.dropped).sum()):
+            self.dropped = self.ranks.of_first(self._least_influential(staying))
         if step > self.args.steps:
             return Decision(self._final())
         target = self._target(step)
@@ -226,11 +227,18 @@ class Search(Decider):
         agreed: Masks = {kind: self.ranks.of_first(one.detach()) for kind, one in scores.items()}
         return {kind: one.masked_fill(self.dropped[:, None], -math.inf) for kind, one in agreed.items()}
 
-    def _least_influential(self) -> torch.Tensor:
-        layers = self.budget.sizes.layers
-        dropped = torch.ones(layers, dtype=torch.bool)
-        dropped[most_influential(self.influence.tolist(), self.budget.layers or layers)] = False
+    def _least_influential(self, staying: int) -> torch.Tensor:
+        dropped = torch.ones(self.budget.sizes.layers, dtype=torch.bool)
+        dropped[most_influential(self.influence.tolist(), staying)] = False
         return dropped
+
+    def _staying(self, step: int) -> int:
+        """Layers that are there in `step`. In stages they go before anything else does."""
+        layers = self.budget.sizes.layers
+        asked = self.budget.layers or layers
+        if self.args.stages == 1 or step > self.args.steps:
+            return asked
+        return max(asked, math.ceil(layers * self._target(step) - 1e-9))
 
     def _noise(self, step: int) -> torch.Generator | None:
         if not self.args.noisy:
@@ -239,14 +247,14 @@ class Search(Decider):
         return torch.Generator().manual_seed(int.from_bytes(digest[:4]))
 
     def _target(self, step: int) -> float:
-        """What is to remain after `step`, of which dropped layers are no part."""
+        """What is to remain after `step`. At once: layers that go are gone from the first move on."""
         asked, stages, move = self.budget.remaining, self.args.stages, step - self.weighing
-        whole = self.budget.share_of_layers
         if stages == 1:
+            whole = self.budget.share_of_layers
             fallen = min(1.0, move / (ARRIVAL * self.moves))
             return asked if fallen == 1.0 else whole - fallen * (whole - asked)
         stage = math.ceil(move * stages / self.moves)
-        return asked if stage >= stages else whole * (asked / whole) ** (stage / stages)
+        return asked if stage >= stages else asked ** (stage / stages)
 
 
 def standardised(scores: Masks) -> dict[Kind, torch.Tensor]:

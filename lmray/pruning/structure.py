@@ -150,6 +150,9 @@ def structure_of(model: Any, *, block: int) -> Structure:
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = base.config.get_text_config()
+    if config is not base.config:
+        found = f"`{base.config.model_type}` holds more than a language model, of which parts cannot be cut out"
+        raise ConfigError("method.name", found, allowed=", ".join(LAYOUTS), hint="save its language model by itself")
     layers = decoder_layers(model)
     layout = LAYOUTS.get(config.model_type, PATTERN)
     found = [_widths(layer, layout) for layer in layers]

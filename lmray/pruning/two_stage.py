@@ -10,6 +10,7 @@ import torch
 
 from lmray.errors import ConfigError, did_you_mean
 from lmray.models.load import load_config, load_model, load_tokenizer
+from lmray.models.precision import round_weights
 from lmray.pruning.depth import block_influence, layers_to_keep, shallower
 from lmray.pruning.gates import kept_units
 from lmray.pruning.importance.base import Rows, Scores
@@ -60,5 +61,5 @@ def write_pruned(folder: Path, target: Path, way: str, rows: Rows, *, remaining:
     model: Any = load_model(folder, "float32")
     stored = load_config(folder).get_text_config().dtype or torch.float32
     smaller = smaller_model(model, way, rows, remaining=remaining, multiple_of=multiple_of)
-    smaller.to(stored).save_pretrained(target)
+    round_weights(smaller, stored).save_pretrained(target)
     load_tokenizer(folder, chat=False).save_pretrained(target)

@@ -69,7 +69,7 @@ class Account:
         now_s = time.perf_counter()
         self.num_answer_tokens += event.token_id is not None
         if before_s is not None:
-            self._between_tokens_s.observe(now_s - before_s)
+            self._between_tokens_s.observe(now_s - before_s if event.after_s is None else event.after_s)
             return now_s
         model, _ = self._labels
         self.metrics.first_token_s.labels(model).observe(now_s - self.asked_s)

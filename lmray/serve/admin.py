@@ -94,6 +94,8 @@ class _Admin:
             return await self._pin(reference, pinned=action == "pin")
         artifact = await asyncio.to_thread(self._find, reference)
         outcomes = await self._everywhere(action, artifact)
+        if not outcomes:
+            return _error(409, "no replica runs; the next request starts one", code="not_done")
         errors = [outcome["error"] for outcome in outcomes if outcome["error"]]
         if errors and len(errors) == len(outcomes):
             return _error(409, errors[0], code="not_done")

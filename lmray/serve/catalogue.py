@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -39,6 +40,8 @@ class Line:
     """The next version, for a share of the requests."""
     settings: Canary | None = None
     """Of that."""
+    unfit: frozenset[str] = frozenset()
+    """Versions whose weights replicas refused since the line was read."""
 
 
 class Catalogue:
@@ -85,6 +88,36 @@ class Catalogue:
         """What stands under `name`, None where nothing is served."""
         line = self._lines.get(name)
         return line if line is not None and line.current is not None else None
+
+    async def refuse(self, name: str, version: str, why: str) -> Artifact | None:
+        """Takes `version` (`NAME@VERSION`), of which replicas say that it cannot be served, from under `name` until its
+        stage moves again; what its stage held before serves instead. Returns what does; None where nothing is left."""
+        line = self._lines.get(name)
+        if line is None or line.current is None or line.current.ref != version:
+            return line.current if line is not None else None
+        unfit = line.unfit | {line.current.id}
+        earlier = await asyncio.to_thread(self._earlier, name, unfit)
+        if earlier is not None and self._lines.get(name) is line:
+            self._lines[name] = replace(line, current=earlier, refused=why, unfit=unfit)
+            _LOG.warning("`%s` serves this name again, for `%s` cannot be: %s", earlier.ref, version, why)
+        return earlier
+
+    def _earlier(self, name: str, unfit: frozenset[str]) -> Artifact | None:
+        """The last version that `name` stood for, by its stage's log or by age, which fits and is none of `unfit`."""
+        served = self._served_as(name)
+        with suppress(ArtifactError, OSError):
+            if served is not None and served.stage in STAGES:
+                log = [one for one in self._artifacts.log(name) if one["stage"] == served.stage]
+                ids = [one["previous"] for one in reversed(log) if one["previous"] is not None]
+            else:
+                ids = [one.id for one in reversed(self._artifacts.versions(name))]
+            for version in dict.fromkeys(ids):
+                with suppress(ArtifactError):
+                    artifact = self._artifacts.find(ArtifactRef(name, version))
+                    self._fit.check(artifact)
+                    if artifact.id not in unfit:
+                        return artifact
+        return None
 
     def refresh(self) -> None:
         """Brings the index up to date. Raises OSError where the store cannot be listed."""

@@ -46,7 +46,7 @@ class Fit:
         """Raises ArtifactError for files that are larger than allowed."""
         if num_bytes > self.max_adapter_bytes:
             allowed = f"up to {human_bytes(self.max_adapter_bytes)}"
-            hint = "raise `adapter_cache.max_adapter_bytes`"
+            hint = "raise `adapter_cache.max_adapter_bytes`, and `max_bytes` where that is less"
             raise ArtifactError(
                 f"artifact `{artifact.ref}`", f"has {human_bytes(num_bytes)}", allowed=allowed, hint=hint
             )

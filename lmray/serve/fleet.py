@@ -82,8 +82,8 @@ class Fleet:
         """The tokens that continue `request`. Closing it early cancels the request.
 
         It is sent again where its replica died before the first token; and to the current version where the next one
-        failed before that, so that a canary costs nobody an answer. Raises ArtifactError for an unknown adapter, and
-        what the replica raises.
+        failed before that, so that a canary costs nobody an answer; and to the version before the current one where
+        replicas refuse the weights of that. Raises ArtifactError for an unknown adapter, and what the replica raises.
         """
         if (own := self._merged.get(request.adapter or "")) is not None:
             async with aclosing(self._sent(replace(request, adapter=None), own)) as events:
@@ -92,8 +92,8 @@ class Fleet:
             return
         versions, compared = self._versions(request)
         was_lost = False
-        for version in versions:
-            started = False
+        while versions:
+            version, started = versions.pop(0), False
             try:
                 watched = self._watched(replace(request, adapter=version), compared)
                 async with aclosing(watched) as events:
@@ -104,9 +104,18 @@ class Fleet:
                         yield event
                 return
             except LmrayError as error:
-                if started or version == versions[-1]:
+                if not started and not versions and isinstance(error, ArtifactError):
+                    versions = await self._before(request.adapter, version, error)
+                if started or not versions:
                     raise
                 was_lost = isinstance(error, RemoteError)
+
+    async def _before(self, name: str | None, version: str | None, error: ArtifactError) -> list[str | None]:
+        """What to try once replicas have refused the weights of `version`, the last there was to try."""
+        if name is None or version is None:
+            return []
+        earlier = await self.catalogue.refuse(name, version, str(error))
+        return [earlier.ref] if earlier is not None and earlier.ref != version else []
 
     def _versions(self, request: Request) -> tuple[list[str | None], Comparison | None]:
         """Handles to try, one after another, and what they are compared in."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from typing import Any
 
 from lmray.artifacts.store import Store, open_store
@@ -81,9 +83,12 @@ class LiveEngine:
             if request.adapter is not None:
                 await held.enter_async_context(self.cache.lease(request.adapter))
             events = await held.enter_async_context(aclosing(self.engine.submit(request)))
+            before_s: float | None = None
             async for event in events:
                 first_token()
-                yield event
+                now_s = time.perf_counter()
+                yield event if before_s is None else replace(event, after_s=now_s - before_s)
+                before_s = now_s
 
     async def follow(self, *, again: bool = False) -> None:
         """Loads ahead what stages and pins now name. `again`: looks at once, and also for what could not be loaded."""

@@ -79,7 +79,8 @@ class ServePlan:
     @property
     def fit(self) -> Fit:
         """What an adapter must be."""
-        return Fit(self.source, self.digest, self.rope_scaling, self.cache.max_adapter_bytes)
+        most = min(self.cache.max_adapter_bytes, self.cache.max_bytes)  # a larger one would wait for room for ever
+        return Fit(self.source, self.digest, self.rope_scaling, most)
 
 
 def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:

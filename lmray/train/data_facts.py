@@ -31,6 +31,7 @@ def data_facts(ready: Prepared, *, max_length: int) -> dict[str, Any]:
         "train_examples": len(examples),
         "eval_examples": len(ready.eval.examples),
         **({"search_examples": len(ready.search.examples)} if ready.search_rows else {}),
+        **({"held_out_too": ready.num_held_out_too} if ready.num_held_out_too else {}),
         "dropped": ready.train.num_dropped + ready.eval.num_dropped,
         "truncated": ready.train.num_truncated + ready.eval.num_truncated,
         "empty": ready.train.num_empty + ready.eval.num_empty,
@@ -82,6 +83,9 @@ def _bos_facts(tokenizer: Any, examples: Table) -> dict[str, Any]:
 def data_warnings(facts: dict[str, Any]) -> list[str]:
     """What of the data would train a bad model while the loss looks well."""
     count, warnings = facts["train_examples"], []
+    if "held_out_too" in facts:
+        found = f"{facts['held_out_too']} training rows are held out, too, word for word, and left out of training"
+        warnings.append(f"{found}: `data.eval.by` keeps rows together")
     unstopped = count - facts["stop"]["examples"]
     if unstopped:
         warnings.append(f"{unstopped} of {count} examples do not end with the stop token: raise `data.max_length`")

@@ -18,8 +18,9 @@ from lmray.job import TrainJob
 from lmray.methods.base import Kept
 from lmray.models.deferred import Deferred
 from lmray.models.fused import Fused
-from lmray.models.load import load_model
+from lmray.models.load import load_config, load_model
 from lmray.models.machine import map_large_tensors, release_heap
+from lmray.models.precision import round_weights
 from lmray.models.quiet import quiet
 from lmray.registry import SHARDINGS
 from lmray.train.learner import Learner
@@ -110,10 +111,15 @@ class Learnt:
         if self.kept is None:
             return self._trained()
         if not self.made:
-            self.found, self.made = self.kept.model(self._trained()), True
+            self.found, self.made = self.kept.model(self._trained(), self._stored()), True
             free_memory()
         smaller: Any = self.found
         return smaller.to(self.device)
+
+    def _stored(self) -> torch.dtype:
+        """The type of the base's files: a smaller model in a wider one would be no smaller."""
+        config = load_config(self.prepared.model.folder, trust_remote_code=self.job.model.trust_remote_code)
+        return config.get_text_config().dtype or torch.float32
 
     def _trained(self) -> torch.nn.Module:
         if isinstance(self.found, torch.nn.Module):
@@ -134,7 +140,7 @@ class Learnt:
     def save(self, folder: Path) -> None:
         """Keeps it in `folder`."""
         if self.kept is not None:
-            model: Any = self.whole()
+            model: Any = round_weights(self.whole(), self._stored())
             with quiet():
                 model.save_pretrained(folder)
             self.kept.record(folder, model, self.plan.model)

@@ -154,6 +154,9 @@ def check_pruned(job: TrainJob, sharding: Sharding | None = None) -> None:
         found = f"`{job.method.name}` cuts weights, and those of a quantised model cannot be cut"
         hint = "prune the model as it is, `model.quantization: null`, and quantise what is left"
         raise ConfigError("model.quantization", found, hint=hint)
+    if job.adapter.takes_from_base:
+        found = "begins with parts of the base's weights, which units that are removed for a while would lose"
+        raise ConfigError("adapter.init_lora_weights", found, allowed="true, gaussian, orthogonal")
     if job.train.torch_compile:
         found = f"compiled layers would not see the masks of `{job.method.name}`, which change every step"
         raise ConfigError("train.torch_compile", found, allowed="false")

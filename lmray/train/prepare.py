@@ -15,11 +15,11 @@ from lmray.data.cache import tokenise_cached, tokenizer_digest
 from lmray.data.examples import Examples, read_examples
 from lmray.data.rules import Rules
 from lmray.data.split import question_group, set_aside
-from lmray.data.stored import once
+from lmray.data.stored import also_among, once
 from lmray.data.stream import Stream
 from lmray.data.table import Table
 from lmray.data.tokenise import TokenisedData
-from lmray.errors import ConfigError
+from lmray.errors import ConfigError, DataError
 from lmray.evaluate.measure import check_tasks
 from lmray.job import TrainJob
 from lmray.models.load import load_config, load_tokenizer
@@ -46,6 +46,8 @@ class Prepared:
     search: TokenisedData
     """What was set aside of the training data, and no weight is trained on; empty for most methods."""
     search_rows: Rows | Stream | None
+    num_held_out_too: int = 0
+    """Rows that are left out of what the method trains and searches on, for held-out ones are the same."""
 
     @property
     def digest(self) -> str:
@@ -72,22 +74,29 @@ def prepare(job: TrainJob) -> Prepared:
         tokenise_cached(tokenizer, examples.train, whole),
         tokenise_cached(tokenizer, examples.eval, rules),
     )
-    train, search = _set_aside(job, train, once(examples.train)[0])
+    train, search, num_held_out_too = _set_aside(job, train, examples)
     rows, search_rows = _rows(job, train), _rows(job, search) if len(search.examples) else None
     eval_rows = pack(held_out.examples, max_length=job.data.max_length)
     if job.adapter.virtual_tokens:
         eval_rows = unpacked(held_out.examples)
-    return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows, search, search_rows)
+    return Prepared(model, tokenizer, examples, train, held_out, rows, eval_rows, search, search_rows, num_held_out_too)
 
 
-def _set_aside(job: TrainJob, train: TokenisedData, rows: Sequence[Example]) -> tuple[TokenisedData, TokenisedData]:
-    """What weights are trained on, and what the method searches on; `rows`: what `train` was made of."""
+def _set_aside(job: TrainJob, train: TokenisedData, examples: Examples) -> tuple[TokenisedData, TokenisedData, int]:
+    """What weights are trained on, what the method searches on, and how many rows are in neither, for what they say is
+    held out: no row is in two parts. `train` was made of `examples.train`."""
     if not job.method.set_aside:
-        return train, TokenisedData(Table([]))
+        return train, TokenisedData(Table([])), 0
+    rows: Sequence[Example] = once(examples.train)[0]
+    held = also_among(examples.eval, rows)
+    if held.all():
+        raise DataError("data.eval", "every training row is held out, too", hint="hold out rows of their own")
+    train = replace(train, examples=train.examples.only(~held[train.examples.sources]))
     by = job.data.eval.by if job.data.eval is not None and job.data.eval.split is not None else None
     groups = np.fromiter((question_group(row, by) for row in rows), np.uint64, len(rows))
     aside = set_aside(train.examples.sources, groups, job.method.set_aside, job.train.seed)
-    return replace(train, examples=train.examples.only(~aside)), TokenisedData(train.examples.only(aside))
+    searched = TokenisedData(train.examples.only(aside))
+    return replace(train, examples=train.examples.only(~aside)), searched, int(held.sum())
 
 
 def _rows(job: TrainJob, train: TokenisedData) -> Rows | Stream:

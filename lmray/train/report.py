@@ -17,10 +17,13 @@ from lmray.metrics.page import Cell, cards, heading, number, page, paragraph, pi
 from lmray.metrics.plots import SMALL, plot_lengths, plot_losses, plot_metric
 from lmray.metrics.pruning_plots import freeze_step, plot_kept, plot_search
 from lmray.train.out_of_memory import shortage_text
-from lmray.train.record import Record, read_record
+from lmray.train.record import DATA, Record, read_record
 from lmray.units import human_bytes, human_count, human_seconds
 
 MAX_ANSWERS = 8
+MAX_ROWS = 400
+"""Characters of the numbers of rows that are shown of a part."""
+PARTS = {"train": "training", "search": "set aside for the masks", "eval": "held out"}
 MASKS = "masks.jsonl"
 """In the folder of a run that prunes: what its masks kept, a line an evaluation."""
 TIMES = {
@@ -219,13 +222,21 @@ def _data(data: Mapping[str, Any]) -> Iterator[str]:
     yield heading("Data")
     rows = []
     for part, facts in data.items():
-        words = {"train": "training", "search": "set aside for the masks", "eval": "held out"}[part]
+        words = PARTS[part]
         several = len(facts["sources"]) > 1
         rows.append(_counts(words if several else f"{words}: {next(iter(facts['sources']))}", facts))
         rows += [_counts(f"\u2003{name}", counts) for name, counts in facts["sources"].items() if several]
     yield table(rows, ("", number("examples"), number("tokens"), number("mean length"), number("supervised")))
+    yield from (paragraph(line, "quiet") for part, facts in data.items() for line in _rows(part, facts))
     lengths = data["train"]["lengths"]
     yield f'<div class="grid">{picture(plot_lengths(lengths["edges"], lengths["counts"]), "Lengths in tokens")}</div>'
+
+
+def _rows(part: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Which rows of which file, where several parts were made of them."""
+    for name, rows in facts.get("rows_in", {}).items():
+        shown = rows if len(rows) <= MAX_ROWS else f"{rows[:MAX_ROWS].rpartition(', ')[0]}, … (all: `{DATA}`)"
+        yield f"{PARTS[part]}: rows {shown} of {name}"
 
 
 def _counts(label: str, facts: Mapping[str, int]) -> tuple[str | Cell, ...]:

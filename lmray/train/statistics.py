@@ -13,6 +13,8 @@ from lmray.data.table import Table
 from lmray.train.prepare import Prepared
 
 NUM_BINS = 20
+MAX_NAMED = 100_000
+"""Rows of a part beyond which only their digest is told."""
 MAX_FILES = 12
 """So many files are listed one by one; where there are more, their folders are."""
 
@@ -20,7 +22,7 @@ MAX_FILES = 12
 def data_statistics(prepared: Prepared) -> dict[str, Any]:
     """JSON types: `train` and `eval`, each with `examples`, `tokens`, `supervised_tokens`, `lengths` (a histogram's
     `edges` and `counts`) and the same numbers by file in `sources`. Where rows were set aside, `search` too, and of
-    each `rows` and `rows_digest`: they have no row in common."""
+    each `rows`, `rows_digest` and `rows_in`: they have no row in common."""
     parts = {"train": prepared.train.examples, "search": prepared.search.examples, "eval": prepared.eval.examples}
     found = {name: _part(examples) for name, examples in parts.items() if examples}
     if prepared.search_rows:
@@ -30,9 +32,23 @@ def data_statistics(prepared: Prepared) -> dict[str, Any]:
 
 
 def _rows_of(examples: Table) -> dict[str, Any]:
-    """How many different rows `examples` were made of, and a digest of where these stand."""
-    places = sorted({examples.places[int(row)] for row in np.unique(examples.sources)})
-    return {"rows": len(places), "rows_digest": sha256_json(places)}
+    """How many different rows `examples` were made of, a digest of where these stand, and, unless there are very many,
+    their numbers by file."""
+    chosen = np.unique(examples.sources)
+    places = sorted({examples.places[int(row)] for row in chosen})
+    found: dict[str, Any] = {"rows": len(places), "rows_digest": sha256_json(places)}
+    if len(places) <= MAX_NAMED:
+        files, rows = examples.places.files_M[chosen], examples.places.rows_M[chosen]
+        names = examples.places.names
+        found["rows_in"] = {names[file]: spans(rows[files == file]) for file in np.unique(files).tolist()}
+    return found
+
+
+def spans(numbers: np.ndarray) -> str:
+    """`1-3, 7` of 1, 2, 3 and 7, in any order."""
+    rising = np.unique(numbers)
+    runs = np.split(rising, np.flatnonzero(np.diff(rising) > 1) + 1)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _part(examples: Table) -> dict[str, Any]:

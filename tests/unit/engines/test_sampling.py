@@ -191,3 +191,14 @@ def test_a_prompts_logprobs_are_those_of_each_token_after_the_ones_before():
     for place in (1, 29, 30, 31, 32, 127, 128, 129, 299):
         assert told[place] == logprob_of(logits_TV[place - 1], prompt_ids[place], 2)
     assert Chooser(Request("r", prompt_ids, Sampling(1))).prompt_logprobs() is None
+
+
+def test_seeds_that_differ_in_their_sign_draw_other_tokens():
+    """Answers of one request have seeds side by side, on both sides of zero too."""
+    logits = torch.zeros(VOCABULARY)
+
+    def drawn(seed: int) -> list[int]:
+        chooser = Chooser(Request("r", (0,), Sampling(8, temperature=1.0, seed=seed)))
+        return [chooser.choose(logits, 0)[0] for _ in range(8)]
+
+    assert len({tuple(drawn(seed)) for seed in range(-3, 4)}) == 7 and drawn(-2) == drawn(-2)

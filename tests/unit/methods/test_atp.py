@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from dataclasses import replace
@@ -20,10 +21,12 @@ from lmray.adapters.lora import Lora
 from lmray.artifacts.store import run_folder
 from lmray.config import dump
 from lmray.errors import DataError, DivergenceError
+from lmray.evaluate.loss import held_out_loss
 from lmray.job import TrainJob
 from lmray.methods._distill import distilled
 from lmray.metrics.events import read_events
 from lmray.models.load import load_model
+from lmray.models.precision import round_weights
 from lmray.models.shape import read_shape
 from lmray.models.supervised import IGNORED
 from lmray.pruning.gates import Gates
@@ -31,6 +34,7 @@ from lmray.pruning.record import Pruning
 from lmray.pruning.structure import structure_of
 from lmray.testing.jobs import curve, run_here, tiny_rows, write_jsonl
 from lmray.testing.kills import Killed, file_operations
+from lmray.testing.tiny import tiny_model_folder
 from lmray.train.learner import Learner
 from lmray.train.memory import Rows, bytes_per_row, memory_parts, searched_at_once
 from lmray.train.plan import make_plan
@@ -70,6 +74,21 @@ def test_a_run_ends_with_a_smaller_model_that_plain_transformers_loads(job, tmp_
     assert [line["phase"] for line in logged(one)] == ["search"] * 5 + ["frozen"] * 2
     assert logged(one)[-1]["channels"] == [len(units) for units in record["kept"]["channels"]]
     assert logged(one)[-1]["groups"] == [len(units) for units in record["kept"]["groups"]]
+
+
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+def test_what_is_kept_has_the_type_that_the_base_lies_in_and_is_measured_as_it_is_kept(job, tmp_path, trained):
+    base = tiny_model_folder(tmp_path / "base")
+    round_weights(load_model(base, "float32"), torch.bfloat16).save_pretrained(base)
+    one = job(model__source=str(base), model__dtype=trained, evaluate__tasks=["loss"])
+    result = run_here(one, tmp_path / "scratch")
+    kept = folder_of(one) / "model"
+    assert {tensor.dtype for tensor in weights(one).values()} == {torch.bfloat16}
+    assert json.loads((kept / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (kept / "model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size
+    rows = prepare(one).eval_rows
+    again = held_out_loss(load_model(kept, trained), rows, batch_size=8, pad_token_id=0, device="cpu")
+    assert result.metrics["eval.loss"] == pytest.approx(again, abs=1e-6)
 
 
 def test_layers_of_different_widths_end_as_what_was_masked(job, tmp_path):
@@ -230,12 +249,39 @@ def test_a_row_that_repeats_goes_to_one_side(job, tiny_model, tmp_path):
     assert searched and not searched & {example.where for example in prepared.train.examples}
 
 
+def numbers(rows_in: dict[str, str]) -> set[int]:
+    (text,) = rows_in.values()
+    spans = [[int(one) for one in span.split("-")] for span in text.split(", ")]
+    return {number for span in spans for number in range(span[0], span[-1] + 1)}
+
+
+def test_what_is_held_out_is_neither_trained_nor_searched_on_wherever_it_stands(job, tmp_path):
+    """Held-out rows of their own may be rows that are trained on, in another file."""
+    rows = tiny_rows(40)
+    held = write_jsonl(tmp_path / "held.jsonl", [rows[3], rows[17], {"prompt": "new?", "completion": "yes"}])
+    eval_of = {"data.eval.split": None, "data.eval.by": None, "data.eval.sources": [{"source": str(held)}]}
+    one = job().changed(eval_of)
+    prepared = prepare(one)
+    places = {example.where for part in (prepared.train, prepared.search) for example in part.examples}
+    assert len(places) == 38 and not any(place.endswith((":4", ":18")) for place in places)
+    assert any("2 training rows are held out, too" in line for line in make_plan(one).warnings)
+    all_held = one.changed({"data.eval.sources": [dump(one.data.train[0])]})
+    with pytest.raises(DataError, match="every training row is held out"):
+        prepare(all_held)
+    assert prepare(all_held.changed({"method": {"name": "sft"}})).num_held_out_too == 0
+
+
 def test_the_report_says_which_rows_each_part_had(job, tmp_path):
     one = job()
     run_here(one, tmp_path / "scratch")
     facts = json.loads((folder_of(one) / "data.json").read_text())
     assert sum(facts[name]["rows"] for name in ("train", "search", "eval")) == 40
     assert len({facts[name]["rows_digest"] for name in ("train", "search", "eval")}) == 3
+    told = {name: numbers(facts[name]["rows_in"]) for name in ("train", "search", "eval")}
+    assert told["search"] == {int(example.where.rpartition(":")[2]) for example in prepare(one).search.examples}
+    assert sum(map(len, told.values())) == len(set().union(*told.values())) == 40
+    page = (folder_of(one) / "report.html").read_text()
+    assert all(html.escape(text) in page for name in told for text in facts[name]["rows_in"].values())
     lines = "\n".join(make_plan(one).lines())
     assert "to search masks on" in lines and "masks are searched in 5 of 10 steps" in lines
 

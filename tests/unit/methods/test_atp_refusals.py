@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, OlmoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Olmo2Config,
+    OlmoConfig,
+)
 
 from lmray.adapters.lora import Lora
 from lmray.errors import ConfigError
@@ -22,6 +29,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "no lora": ({"adapter": "full"}, "adapter.name", "adds no LoRA"),
     "ia3": ({"adapter": {"name": "ia3"}}, "adapter.name", "adds no LoRA"),
     "dora": ({"adapter": {"name": "lora", "use_dora": True}}, "adapter.target_modules", "has no plain LoRA"),
+    "a start from the base": (
+        {"adapter": {"name": "lora", "init_lora_weights": "pissa"}},
+        "adapter.init_lora_weights",
+        "begins with parts of the base's weights",
+    ),
     "lora on few": ({"adapter__target_modules": ["q_proj"]}, "adapter.target_modules", "`self_attn.k_proj` has no"),
     "quantised": ({"model__quantization": "nf4"}, "model.quantization", "cannot be cut"),
     "compiled": ({"train__torch_compile": True}, "train.torch_compile", "would not see the masks"),
@@ -163,3 +175,12 @@ def test_a_model_of_which_no_part_has_a_config_is_refused():
     model.get_base_model().config.hidden_size = 61
     with pytest.raises(ConfigError, match="no config can be written"):
         Atp(remaining=0.8, multiple_of=8).check(model, steps=10)
+
+
+def test_a_model_of_more_than_language_is_refused_as_such():
+    text = Gemma3TextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=sight))
+    with pytest.raises(ConfigError, match="`gemma3` holds more than a language model"):
+        structure_of(model, block=1)

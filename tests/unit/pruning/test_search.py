@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -288,9 +289,23 @@ def test_what_falls_is_what_the_layers_have_that_stay(stages):
     """Else everything would be kept of them until the budget is below their share, and nothing searched."""
     _, _, search = made(layers=1, share=0.3, stages=stages)
     targets = [search._target(step) for step in range(5, 41)]
-    assert all(target < 0.5 for target in targets) and targets[-1] == 0.3
-    assert targets == sorted(targets, reverse=True)
-    assert targets[0] == pytest.approx(0.5 - 0.2 / 12 if stages == 1 else (0.5 * 0.3) ** 0.5)
+    staying = [search._staying(step) for step in range(5, 42)]
+    assert targets == sorted(targets, reverse=True) and targets[-1] == 0.3
+    assert targets[0] == pytest.approx(0.5 - 0.2 / 12 if stages == 1 else 0.3**0.5)
+    assert staying == ([1] * 37 if stages == 1 else [2] * 18 + [1] * 19)
+
+
+def test_in_stages_layers_go_little_by_little_and_no_stage_removes_more_than_a_third():
+    sizes = Sizes(30, 64, 2, 2, 16, 128, 1)
+    stages = stages_to(0.33)
+    args = SearchArgs(steps=40, learning_rate=None, noisy=False, proximal=0.0, stages=stages, seed=0)
+    search = Search(Budget(sizes, 0.33, "uniform", layers=10), args, ALONE)
+    staying = [search._staying(step) for step in range(5, 42)]
+    assert sorted(set(staying), reverse=True) == [21, 15, 10] and staying == sorted(staying, reverse=True)
+    left = [1.0, *sorted({search._target(step) for step in range(5, 41)}, reverse=True)]
+    assert all(after >= before * 2 / 3 - 1e-9 for before, after in pairwise(left)) and left[-1] == 0.33
+    search.influence = torch.arange(30, dtype=torch.float64)
+    assert search._least_influential(21).nonzero().flatten().tolist() == list(range(9))
 
 
 def test_the_encoder_moves_slower_than_the_heads():

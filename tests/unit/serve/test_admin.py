@@ -57,7 +57,11 @@ def visit(small, tokenizer):
     """Makes calls one after another on a running endpoint with two replicas."""
 
     def calls(
-        *told: tuple, key: str = KEY, admin_keys: tuple[str, ...] = (KEY,), merged: dict[str, list[str]] | None = None
+        *told: tuple,
+        key: str = KEY,
+        admin_keys: tuple[str, ...] = (KEY,),
+        merged: dict[str, list[str]] | None = None,
+        num_replicas: int = 2,
     ) -> list[httpx.Response]:
         """`merged`: name -> versions that replicas of its own tell."""
         names = merged or {}
@@ -66,7 +70,7 @@ def visit(small, tokenizer):
             plan = plan_of(small, "*", admin_keys=admin_keys)
             own = tuple(ServedAdapter(artifact=name, stage="production", merged=True) for name in names)
             plan = replace(plan, served=(*plan.served, *own), merged=dict.fromkeys(names, plan))
-            engines = [LiveEngine(FakeEngine(), plan) for _ in range(2)]
+            engines = [LiveEngine(FakeEngine(), plan) for _ in range(num_replicas)]
             for engine in engines:
                 await engine.start()
             catalogue = Catalogue(small.store, plan.served, plan.fit, reserved="tiny")
@@ -208,3 +212,10 @@ def test_scores_that_belong_to_nothing_are_refused(visit, body, found):
     listed, refused = visit(("GET", "/canaries"), ("POST", "/canaries/scores", body))
     assert listed.json() == {"canaries": []}
     assert refused.status_code == 400 and found in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("action", ["load", "prewarm", "unload"])
+def test_where_no_replica_runs_nothing_was_done(visit, small, action):
+    small.keep("helper", stage="production")
+    (response,) = visit(("POST", f"/adapters/helper/{action}"), num_replicas=0)
+    assert response.status_code == 409 and "no replica runs" in response.json()["error"]["message"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -111,6 +112,17 @@ def test_requests_tokens_and_times_are_counted_by_model_and_key(session, ids):
     assert found['lmray_serve_inter_token_latency_seconds_count{model="tiny"}'] == 9  # the stop token's event counts
     assert found['lmray_serve_running_requests{model="tiny"}'] == 0
     assert not any("wrong" in name for name in found)
+
+
+def test_times_between_tokens_are_those_of_the_replica_whenever_its_tokens_arrive(session, ids):
+    class Told(FakeBackend):
+        async def stream(self, request):
+            async for event in super().stream(request):
+                yield replace(event, after_s=2.0)
+
+    _, page = session(Told(ids("abc")), chat(None), ("GET", "/metrics", None, None))
+    found = metrics(page.text)
+    assert found['lmray_serve_inter_token_latency_seconds_sum{model="tiny"}'] == 6.0, "the first has none before it"
 
 
 def test_metrics_are_for_keys_that_may_read_them(session):

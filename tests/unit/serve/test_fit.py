@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
+from lmray.artifacts.served import AdapterCache
 from lmray.errors import ArtifactError
 from lmray.serve.fit import StoredAdapters
-from tests.unit.serve.stores import BASE, FIT, SmallStore
+from tests.unit.serve.stores import BASE, FIT, SmallStore, plan_of
 
 DIGEST = "0" * 64
 
@@ -59,3 +60,8 @@ def test_what_is_not_what_was_kept_is_refused(small):
     (small.store.root / "objects" / artifact.files["adapter_config.json"]["sha256"]).write_bytes(b"{}")
     with pytest.raises(ArtifactError, match="is missing or corrupted"):
         StoredAdapters(small.store, FIT).find(artifact.ref)
+
+
+def test_an_adapter_that_no_cache_has_room_for_does_not_fit(small):
+    cache = AdapterCache(max_bytes=100, max_adapter_bytes=10_000)
+    assert dataclasses.replace(plan_of(small), cache=cache).fit.max_adapter_bytes == 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,19 @@ def request(adapter: str | None, name: str = "r") -> Request:
 
 async def text(live: LiveEngine, adapter: str | None, name: str = "r") -> list[int | None]:
     return [event.token_id async for event in live.stream(request(adapter, name))]
+
+
+def test_each_token_says_how_long_after_the_one_before_it_came(place):
+    async def main():
+        live = place.start()
+        await live.start()
+        began = time.perf_counter()
+        events = [event async for event in live.stream(request(None))]
+        return events, time.perf_counter() - began
+
+    (first, *others), seconds = asyncio.run(main())
+    assert first.after_s is None and len(others) == MAX_TOKENS - 1
+    assert all(event.after_s > 0 for event in others) and sum(event.after_s for event in others) < seconds
 
 
 def test_a_version_is_loaded_when_it_is_first_asked_for(place):
