@@ -118,7 +118,8 @@ class Learnt:
 
     def _stored(self) -> torch.dtype:
         """The type of the base's files: a smaller model in a wider one would be no smaller."""
-        config = load_config(self.prepared.model.folder, trust_remote_code=self.job.model.trust_remote_code)
+        job = self.job
+        config = load_config(self.prepared.model.folder, trust_remote_code=job.model.trust_remote_code)
         return config.get_text_config().dtype or torch.float32
 
     def _trained(self) -> torch.nn.Module:
