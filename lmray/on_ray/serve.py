@@ -49,8 +49,8 @@ _CONTROLLER = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{READY_TIMEOUT_S:.0f}",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
 }
-"""For Ray Serve's controller, which else kills a proxy that takes 5 s to start, as one does on a busy machine, and looks
-at its replicas ten times a second, which took a third of what an idle endpoint costs."""
+"""For Ray Serve's controller, which else kills a proxy that takes 5 s to start, as one does on a busy machine, and
+looks at its replicas ten times a second, which took a third of what an idle endpoint costs."""
 
 
 @dataclass(frozen=True)
