@@ -81,18 +81,11 @@ def places(examples: Sequence[Example]) -> Places:
 
 
 def also_among(others: Sequence[Example], examples: Sequence[Example]) -> np.ndarray:
-    """Whether each of `examples` is one of `others` too, word for word, wherever it stood."""
-    whole = np.dtype((np.void, _DIGEST_BYTES))
-    ours, theirs = (np.ascontiguousarray(_digests(one)).view(whole).ravel() for one in (examples, others))
-    return np.isin(ours, theirs)
-
-
-def _digests(examples: Sequence[Example]) -> np.ndarray:
-    """[M, _DIGEST_BYTES]."""
-    if isinstance(examples, StoredExamples):
-        return examples.pool.digests[examples.indices]
-    found = b"".join(map(_digest, examples))
-    return np.frombuffer(found, dtype=np.uint8).reshape(-1, _DIGEST_BYTES)
+    """Whether each of `examples` is one of `others` too, word for word, wherever it stood and whatever of it is
+    learned."""
+    theirs = {_digest(replace(one, assistant_only_loss=True)) for one in others}
+    ours = (_digest(replace(one, assistant_only_loss=True)) in theirs for one in examples)
+    return np.fromiter(ours, bool, len(examples))
 
 
 def examples_digest(examples: Sequence[Example]) -> str:

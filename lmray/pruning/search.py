@@ -19,7 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -236,9 +236,13 @@ class Search(Decider):
         """Layers that are there in `step`. In stages they go before anything else does."""
         layers = self.budget.sizes.layers
         asked = self.budget.layers or layers
-        if self.args.stages == 1 or step > self.args.steps:
+        if self.args.stages == 1 or step > self.args.steps or self._target(step) <= self.budget.remaining:
             return asked
-        return max(asked, math.ceil(layers * self._target(step) - 1e-9))
+        target = self._target(step)
+        staying = max(asked, math.ceil(layers * target - 1e-9))
+        while staying > asked and replace(self.budget, layers=staying).least > target:
+            staying -= 1  # fewer of which each keeps enough
+        return staying
 
     def _noise(self, step: int) -> torch.Generator | None:
         if not self.args.noisy:

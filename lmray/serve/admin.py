@@ -95,7 +95,7 @@ class _Admin:
         artifact = await asyncio.to_thread(self._find, reference)
         outcomes = await self._everywhere(action, artifact)
         if not outcomes:
-            return _error(409, "no replica runs; the next request starts one", code="not_done")
+            return _error(409, "no replica runs", code="not_done")
         errors = [outcome["error"] for outcome in outcomes if outcome["error"]]
         if errors and len(errors) == len(outcomes):
             return _error(409, errors[0], code="not_done")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -23,6 +23,8 @@ from lmray.serve.fit import Fit
 
 EVERY_S = 1.0
 """Changes in the store show after so long."""
+UNFIT_S = 60.0
+"""After so long a version that replicas refused is tried once more: what kept it from loading may have passed."""
 PATIENCE_S = 0.05
 """A store that takes longer to answer is not waited for: what was known before holds until it has."""
 _LOG = logging.getLogger(__name__)
@@ -41,7 +43,9 @@ class Line:
     settings: Canary | None = None
     """Of that."""
     unfit: frozenset[str] = frozenset()
-    """Versions whose weights replicas refused since the line was read."""
+    """Versions that replicas refused since the line was read."""
+    until_s: float = math.inf
+    """When it is read again, though its stamp is the same."""
 
 
 class Catalogue:
@@ -90,34 +94,41 @@ class Catalogue:
         return line if line is not None and line.current is not None else None
 
     async def refuse(self, name: str, version: str, why: str) -> Artifact | None:
-        """Takes `version` (`NAME@VERSION`), of which replicas say that it cannot be served, from under `name` until its
-        stage moves again; what its stage held before serves instead. Returns what does; None where nothing is left."""
+        """Takes `version` (`NAME@VERSION`), which replicas refuse, from under `name`, for `UNFIT_S` or until its stages
+        change; what its stage held before serves meanwhile. Returns what does; None where nothing is left."""
         line = self._lines.get(name)
         if line is None or line.current is None or line.current.ref != version:
             return line.current if line is not None else None
-        unfit = line.unfit | {line.current.id}
+        if line.current.id in line.unfit:
+            return None
+        unfit, until_s = line.unfit | {line.current.id}, self._clock() + UNFIT_S
         earlier = await asyncio.to_thread(self._earlier, name, unfit)
-        if earlier is not None and self._lines.get(name) is line:
-            self._lines[name] = replace(line, current=earlier, refused=why, unfit=unfit)
-            _LOG.warning("`%s` serves this name again, for `%s` cannot be: %s", earlier.ref, version, why)
+        if self._lines.get(name) is line:
+            changed = replace(line, refused=why, unfit=unfit, until_s=until_s)
+            self._lines[name] = changed if earlier is None else replace(changed, current=earlier)
+            serves = f"`{earlier.ref}` serves this name" if earlier is not None else "nothing earlier serves"
+            _LOG.warning("%s, for `%s` cannot be: %s", serves, version, why)
         return earlier
 
     def _earlier(self, name: str, unfit: frozenset[str]) -> Artifact | None:
         """The last version that `name` stood for, by its stage's log or by age, which fits and is none of `unfit`."""
-        served = self._served_as(name)
-        with suppress(ArtifactError, OSError):
+        try:
+            served = self._served_as(name)
+            versions = {one.id: one for one in reversed(self._artifacts.versions(name))}
             if served is not None and served.stage in STAGES:
-                log = [one for one in self._artifacts.log(name) if one["stage"] == served.stage]
-                ids = [one["previous"] for one in reversed(log) if one["previous"] is not None]
-            else:
-                ids = [one.id for one in reversed(self._artifacts.versions(name))]
-            for version in dict.fromkeys(ids):
-                with suppress(ArtifactError):
-                    artifact = self._artifacts.find(ArtifactRef(name, version))
-                    self._fit.check(artifact)
-                    if artifact.id not in unfit:
-                        return artifact
-        return None
+                log = [one["previous"] for one in self._artifacts.log(name) if one["stage"] == served.stage]
+                versions = {one: versions[one] for one in reversed(log) if one in versions}
+            return next((one for one in versions.values() if one.id not in unfit and self._fits(one)), None)
+        except (ArtifactError, OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+            _LOG.warning("what `%s` stood for before cannot be read: %s", name, error)
+            return None
+
+    def _fits(self, artifact: Artifact) -> bool:
+        try:
+            self._fit.check(artifact)
+        except ArtifactError:
+            return False
+        return True
 
     def refresh(self) -> None:
         """Brings the index up to date. Raises OSError where the store cannot be listed."""
@@ -154,7 +165,8 @@ class Catalogue:
         known = self._lines.get(name)
         try:
             stamp = self._stamp(name, served)
-            return known if known is not None and known.stamp == stamp else self._read(name, served, stamp, known)
+            holds = known is not None and known.stamp == stamp and self._clock() < known.until_s
+            return known if known is not None and holds else self._read(name, served, stamp, known)
         except OSError as error:
             _LOG.warning("artifact `%s` cannot be read, what was known of it holds: %s", name, error)
             return known or Line(object(), None, f"artifact `{name}`: cannot be read: {error}")  # equals no stamp

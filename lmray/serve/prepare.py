@@ -77,6 +77,11 @@ class ServePlan:
     monitor: Monitor = field(default_factory=Monitor)
 
     @property
+    def merged_fit(self) -> Fit:
+        """What an adapter must be that is merged, which no cache holds."""
+        return replace(self.fit, max_adapter_bytes=self.cache.max_adapter_bytes)
+
+    @property
     def fit(self) -> Fit:
         """What an adapter must be."""
         most = min(self.cache.max_adapter_bytes, self.cache.max_bytes)  # a larger one would wait for room for ever
@@ -146,7 +151,7 @@ def merged_source(served: ServedAdapter, plan: ServePlan) -> str:
     """The version that the stage of `served` holds now, as the source of a model. Raises ArtifactError for one that
     does not fit."""
     artifact = Artifacts(open_store(plan.store)).find(ArtifactRef(served.artifact, served.stage))
-    plan.fit.check(artifact)
+    plan.merged_fit.check(artifact)
     return f"{ARTIFACT}{artifact.ref}"
 
 
@@ -220,7 +225,7 @@ def _named_adapters(job: ServeJob, store: Store, plan: ServePlan) -> dict[str, A
         raise ConfigError("adapters", f"{len(beside)} are more than the engine holds", hint=hint)
     for one in [one for one in job.adapters if not one.is_pattern]:
         artifact = Artifacts(store).find(ArtifactRef(one.artifact, one.stage))
-        plan.fit.check(artifact)
+        (plan.merged_fit if one.merged else plan.fit).check(artifact)
         if artifact.name in found or artifact.name == plan.model_name:
             hint = "serve one version of an artifact"
             raise ConfigError("adapters", f"the name `{artifact.name}` is taken", hint=hint)

@@ -85,7 +85,7 @@ def data_warnings(facts: dict[str, Any]) -> list[str]:
     count, warnings = facts["train_examples"], []
     if "held_out_too" in facts:
         found = f"{facts['held_out_too']} training rows are held out, too, word for word, and left out of training"
-        warnings.append(f"{found}: `data.eval.by` keeps rows together")
+        warnings.append(found)
     unstopped = count - facts["stop"]["examples"]
     if unstopped:
         warnings.append(f"{unstopped} of {count} examples do not end with the stop token: raise `data.max_length`")

@@ -111,16 +111,18 @@ class Learnt:
         if self.kept is None:
             return self._trained()
         if not self.made:
-            self.found, self.made = self.kept.model(self._trained(), self._stored()), True
+            self.found, self.made = self.kept.model(self._trained(), self._kept_in()), True
             free_memory()
         smaller: Any = self.found
         return smaller.to(self.device)
 
-    def _stored(self) -> torch.dtype:
-        """The type of the base's files: a smaller model in a wider one would be no smaller."""
+    def _kept_in(self) -> torch.dtype:
+        """The type that it was trained in, or the base's files where they have a narrower one: a smaller model in a
+        wider type would be no smaller."""
         job = self.job
         config = load_config(self.prepared.model.folder, trust_remote_code=job.model.trust_remote_code)
-        return config.get_text_config().dtype or torch.float32
+        trained, stored = getattr(torch, self.plan.dtype), config.get_text_config().dtype or torch.float32
+        return stored if stored.itemsize < trained.itemsize else trained
 
     def _trained(self) -> torch.nn.Module:
         if isinstance(self.found, torch.nn.Module):
@@ -141,7 +143,7 @@ class Learnt:
     def save(self, folder: Path) -> None:
         """Keeps it in `folder`."""
         if self.kept is not None:
-            model: Any = round_weights(self.whole(), self._stored())
+            model: Any = round_weights(self.whole(), self._kept_in())
             with quiet():
                 model.save_pretrained(folder)
             self.kept.record(folder, model, self.plan.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lmray.metrics.plots import SMALL, plot_lengths, plot_losses, plot_metric
 from lmray.metrics.pruning_plots import freeze_step, plot_kept, plot_search
 from lmray.train.out_of_memory import shortage_text
 from lmray.train.record import DATA, Record, read_record
+from lmray.train.statistics import MAX_FILES
 from lmray.units import human_bytes, human_count, human_seconds
 
 MAX_ANSWERS = 8
@@ -233,8 +235,8 @@ def _data(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rows(part: str, facts: Mapping[str, Any]) -> Iterator[str]:
-    """Which rows of which file, where several parts were made of them."""
-    for name, rows in facts.get("rows_in", {}).items():
+    """Which rows of which file, of the first files, where several parts were made of them."""
+    for name, rows in islice(facts.get("rows_in", {}).items(), MAX_FILES):
         shown = rows if len(rows) <= MAX_ROWS else f"{rows[:MAX_ROWS].rpartition(', ')[0]}, … (all: `{DATA}`)"
         yield f"{PARTS[part]}: rows {shown} of {name}"
 

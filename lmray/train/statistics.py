@@ -39,8 +39,11 @@ def _rows_of(examples: Table) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": len(places), "rows_digest": sha256_json(places)}
     if len(places) <= MAX_NAMED:
         files, rows = examples.places.files_M[chosen], examples.places.rows_M[chosen]
+        order = np.lexsort((rows, files))
+        used, firsts = np.unique(files[order], return_index=True)
+        parts = np.split(rows[order], firsts[1:])
         names = examples.places.names
-        found["rows_in"] = {names[file]: spans(rows[files == file]) for file in np.unique(files).tolist()}
+        found["rows_in"] = {names[file]: spans(part) for file, part in zip(used.tolist(), parts, strict=True)}
     return found
 
 

@@ -259,7 +259,8 @@ def test_what_is_held_out_is_neither_trained_nor_searched_on_wherever_it_stands(
     """Held-out rows of their own may be rows that are trained on, in another file."""
     rows = tiny_rows(40)
     held = write_jsonl(tmp_path / "held.jsonl", [rows[3], rows[17], {"prompt": "new?", "completion": "yes"}])
-    eval_of = {"data.eval.split": None, "data.eval.by": None, "data.eval.sources": [{"source": str(held)}]}
+    own = [{"source": str(held), "assistant_only_loss": False}]
+    eval_of = {"data.eval.split": None, "data.eval.by": None, "data.eval.sources": own}
     one = job().changed(eval_of)
     prepared = prepare(one)
     places = {example.where for part in (prepared.train, prepared.search) for example in part.examples}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -306,6 +307,24 @@ def test_in_stages_layers_go_little_by_little_and_no_stage_removes_more_than_a_t
     assert all(after >= before * 2 / 3 - 1e-9 for before, after in pairwise(left)) and left[-1] == 0.33
     search.influence = torch.arange(30, dtype=torch.float64)
     assert search._least_influential(21).nonzero().flatten().tolist() == list(range(9))
+
+
+def test_the_last_stage_has_the_layers_that_stay_and_every_stage_room_for_what_layers_keep():
+    """`remaining` may be a little above the layers' share; and a layer keeps a key-value head and a width at least."""
+
+    def staying(remaining: float, layers: int, multiple_of: int) -> list[int]:
+        sizes = Sizes(12, 64, 1, 4, 16, 128, 1)
+        args = SearchArgs(steps=40, learning_rate=None, noisy=False, proximal=0.0, stages=stages_to(remaining), seed=0)
+        budget = Budget(sizes, remaining, "uniform", multiple_of=multiple_of, layers=layers)
+        search = Search(budget, args, ALONE)
+        found = [search._staying(step) for step in range(5, 42)]
+        for step, count in zip(range(5, 42), found, strict=True):
+            share = search._target(step) if step <= 40 else remaining
+            assert count == layers or dataclasses.replace(budget, layers=count).least <= share
+        return sorted(set(found), reverse=True)
+
+    assert staying(0.334, 4, 8) == [9, 6, 4]
+    assert staying(0.5, 6, 128) == [8, 6], "nine would each keep 94 %, and there is no such layer"
 
 
 def test_the_encoder_moves_slower_than_the_heads():

@@ -64,4 +64,5 @@ def test_what_is_not_what_was_kept_is_refused(small):
 
 def test_an_adapter_that_no_cache_has_room_for_does_not_fit(small):
     cache = AdapterCache(max_bytes=100, max_adapter_bytes=10_000)
-    assert dataclasses.replace(plan_of(small), cache=cache).fit.max_adapter_bytes == 100
+    plan = dataclasses.replace(plan_of(small), cache=cache)
+    assert plan.fit.max_adapter_bytes == 100 and plan.merged_fit.max_adapter_bytes == 10_000

@@ -13,7 +13,7 @@ from lmray.artifacts.served import Canary, ServedAdapter
 from lmray.engines.base import Request, Sampling, TokenEvent
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError
 from lmray.serve.canaries import Canaries
-from lmray.serve.catalogue import Catalogue
+from lmray.serve.catalogue import UNFIT_S, Catalogue
 from lmray.serve.fleet import Fleet
 from lmray.serve.visitors import VISITOR
 from tests.unit.serve.stores import FIT, SmallStore
@@ -149,6 +149,22 @@ def test_a_promoted_version_that_replicas_refuse_leaves_the_one_before_it_servin
     assert replicas.requests[-1].adapter == mended.ref and not fleet.catalogue.refused
 
 
+def test_a_refused_version_is_tried_again_later_for_what_was_wrong_may_have_passed(small):
+    good = small.keep("helper", "good", stage="production")
+    bad = small.keep("helper", "bad", stage="production")
+    replicas, now = Picky(bad.ref), [0.0]
+    fleet = make(small, replicas)
+    fleet.catalogue._clock = lambda: now[0]
+    ask(fleet, "helper")
+    fleet.catalogue.refresh()
+    ask(fleet, "helper")
+    replicas.refused, now[0] = (), UNFIT_S
+    fleet.catalogue.refresh()
+    ask(fleet, "helper")
+    assert [request.adapter for request in replicas.requests] == [bad.ref, good.ref, good.ref, bad.ref]
+    assert not fleet.catalogue.refused
+
+
 def test_of_two_requests_that_meet_a_refused_version_both_are_answered(small):
     good = small.keep("helper", "good", stage="production")
     bad = small.keep("helper", "bad", stage="production")
@@ -168,9 +184,13 @@ def test_of_two_requests_that_meet_a_refused_version_both_are_answered(small):
 def test_a_first_version_that_replicas_refuse_is_told_so(small):
     bad = small.keep("helper", "bad", stage="production")
     fleet = make(small, Picky(bad.ref))
+    looked = []
+    fleet.catalogue._earlier = lambda *told: looked.append(told)  # type: ignore[method-assign]
     for _ in range(2):
         with pytest.raises(ArtifactError, match="uses DoRA"):
             ask(fleet, "helper")
+    assert len(looked) == 1, "the store is not read again for every request"
+    assert "uses DoRA" in fleet.catalogue.refused["helper"]
 
 
 @pytest.mark.parametrize("min_replicas", [0, 1])
