@@ -175,7 +175,7 @@ def test_admin_calls_are_counted_and_logged_with_their_keys_name(session, small,
             ("GET", "/metrics", "all", None),
         )[0]
     name = 'lmray_serve_requests_total{{key="{}",model="",path="/admin/adapters/{{reference}}/{{action}}",status="{}"}}'
-    assert metrics(page.text)[name.format("admin-0", 200)] == 1
+    assert metrics(page.text)[name.format("admin-0", 409)] == 1  # for no replica runs
     assert metrics(page.text)[name.format("", 401)] == 1
-    assert "path=/admin/adapters/{reference}/{action} model=- key=admin-0 status=200" in caplog.text
+    assert "path=/admin/adapters/{reference}/{action} model=- key=admin-0 status=409" in caplog.text
     assert "operator" not in caplog.text
