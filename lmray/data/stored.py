@@ -83,6 +83,8 @@ def places(examples: Sequence[Example]) -> Places:
 def also_among(others: Sequence[Example], examples: Sequence[Example]) -> np.ndarray:
     """Whether each of `examples` is one of `others` too, word for word, wherever it stood and whatever of it is
     learned."""
+    if not others:
+        return np.zeros(len(examples), bool)  # and nothing is read
     theirs = {_digest(replace(one, assistant_only_loss=True)) for one in others}
     ours = (_digest(replace(one, assistant_only_loss=True)) in theirs for one in examples)
     return np.fromiter(ours, bool, len(examples))

@@ -54,6 +54,11 @@ def compute_dtype(model: Any) -> torch.dtype:
     return stated if isinstance(stated, torch.dtype) else torch.float32
 
 
+def stored_dtype(config: Any) -> torch.dtype:
+    """The type that a model of `config` lies in."""
+    return config.get_text_config().dtype or torch.float32
+
+
 def round_weights(model: Any, dtype: torch.dtype) -> Any:
     """`model` with weights of `dtype`. Its buffers stay: rotary frequencies in bfloat16 would turn far positions by
     a wrong angle, and `from_pretrained` keeps them in float32, too."""

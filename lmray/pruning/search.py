@@ -236,9 +236,11 @@ class Search(Decider):
         """Layers that are there in `step`. In stages they go before anything else does."""
         layers = self.budget.sizes.layers
         asked = self.budget.layers or layers
-        if self.args.stages == 1 or step > self.args.steps or self._target(step) <= self.budget.remaining:
+        if self.args.stages == 1 or step > self.args.steps:
             return asked
         target = self._target(step)
+        if target <= self.budget.remaining:
+            return asked
         staying = max(asked, math.ceil(layers * target - 1e-9))
         while staying > asked and replace(self.budget, layers=staying).least > target:
             staying -= 1  # fewer of which each keeps enough

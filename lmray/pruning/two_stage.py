@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lmray.errors import ConfigError, did_you_mean
 from lmray.models.load import load_config, load_model, load_tokenizer
-from lmray.models.precision import round_weights
+from lmray.models.precision import round_weights, stored_dtype
 from lmray.pruning.depth import block_influence, layers_to_keep, shallower
 from lmray.pruning.gates import kept_units
 from lmray.pruning.importance.base import Rows, Scores
@@ -59,7 +57,6 @@ def write_pruned(folder: Path, target: Path, way: str, rows: Rows, *, remaining:
     weights are weighed in float32 and written as they were. Raises what `smaller_model` raises, and ArtifactError for a
     model that cannot be read."""
     model: Any = load_model(folder, "float32")
-    stored = load_config(folder).get_text_config().dtype or torch.float32
     smaller = smaller_model(model, way, rows, remaining=remaining, multiple_of=multiple_of)
-    round_weights(smaller, stored).save_pretrained(target)
+    round_weights(smaller, stored_dtype(load_config(folder))).save_pretrained(target)
     load_tokenizer(folder, chat=False).save_pretrained(target)

@@ -77,15 +77,15 @@ class ServePlan:
     monitor: Monitor = field(default_factory=Monitor)
 
     @property
-    def merged_fit(self) -> Fit:
-        """What an adapter must be that is merged, which no cache holds."""
-        return replace(self.fit, max_adapter_bytes=self.cache.max_adapter_bytes)
-
-    @property
     def fit(self) -> Fit:
         """What an adapter must be."""
         most = min(self.cache.max_adapter_bytes, self.cache.max_bytes)  # a larger one would wait for room for ever
         return Fit(self.source, self.digest, self.rope_scaling, most)
+
+    @property
+    def merged_fit(self) -> Fit:
+        """What an adapter must be that is merged, which no cache holds."""
+        return replace(self.fit, max_adapter_bytes=self.cache.max_adapter_bytes)
 
 
 def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:

@@ -20,7 +20,7 @@ from lmray.models.deferred import Deferred
 from lmray.models.fused import Fused
 from lmray.models.load import load_config, load_model
 from lmray.models.machine import map_large_tensors, release_heap
-from lmray.models.precision import round_weights
+from lmray.models.precision import round_weights, stored_dtype
 from lmray.models.quiet import quiet
 from lmray.registry import SHARDINGS
 from lmray.train.learner import Learner
@@ -121,7 +121,7 @@ class Learnt:
         wider type would be no smaller."""
         job = self.job
         config = load_config(self.prepared.model.folder, trust_remote_code=job.model.trust_remote_code)
-        trained, stored = getattr(torch, self.plan.dtype), config.get_text_config().dtype or torch.float32
+        trained, stored = getattr(torch, self.plan.dtype), stored_dtype(config)
         return stored if stored.itemsize < trained.itemsize else trained
 
     def _trained(self) -> torch.nn.Module:

@@ -236,9 +236,12 @@ def _data(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _rows(part: str, facts: Mapping[str, Any]) -> Iterator[str]:
     """Which rows of which file, of the first files, where several parts were made of them."""
-    for name, rows in islice(facts.get("rows_in", {}).items(), MAX_FILES):
+    rows_in = facts.get("rows_in", {})
+    for name, rows in islice(rows_in.items(), MAX_FILES):
         shown = rows if len(rows) <= MAX_ROWS else f"{rows[:MAX_ROWS].rpartition(', ')[0]}, … (all: `{DATA}`)"
-        yield f"{PARTS[part]}: rows {shown} of {name}"
+        yield f"{PARTS[part]}: " + (f"rows {shown} of {name}" if rows else name)
+    if len(rows_in) > MAX_FILES:
+        yield f"{PARTS[part]}: {len(rows_in) - MAX_FILES} more files (`{DATA}`)"
 
 
 def _counts(label: str, facts: Mapping[str, int]) -> tuple[str | Cell, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmray.artifacts.files import sha256_json
+from lmray.data.places import NO_ROW
 from lmray.data.table import Table
 from lmray.train.prepare import Prepared
 
@@ -33,7 +34,7 @@ def data_statistics(prepared: Prepared) -> dict[str, Any]:
 
 def _rows_of(examples: Table) -> dict[str, Any]:
     """How many different rows `examples` were made of, a digest of where these stand, and, unless there are very many,
-    their numbers by file."""
+    their numbers by file; none of a file that is one row."""
     chosen = np.unique(examples.sources)
     places = sorted({examples.places[int(row)] for row in chosen})
     found: dict[str, Any] = {"rows": len(places), "rows_digest": sha256_json(places)}
@@ -48,8 +49,10 @@ def _rows_of(examples: Table) -> dict[str, Any]:
 
 
 def spans(numbers: np.ndarray) -> str:
-    """`1-3, 7` of 1, 2, 3 and 7, in any order."""
-    rising = np.unique(numbers)
+    """`1-3, 7` of 1, 2, 3 and 7, in any order; nothing of a place without a row."""
+    rising = np.unique(numbers[numbers != NO_ROW])
+    if not len(rising):
+        return ""
     runs = np.split(rising, np.flatnonzero(np.diff(rising) > 1) + 1)
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 

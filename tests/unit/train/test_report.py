@@ -7,9 +7,11 @@ import re
 from html.parser import HTMLParser
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from lmray.artifacts.store import run_folder
+from lmray.data.places import NO_ROW
 from lmray.errors import ArtifactError, DivergenceError
 from lmray.metrics.names import metric
 from lmray.metrics.plots import plot_metric, series, tokens_at
@@ -17,8 +19,8 @@ from lmray.testing.jobs import run_here, tiny_job, tiny_rows, write_jsonl
 from lmray.train import loop as loops
 from lmray.train.prepare import prepare
 from lmray.train.record import read_record
-from lmray.train.report import before_and_after, write_report
-from lmray.train.statistics import data_statistics, histogram
+from lmray.train.report import _rows, before_and_after, write_report
+from lmray.train.statistics import data_statistics, histogram, spans
 
 pytestmark = pytest.mark.draws
 
@@ -172,3 +174,19 @@ def test_series_and_tokens_by_step():
     assert plot_metric(events, "train.grad_norm") is None
     png = plot_metric([{"step": 1, "train.grad_norm": 2.0}], "train.grad_norm")
     assert png and re.match(rb"\x89PNG", png)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [([3, 1, 2, 7], "1-3, 7"), ([5], "5"), ([NO_ROW], ""), ([NO_ROW, 2], "2"), ([2, 2, 4], "2, 4")]
+)
+def test_rows_are_told_in_spans_and_a_file_that_is_one_row_by_its_name(numbers, text):
+    assert spans(np.array(numbers)) == text
+    (line,) = _rows("search", {"rows_in": {"a.jsonl": text}})
+    assert line == f"set aside for the masks: {f'rows {text} of ' if text else ''}a.jsonl"
+
+
+def test_many_files_and_rows_are_told_in_part():
+    told = list(_rows("train", {"rows_in": {f"{name}.jsonl": "1-3" for name in range(15)}}))
+    assert len(told) == 13 and told[-1] == "training: 3 more files (`data.json`)"
+    (long,) = _rows("train", {"rows_in": {"a.jsonl": ", ".join(map(str, range(1, 999, 2)))}})
+    assert len(long) < 500 and long.startswith("training: rows 1, 3, 5") and "… (all: `data.json`)" in long
