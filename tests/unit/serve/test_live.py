@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,10 +63,13 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path, tiny_model, monkeypatch) -> Place:
+def place(tmp_path, tiny_model, monkeypatch) -> Iterator[Place]:
     monkeypatch.setattr(catalogue, "EVERY_S", 0.0)
     monkeypatch.setattr(catalogue, "PATIENCE_S", 10.0)
-    return Place(tmp_path, tiny_model)
+    before = set(threading.enumerate())
+    yield Place(tmp_path, tiny_model)
+    left = [one.name for one in threading.enumerate() if one not in before and one.name == "lmray-engine"]
+    assert not left, "an engine was not closed"
 
 
 def request(adapter: str | None, name: str = "r") -> Request:
@@ -81,7 +86,9 @@ def test_each_token_says_how_long_after_the_one_before_it_came(place):
         await live.start()
         began = time.perf_counter()
         events = [event async for event in live.stream(request(None))]
-        return events, time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        await live.engine.close()
+        return events, seconds
 
     (first, *others), seconds = asyncio.run(main())
     assert first.after_s is None and len(others) == MAX_TOKENS - 1
