@@ -100,6 +100,10 @@ class CapacityError(LmrayError):
     exit_code = 2
 
 
+class NoRoomError(CapacityError):
+    """An adapter for which those that must stay leave no room."""
+
+
 class CheckpointError(LmrayError):
     """A run's own state that cannot be written, read or trusted."""
 

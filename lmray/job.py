@@ -360,8 +360,6 @@ class GenerateJob(Job):
 
     @model_validator(mode="after")
     def _leaves_room(self):
-        if self.model.quantization:
-            raise ValueError("generates with a quantised model; hint: `quantization` is for training and evaluation")
         self.engine.check_spec(self.model)
         if self.sampling.max_tokens >= self.engine.max_length:
             found = f"`sampling.max_tokens` {self.sampling.max_tokens} leaves no room for a prompt"

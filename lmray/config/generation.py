@@ -24,6 +24,12 @@ class SamplingArgs(Config):
     """0: no limit."""
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Least probability of a token that may be drawn, as a share of the likeliest token's."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens in prompt and answer, and multiplies the negative ones."""
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    """Taken off a token's logit for each time it is in the answer."""
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    """Taken off the logits of tokens in the answer, once."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Every answer draws by a seed of its own, made of this one, its row's number and its place: what a row is answered
     does not depend on which worker does it, or when."""

@@ -19,7 +19,7 @@ from lmray.errors import ArtifactError, ConfigError
 from lmray.job import GenerateJob
 from lmray.models.adapters import FoundAdapter, find_adapter
 from lmray.models.load import load_empty_model, load_tokenizer
-from lmray.models.quantised import check_unquantised
+from lmray.models.quantised import check_quantised, check_unquantised
 from lmray.models.source import FoundModel, model_of
 
 PLAN = "plan.json"
@@ -95,6 +95,8 @@ def prepare(job: GenerateJob, plan: GeneratePlan | None = None) -> Ready:
     )
     if job.engine.needs_weights:
         check_unquantised(empty.config, found.folder)
+    if job.model.quantization:
+        check_quantised(empty, job.model.quantization)
     job.engine.check(empty, {one.name: one.folder for one in adapters.values()})
     make_sampling(job, 0, 0)
     _check_schema(job, tokenizer)
@@ -174,6 +176,9 @@ def make_sampling(job: GenerateJob, row: int, place: int) -> Sampling:
         top_p=args.top_p,
         top_k=args.top_k,
         min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
         seed=int(sha256_json([args.seed, row, place])[:12], 16),
         grammar=None if args.json_schema is None else json_grammar(args.json_schema),
     )

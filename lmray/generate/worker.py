@@ -121,7 +121,7 @@ def shards_of(job: GenerateJob, plan: GeneratePlan) -> Shards:
 
 def _start_engine(job: GenerateJob, ready: Ready, *, device: str, threads: int) -> Engine:
     dtype, _ = resolve_dtype(job.model.dtype, device)
-    how: Any = {"trust_remote_code": job.model.trust_remote_code, "rope_scaling": job.model.rope_scaling}
+    how: Any = {name: getattr(job.model, name) for name in ("quantization", "rope_scaling", "trust_remote_code")}
     model = load_for(job.engine, ready.model.folder, dtype=dtype, device=device, **how)
     stops = stop_token_ids(model, ready.tokenizer)
     needs_none = job.engine.needs_weights and job.sampling.json_schema is None  # such read it for grammars alone

@@ -3,6 +3,7 @@ model, so that new weights replace that model's replicas alone. Runs in the driv
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from ray import serve as ray_serve
@@ -17,8 +18,11 @@ from lmray.serve.prepare import ServePlan
 
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""
+AHEAD_PER_ROW = 1
+"""Of those, so many wait in the replica, each for a row or for its adapter: while some wait for theirs, the rows are
+not kept from others. The rest wait in the gateway, for whichever replica is free first."""
 SPARE_SLOTS = 8
-"""Calls that a replica takes besides requests for each row of its batch: those that ask every replica, of which a
+"""Calls that a replica takes besides requests: those that ask every replica, of which a
 gateway has one at a time and operators some. They would wait for the end of an answer else."""
 HEALTH_S = 2.0
 """So soon Ray Serve learns of a dead replica and starts another; its own default is 10 s. Requests learn of it at
@@ -50,20 +54,24 @@ def endpoint_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_s
 def engine_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
     """Replicas of one model, with the adapters of `plan` beside it."""
     rows, num_gpus = job.engine.max_batch_size, job.resources.gpus_per_worker
+    most = rows * (1 + AHEAD_PER_ROW)
     router: dict[str, Any] = {"request_router_class": AdapterRouter}
-    router["request_router_kwargs"] = {"light": max(rows // 2, 1), "rows": rows}
+    router["request_router_kwargs"] = {"light": max(rows // 2, 1), "most": most}
+    told = (plan.for_engines, job.engine, job.model.dtype, num_cpus, num_gpus)
     engines = ray_serve.deployment(
         EngineReplica,
         name=ENGINE,
-        max_ongoing_requests=rows + SPARE_SLOTS,
-        max_queued_requests=rows * QUEUED_PER_ROW,
+        max_ongoing_requests=most + SPARE_SLOTS,
+        max_queued_requests=rows * (QUEUED_PER_ROW - AHEAD_PER_ROW),
         autoscaling_config=_autoscaling(job),
         request_router_config=RequestRouterConfig(**router),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
         max_surge_percent=surge_percent(job, num_cpus),
         **_lasting(job),
     )
-    return engines.bind(plan, job.engine, job.model.dtype, num_cpus, num_gpus)
+    # By itself Ray Serve takes each deployment for another version, and replaces all replicas.
+    version = hashlib.sha256(repr(told).encode()).hexdigest()
+    return engines.options(version=version, _internal=True).bind(*told)
 
 
 def _lasting(job: ServeJob) -> dict[str, Any]:

@@ -20,14 +20,14 @@ class AdapterRouter(ConsistentHashRouter):
     this kind keeps a request with the order that was chosen for it, however many wait, which Serve's default does
     not; its hash ring is not used."""
 
-    def initialize_state(self, *, rows: int, light: int = 1, **told: Any) -> None:
-        """`rows`: requests that a replica gets at a time, fewer than calls of all kinds that it takes."""
+    def initialize_state(self, *, most: int, light: int = 1, **told: Any) -> None:
+        """`most`: requests that a replica gets at a time, fewer than calls of all kinds that it takes."""
         super().initialize_state(**told)
-        self._light, self._rows = light, rows
+        self._light, self._most = light, most
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         for replica in replicas:
-            replica.update_replica_info(replace(replica._replica_info, max_ongoing_requests=self._rows))
+            replica.update_replica_info(replace(replica._replica_info, max_ongoing_requests=self._most))
         super().update_replicas(replicas)
 
     async def choose_replicas(

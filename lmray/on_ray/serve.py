@@ -6,6 +6,7 @@ Runs in the driver; what it starts is in `lmray.on_ray.replicas`.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import threading
 import time
@@ -38,6 +39,8 @@ START_TIMEOUT_S = 600.0
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 """For Ray Serve to end, besides the answers that were begun."""
+RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
+"""After so long a merged version that could not be served is tried again; each time twice as long, up to the second."""
 CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 """Where Ray Serve's own actor is found."""
 _RAISED = re.compile(r"^[A-Za-z_][\w.]*: (.*(?:\n  \w+: .*)*)", re.MULTILINE)
@@ -63,6 +66,16 @@ class _Serving:
     """Of each replica."""
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """A version of a merged model that could not be served."""
+
+    source: str
+    num_tries: int
+    until_s: float
+    """When it is tried again, though its stage has not moved: what was in the way of merging it may have passed."""
+
+
 class Service:
     """A running endpoint."""
 
@@ -72,8 +85,8 @@ class Service:
         self._serving, self._told_to_end = serving, ended
         self._turn, self._ends = threading.Lock(), threading.Event()
         self._follower = threading.Thread(target=self._follow, name="lmray-merged", daemon=True)
-        self._refused: dict[str, str] = {}
-        """Name of a merged model -> source of the version that its stage holds and that cannot be served."""
+        self._refused: dict[str, _Refused] = {}
+        """Name of a merged model -> the version that its stage holds and that cannot be served."""
         self._said: dict[str, str] = {}
         """Name of a merged model -> what is wrong with it."""
 
@@ -177,22 +190,35 @@ class Service:
                 self._look(served, serving)
 
     def _look(self, served: ServedAdapter, serving: _Serving) -> None:
-        """A version that cannot be served is named in the log, and tried once until the stage moves; what was served
-        goes on."""
-        name, source, said = served.artifact, "", ""
+        """A version that cannot be served is named in the log, and tried again later, ever more seldom, where it could
+        not be merged; else once the stage has moved. What was served goes on."""
+        name, source, said = served.artifact, "", self._said.get(served.artifact, "")
         try:
             source = merged_source(served, serving.plan)
             if source == serving.plan.merged[name].source:
                 self._refused.pop(name, None)
-            elif source != self._refused.get(name):
+                said = ""
+            elif self._is_due(name, source):
                 self._replace(serving, name, merged_plan(served, serving.plan))
+                said = ""
         except Exception as error:  # whatever it is, this thread goes on
             said = str(error) or type(error).__name__
             if not isinstance(error, OSError):  # which pass: tried again
-                self._refused[name] = source
+                self._refuse(name, source, again=not isinstance(error, RemoteError))
         if said and said != self._said.get(name) and not self._ended():
             _LOG.warning("merged model `%s` stays as it is: %s", name, said)
         self._said[name] = said
+
+    def _is_due(self, name: str, source: str) -> bool:
+        known = self._refused.get(name)
+        return known is None or known.source != source or time.monotonic() >= known.until_s
+
+    def _refuse(self, name: str, source: str, *, again: bool) -> None:
+        """`again`: to be tried again; not where its replicas did not start, which may have cost those that ran."""
+        known = self._refused.get(name)
+        num_tries = 1 + (known.num_tries if known is not None and known.source == source else 0)
+        wait_s = min(RETRY_S * 2 ** (num_tries - 1), LONGEST_RETRY_S)
+        self._refused[name] = _Refused(source, num_tries, time.monotonic() + wait_s if again else math.inf)
 
     def _replace(self, serving: _Serving, name: str, plan: ServePlan) -> None:
         """Does nothing where the endpoint has been changed meanwhile: the next look is at that."""

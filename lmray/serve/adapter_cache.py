@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from lmray.errors import ArtifactError, CapacityError, LmrayError
+from lmray.errors import ArtifactError, LmrayError, NoRoomError
 
 _LOG = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class AdapterCache:
         """Holds an adapter loaded for the length of the block, loading it first where it is not.
 
         Requests that ask for the same adapter meanwhile wait for the same loading. Raises ArtifactError for an adapter
-        that cannot be served, CapacityError where pinned ones leave no room for it.
+        that cannot be served, NoRoomError where pinned ones leave no room for it.
         """
         entry = await self._take(handle)
         try:
@@ -223,7 +223,7 @@ class AdapterCache:
             found = f"{num_bytes} bytes do not fit beside {len(pinned)} pinned adapter(s) of {held} bytes"
             allowed = f"{self._limits.max_adapters} adapters, {self._limits.max_bytes} bytes"
             hint = "unpin one, or raise `engine.max_adapters` or `adapter_cache.max_bytes`"
-            raise CapacityError(f"adapter `{handle}`", found, allowed=allowed, hint=hint)
+            raise NoRoomError(f"adapter `{handle}`", found, allowed=allowed, hint=hint)
 
     def _choose(self, num_bytes: int) -> None:
         """Lets go of as few adapters as give the room, idle ones before those in use, least recently used first."""

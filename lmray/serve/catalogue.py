@@ -93,6 +93,16 @@ class Catalogue:
         line = self._lines.get(name)
         return line if line is not None and line.current is not None else None
 
+    async def current(self, name: str) -> Artifact | None:
+        """What `name` stands for in the store as it is now, not as it was at the last look."""
+        served, before = self._served_as(name), self._lines.get(name)
+        if served is None or before is None:
+            return None
+        line = await asyncio.to_thread(self._line, name, served)
+        if self._lines.get(name) is before:
+            self._lines[name] = line
+        return line.current
+
     async def refuse(self, name: str, version: str, why: str) -> Artifact | None:
         """Takes `version` (`NAME@VERSION`), which replicas refuse, from under `name`, for `UNFIT_S` or until its stages
         change; what its stage held before serves meanwhile. Returns what does; None where nothing is left."""

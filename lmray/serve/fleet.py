@@ -13,7 +13,15 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from lmray.engines.base import Request, TokenEvent
-from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError, did_you_mean
+from lmray.errors import (
+    ArtifactError,
+    CapacityError,
+    DataError,
+    LmrayError,
+    NoRoomError,
+    RemoteError,
+    did_you_mean,
+)
 from lmray.serve.canaries import Canaries, Comparison, answer_of
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.look import Look
@@ -82,8 +90,8 @@ class Fleet:
         """The tokens that continue `request`. Closing it early cancels the request.
 
         It is sent again where its replica died before the first token; and to the current version where the next one
-        failed before that, so that a canary costs nobody an answer; and to the version before the current one where
-        replicas refuse the weights of that. Raises ArtifactError for an unknown adapter, and what the replica raises.
+        failed before that, so that a canary costs nobody an answer; to the version before the current one where replicas
+        refuse the weights of that; and to the one promoted a moment ago, where that leaves no room. Raises ArtifactError for an unknown adapter, and what the replica raises.
         """
         if (own := self._merged.get(request.adapter or "")) is not None:
             async with aclosing(self._sent(replace(request, adapter=None), own)) as events:
@@ -104,18 +112,22 @@ class Fleet:
                         yield event
                 return
             except LmrayError as error:
-                if not started and not versions and isinstance(error, ArtifactError):
-                    versions = await self._before(request.adapter, version, error)
+                if not started and not versions:
+                    versions = await self._instead(request.adapter, version, error)
                 if started or not versions:
                     raise
                 was_lost = isinstance(error, RemoteError)
 
-    async def _before(self, name: str | None, version: str | None, error: ArtifactError) -> list[str | None]:
-        """What to try once replicas have refused the weights of `version`, the last there was to try."""
+    async def _instead(self, name: str | None, version: str | None, error: LmrayError) -> list[str | None]:
+        """What to try once `version`, the last there was to try, has failed with `error`."""
         if name is None or version is None:
             return []
-        earlier = await self.catalogue.refuse(name, version, str(error))
-        return [earlier.ref] if earlier is not None and earlier.ref != version else []
+        other = None
+        if isinstance(error, ArtifactError):  # replicas refuse its weights
+            other = await self.catalogue.refuse(name, version, str(error))
+        elif isinstance(error, NoRoomError):  # replicas may know more of the stages by now
+            other = await self.catalogue.current(name)
+        return [other.ref] if other is not None and other.ref != version else []
 
     def _versions(self, request: Request) -> tuple[list[str | None], Comparison | None]:
         """Handles to try, one after another, and what they are compared in."""

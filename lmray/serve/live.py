@@ -16,7 +16,7 @@ from typing import Any
 
 from lmray.artifacts.store import Store, open_store
 from lmray.engines.base import Engine, Request, TokenEvent
-from lmray.errors import ArtifactError, LmrayError
+from lmray.errors import ArtifactError, LmrayError, NoRoomError
 from lmray.serve.adapter_cache import AdapterCache, Candidate, Limits
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.demand import Demand
@@ -81,7 +81,7 @@ class LiveEngine:
             first_token = held.enter_context(self.demand.request(len(request.prompt_ids)))
             await self.follow()
             if request.adapter is not None:
-                await held.enter_async_context(self.cache.lease(request.adapter))
+                await self._lease(request.adapter, held)
             events = await held.enter_async_context(aclosing(self.engine.submit(request)))
             before_s: float | None = None
             async for event in events:
@@ -89,6 +89,13 @@ class LiveEngine:
                 now_s = time.perf_counter()
                 yield event if before_s is None else replace(event, after_s=now_s - before_s)
                 before_s = now_s
+
+    async def _lease(self, handle: str, held: AsyncExitStack) -> None:
+        try:
+            await held.enter_async_context(self.cache.lease(handle))
+        except NoRoomError:  # a stage may have moved since the last look: what it held then need not stay
+            await self.follow(again=True)
+            await held.enter_async_context(self.cache.lease(handle))
 
     async def follow(self, *, again: bool = False) -> None:
         """Loads ahead what stages and pins now name. `again`: looks at once, and also for what could not be loaded."""

@@ -83,6 +83,12 @@ class ServePlan:
         return Fit(self.source, self.digest, self.rope_scaling, most)
 
     @property
+    def for_engines(self) -> ServePlan:
+        """What engine replicas need of it: without what the gateway alone has to know, as the keys."""
+        told: dict[str, Any] = {"keys": (), "admin_keys": (), "filters": (), "merged": {}, "page": True}
+        return replace(self, **told, limits=HttpLimits(), monitor=Monitor(), min_replicas=1)
+
+    @property
     def merged_fit(self) -> Fit:
         """What an adapter must be that is merged, which no cache holds."""
         return replace(self.fit, max_adapter_bytes=self.cache.max_adapter_bytes)

@@ -30,12 +30,21 @@ READ: dict[str, Callable[[Stats], float | None]] = {
     "lmray_serve_prefix_hit_tokens_total": lambda stats: stats.get("prefix_hit_tokens"),
     "lmray_serve_adapter_cache_adapters": lambda stats: len(_held(stats)),
     "lmray_serve_adapter_cache_bytes": lambda stats: sum(one["num_bytes"] for one in _held(stats)),
-    "lmray_serve_adapter_cache_hits_total": lambda stats: _cache(stats).get("hits"),
-    "lmray_serve_adapter_cache_loads_total": lambda stats: _cache(stats).get("loads"),
-    "lmray_serve_adapter_cache_evictions_total": lambda stats: _cache(stats).get("evictions"),
-    "lmray_serve_adapter_cache_failures_total": lambda stats: _cache(stats).get("failures"),
-    "lmray_serve_speculation_proposed_tokens_total": lambda stats: (stats.get("speculation") or {}).get("proposed"),
-    "lmray_serve_speculation_accepted_tokens_total": lambda stats: (stats.get("speculation") or {}).get("accepted"),
+    "lmray_serve_adapter_cache_hits_total": lambda stats: _part(stats, "cache").get("hits"),
+    "lmray_serve_adapter_cache_loads_total": lambda stats: _part(stats, "cache").get("loads"),
+    "lmray_serve_adapter_cache_evictions_total": lambda stats: _part(stats, "cache").get("evictions"),
+    "lmray_serve_adapter_cache_failures_total": lambda stats: _part(stats, "cache").get("failures"),
+    "lmray_serve_speculation_proposed_tokens_total": lambda stats: _part(stats, "speculation").get("proposed"),
+    "lmray_serve_speculation_accepted_tokens_total": lambda stats: _part(stats, "speculation").get("accepted"),
+    "lmray_serve_speculation_gain": lambda stats: _part(stats, "speculation").get("gain"),
+    "lmray_serve_speculation_active": lambda stats: _part(stats, "speculation").get("active"),
+    "lmray_serve_server_running_requests": lambda stats: _part(stats, "server").get("running"),
+    "lmray_serve_server_waiting_requests": lambda stats: _part(stats, "server").get("waiting"),
+    "lmray_serve_server_kv_cache_fraction": lambda stats: _part(stats, "server").get("kv_cache_fraction"),
+    "lmray_serve_server_preemptions_total": lambda stats: _part(stats, "server").get("preemptions"),
+    "lmray_serve_server_prefix_hit_tokens_total": lambda stats: _part(stats, "server").get("prefix_hit_tokens"),
+    "lmray_serve_server_prompt_tokens_total": lambda stats: _part(stats, "server").get("prompt_tokens"),
+    "lmray_serve_server_generated_tokens_total": lambda stats: _part(stats, "server").get("generated_tokens"),
 }
 """Each metric from what a replica tells; None where its engine has no such number."""
 
@@ -75,9 +84,9 @@ def _used(stats: Stats) -> float | None:
     return stats["num_blocks"] - stats["free_blocks"] if "num_blocks" in stats else None
 
 
-def _cache(stats: Stats) -> Mapping[str, Any]:
-    return stats.get("cache", {})
+def _part(stats: Stats, name: str) -> Mapping[str, Any]:
+    return stats.get(name) or {}
 
 
 def _held(stats: Stats) -> list[Mapping[str, Any]]:
-    return _cache(stats).get("held", [])
+    return _part(stats, "cache").get("held", [])

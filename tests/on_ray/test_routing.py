@@ -18,7 +18,7 @@ from lmray.engines.base import Request, Sampling
 from lmray.on_ray.deployments import SPARE_SLOTS
 from lmray.on_ray.routing import AdapterRouter
 
-ROWS = 4
+MOST = 4
 ENGINE = DeploymentID("engine", "endpoint")
 
 
@@ -27,7 +27,7 @@ class Replica(RunningReplica):
 
     def __init__(self, name: str, load: int):
         self.load = load
-        self._replica_info = RunningReplicaInfo(ReplicaID(name, ENGINE), None, None, None, name, ROWS + SPARE_SLOTS)
+        self._replica_info = RunningReplicaInfo(ReplicaID(name, ENGINE), None, None, None, name, MOST + SPARE_SLOTS)
 
     def update_replica_info(self, replica_info: RunningReplicaInfo) -> None:
         self._replica_info = replica_info
@@ -44,7 +44,7 @@ def chosen(request: Request = ADAPTED, internal: str = "r", /, **loads: int) -> 
 
     async def main() -> str | None:
         router = AdapterRouter(ENGINE, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
-        router.initialize_state(rows=ROWS, light=2)
+        router.initialize_state(most=MOST, light=2)
         router.update_replicas([Replica(name, load) for name, load in loads.items()])
         told = RequestMetadata(request_id=internal, internal_request_id=internal)
         pending = PendingRequest([request], {}, told)
@@ -57,8 +57,8 @@ def chosen(request: Request = ADAPTED, internal: str = "r", /, **loads: int) -> 
 
 
 def test_no_request_takes_a_slot_that_is_for_calls_to_every_replica():
-    assert chosen(full=ROWS) is chosen(full=ROWS + 1) is None
-    assert chosen(full=ROWS, free=ROWS - 1) == "free"
+    assert chosen(full=MOST) is chosen(full=MOST + 1) is None
+    assert chosen(full=MOST, free=MOST - 1) == "free"
 
 
 def test_prompts_to_the_base_that_begin_alike_meet_and_others_are_spread():

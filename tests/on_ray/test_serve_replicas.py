@@ -57,7 +57,12 @@ def test_faults_under_load_cost_no_answer_that_had_not_begun(job, root, capfd):
             break_engine(job)
             load.wait_for(10)
             keep_version(root, NAMES[0], seed=101)
-            service.update(job.changed({"http.limits.max_body_bytes": 2000}))
+            updated = job.changed({"http.limits.max_body_bytes": 3000, "engine.max_batch_size": 3})
+            service.update(updated)
+            load.wait_for(10)
+            replicas = replica_ids(service.url)
+            service.update(updated.changed({"http.limits.max_body_bytes": 2000}))
+            assert replica_ids(service.url) == replicas, "what the gateway alone has to know replaces no engine"
             load.wait_for(10)
             with pytest.raises(ConfigError, match=r"http.port: is 1, and a running endpoint keeps"):
                 service.update(job.changed({"http.port": 1}))
@@ -77,6 +82,12 @@ def held(url: str) -> list[set[str]]:
     listed = httpx.get(f"{url}/admin/adapters", headers=headers, timeout=60).json()
     assert [one["name"] for one in listed["adapters"]] == list(NAMES)
     return [{one["handle"].partition("@")[0] for one in replica["held"]} for replica in listed["replicas"]]
+
+
+def replica_ids(url: str) -> set[str]:
+    headers = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    listed = httpx.get(f"{url}/admin/adapters", headers=headers, timeout=60).json()
+    return {one["replica"] for one in listed["replicas"]}
 
 
 def break_engine(job: ServeJob) -> None:

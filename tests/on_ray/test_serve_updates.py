@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -150,6 +151,24 @@ def test_a_promotion_that_the_disk_refuses_is_tried_again_and_told_once(monkeypa
     assert [one.getMessage() for one in caplog.records] == ["merged model `fn` stays as it is: disk full"]
 
 
+def test_a_refused_version_is_tried_again_by_itself_ever_more_seldom_and_told_once(
+    monkeypatch, ray_serve, start, job, caplog
+):
+    monkeypatch.setattr(module, "RETRY_S", 0.001)
+    service, waits = start(job), list[float]()
+
+    def merge(served, plan):
+        if len(waits) < 4:
+            waits.append(service._refused["fn"].num_tries if service._refused else 0)
+            raise ArtifactError("adapter", "no room at the moment")
+        return merged_version("fn@2")
+
+    follow(monkeypatch, "fn@2", merge)
+    wait_until(lambda: "fn@2:4" in ray_serve.done, "the promoted version")
+    assert waits == [0, 1, 2, 3]
+    assert len([one for one in caplog.records if "no room at the moment" in one.getMessage()]) == 1
+
+
 def test_a_refused_version_is_tried_again_once_the_stage_has_been_elsewhere(monkeypatch, ray_serve, start, job):
     service = start(job)
     refuse: list[bool] = [True]
@@ -160,7 +179,7 @@ def test_a_refused_version_is_tried_again_once_the_stage_has_been_elsewhere(monk
         return merged_version("fn@2")
 
     follow(monkeypatch, "fn@2", merge)
-    wait_until(lambda: service._refused == {"fn": "fn@2"}, "the refusal")
+    wait_until(lambda: service._refused, "the refusal")
     refuse.clear()
     follow(monkeypatch, "fn@1", merge)
     wait_until(lambda: not service._refused, "a look at what is served")
@@ -173,6 +192,7 @@ def test_a_promotion_that_does_not_start_goes_back_to_what_was_served(monkeypatc
     ray_serve.fates["fn@2:4"] = FAILS
     follow(monkeypatch, "fn@2", lambda served, plan: merged_version("fn@2"))
     wait_until(lambda: service._refused, "the refusal")
+    assert service._refused["fn"].until_s == math.inf, "each try might cost the replicas that run"
     assert ray_serve.done == ["fn@1:4", "gateway@64:4", "fn@2:4", "fn@1:4"]
 
 

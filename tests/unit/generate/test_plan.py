@@ -99,11 +99,12 @@ def test_what_of_an_engine_decides_answers_is_part_of_the_run(job, engine, same,
         ({"adapter": "whole"}, ArtifactError, "is a model"),
         ({"engine__max_length": 2000}, ConfigError, "2000 tokens are more than LlamaForCausalLM has positions for"),
         ({"sampling__temperature": 1e-5}, DataError, "temperature: is 1e-05"),
+        ({"sampling__repetition_penalty": 0.0}, DataError, "repetition_penalty: is 0.0"),
         ({"data__id": "kee"}, DataError, "did you mean `key`"),
         ({"sampling__json_schema": {"type": "nothing"}}, ConfigError, "sampling.json_schema"),
         ({"model__source": "/nowhere"}, ArtifactError, "holds no model"),
     ],
-    ids=["unknown", "other-base", "whole", "positions", "temperature", "id", "schema", "model"],
+    ids=["unknown", "other-base", "whole", "positions", "temperature", "penalty", "id", "schema", "model"],
 )
 def test_what_cannot_be_answered_with_is_told_before(job, artifacts, changes, error, said):
     with pytest.raises(error, match=said):
@@ -115,7 +116,8 @@ def test_what_cannot_be_answered_with_is_told_before(job, artifacts, changes, er
     [
         ({"sampling__n": 2}, "`n: 2` greedy answers are one and the same"),
         ({"sampling__max_tokens": 128}, "leaves no room for a prompt"),
-        ({"model__quantization": "nf4"}, "generates with a quantised model"),
+        ({"engine": OPENAI, "model__quantization": "nf4"}, "is applied where the weights are"),
+        ({"sampling__presence_penalty": 2.1}, "sampling.presence_penalty"),
         ({"engine": OPENAI, "model__rope_scaling": LINEAR}, "is applied where the weights are"),
         ({"sampling__top_p": 0}, "sampling.top_p"),
         ({"output__shard_size": 0}, "output.shard_size"),

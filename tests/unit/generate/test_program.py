@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +22,7 @@ from lmray.generate.program import finished, in_this_process
 from lmray.generate.worker import Worker
 from lmray.metrics.events import read_events
 from lmray.models.load import load_model
-from lmray.testing.jobs import write_jsonl
+from lmray.testing.jobs import tiny_generate_job, write_jsonl
 from lmray.testing.kills import Killed
 from lmray.testing.listening import listening
 from lmray.testing.tiny import tiny_adapter_folder, tiny_tokenizer
@@ -56,6 +58,44 @@ def test_greedy_answers_are_the_engines(job, run, tiny_model):
     assert result.status == "succeeded" and result.metrics["generate.rows"] == 10
     assert result.metrics["generate.prompt_tokens"] == sum(asked) and result.metrics["generate.errors"] == 0
     assert result.metrics["generate.completion_tokens"] == sum(row["usage"]["completion_tokens"] for row in rows)
+
+
+def test_penalties_are_those_of_transformers(job, run, tiny_model):
+    run(job(sampling__repetition_penalty=1.5))
+    tokenizer, model = tiny_tokenizer(), load_model(tiny_model, "float32")
+    expected = []
+    for text in QUESTIONS:
+        ids = torch.tensor([prompt_ids(tokenizer, [{"role": "user", "content": text}])])
+        told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+        found = model.generate(ids, **told, repetition_penalty=1.5, eos_token_id=2, pad_token_id=0)
+        expected.append(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+    assert texts_of(job()) == expected != greedy(tiny_model, QUESTIONS)
+
+
+@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
+def test_tokens_that_were_said_are_said_less(job, run, penalty):
+    def repeated() -> int:
+        return sum(len(text) - len(set(text)) for text in texts_of(job()))
+
+    run(job())
+    before = repeated()
+    shutil.rmtree(run_folder(job()))
+    run(job(**{f"sampling__{penalty}": 2.0}))
+    assert repeated() < before
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_model_answers_as_the_engine_over_it(wide_model, questions, tmp_path, run, quantization):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, which `make test-full` installs")
+    told = {"model__quantization": quantization, "sampling__max_tokens": 8}
+    quantised = tiny_generate_job(wide_model, questions, tmp_path / "store", **told)
+    run(quantised)
+    model = load_model(wide_model, "float32", quantization=quantization, device="cpu")
+    tokenizer = tiny_tokenizer()
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS]
+    options = {"stop_token_ids": (2,), "max_new_tokens": 8, "batch_size": 3, "threads": 1}
+    expected = [tokenizer.decode(ids, skip_special_tokens=True) for ids in engine_generate(model, prompts, **options)]
+    assert texts_of(quantised) == expected != greedy(wide_model, QUESTIONS)
 
 
 def test_the_manifest_and_the_events_say_what_there_is(job, run):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lmray.errors import ArtifactError, CapacityError, LmrayError
+from lmray.errors import ArtifactError, LmrayError, NoRoomError
 from lmray.serve.adapter_cache import AdapterCache, Limits
 from tests.unit.serve.loaders import SIZES, FakeLoader
 
@@ -152,12 +152,12 @@ def test_pinned_adapters_stay_and_what_does_not_fit_beside_them_is_refused():
         assert sorted(loader.loaded) == ["b", "c"]
         await cache.pin("b")
         found = r"`a`: 10 bytes do not fit beside 2 pinned adapter\(s\) of 50 bytes\n  allowed: 2 adapters, 70 bytes"
-        with pytest.raises(CapacityError, match=found):
+        with pytest.raises(NoRoomError, match=found):
             await cache.prewarm("a")
         cache.unpin("c")
         await use(cache, "a")
         assert sorted(loader.loaded) == ["a", "b"]
-        with pytest.raises(CapacityError, match="1000 bytes do not fit"):
+        with pytest.raises(NoRoomError, match="1000 bytes do not fit"):
             await cache.prewarm("huge")
 
     asyncio.run(main())
@@ -251,7 +251,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.entered.discard(id(ends))
 
     async def swallow(self, work) -> None:
-        with suppress(ArtifactError, CapacityError):
+        with suppress(ArtifactError, NoRoomError):
             await work
 
     @rule(handle=st.sampled_from(SMALL))

@@ -11,7 +11,7 @@ import pytest
 
 from lmray.artifacts.served import Canary, ServedAdapter
 from lmray.engines.base import Request, Sampling, TokenEvent
-from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, RemoteError
+from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, NoRoomError, RemoteError
 from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet
@@ -114,6 +114,20 @@ def test_a_second_try_gets_the_version_of_the_first_whatever_was_promoted_meanwh
     assert [request.adapter for request in replicas.requests] == [first, first]
     ask(fleet, "helper")
     assert replicas.requests[-1].adapter != first
+
+
+@pytest.mark.parametrize("promoted", [True, False])
+def test_a_version_whose_room_a_promotion_took_is_answered_by_what_was_promoted(small, promoted):
+    old = small.keep("helper", "old", stage="production").ref
+    replicas = FakeReplicas(NoRoomError("adapter", "does not fit"), num_tokens=(0, 2))
+    fleet = make(small, replicas)
+    if promoted:
+        new = small.keep("helper", "new", stage="production").ref
+        assert ask(fleet, "helper") == [0, 1]
+        assert [request.adapter for request in replicas.requests] == [old, new]
+    else:
+        with pytest.raises(NoRoomError):
+            ask(fleet, "helper")
 
 
 @pytest.mark.parametrize("min_replicas", [0, 1])

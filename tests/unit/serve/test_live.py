@@ -15,7 +15,7 @@ from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import open_store
 from lmray.engines.base import Request, Sampling
 from lmray.engines.native import Native
-from lmray.errors import ArtifactError
+from lmray.errors import ArtifactError, NoRoomError
 from lmray.models.load import load_model
 from lmray.models.source import find_model
 from lmray.serve import catalogue
@@ -132,6 +132,23 @@ def test_a_promotion_is_loaded_ahead_and_what_runs_ends_with_the_old_version(pla
         pinned = {one["handle"]: one["pinned"] for one in live.cache.stats()}
         assert pinned == {first.ref: True, second.ref: False}
         assert await text(live, first.ref) == old
+        await live.engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_version_promoted_since_the_last_look_takes_the_room_of_the_one_it_replaces(place, monkeypatch):
+    first = place.keep("helper", seed=1)
+
+    async def main():
+        live = place.start("helper", max_adapters=1)
+        await live.start()
+        old = await text(live, first.ref)
+        monkeypatch.setattr(catalogue, "EVERY_S", 1000.0)
+        second = place.keep("helper", seed=2)
+        assert await text(live, second.ref) != old
+        with pytest.raises(NoRoomError, match="1 pinned adapter"):
+            await text(live, first.ref)
         await live.engine.close()
 
     asyncio.run(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
+from lmray.engines._remote import METRICS
 from lmray.errors import RemoteError
 from lmray.serve.metrics import Metrics
 from lmray.serve.replica_metrics import ReplicaMetrics
@@ -28,8 +29,18 @@ PAGED = {
         "evictions": 1,
         "failures": 0,
     },
-    "speculation": {"proposed": 40, "accepted": 30},
+    "speculation": {"proposed": 40, "accepted": 30, "gain": 1.4, "active": True},
 }
+SERVER = {
+    "running": 6,
+    "waiting": 2,
+    "kv_cache_fraction": 0.25,
+    "preemptions": 1,
+    "prefix_hit_tokens": 64,
+    "prompt_tokens": 500,
+    "generated_tokens": 70,
+}
+REMOTE = {"replica": "x3", "waiting": 0, "running": 5, "generated_tokens": 60, "failure": None, "server": SERVER}
 PLAIN = {"replica": "x2", "waiting": 0, "running": 1, "generated_tokens": 7, "failure": "a step failed"}
 
 
@@ -84,9 +95,26 @@ def test_each_replica_has_a_series_of_all_that_its_engine_tells():
         "lmray_serve_adapter_cache_failures_total": 0,
         "lmray_serve_speculation_proposed_tokens_total": 40,
         "lmray_serve_speculation_accepted_tokens_total": 30,
+        "lmray_serve_speculation_gain": 1.4,
+        "lmray_serve_speculation_active": 1,
     }
     assert found['lmray_serve_engine_failed{replica="x2"}'] == 1
     assert 'lmray_serve_kv_blocks{replica="x2"}' not in found
+
+
+def test_an_engine_in_front_of_a_server_tells_the_servers_own_figures_too():
+    [found] = pages(Replicas(REMOTE))
+    told = {name.partition("{")[0]: value for name, value in found.items() if "lmray_serve_server" in name}
+    assert told == {
+        "lmray_serve_server_running_requests": 6,
+        "lmray_serve_server_waiting_requests": 2,
+        "lmray_serve_server_kv_cache_fraction": 0.25,
+        "lmray_serve_server_preemptions_total": 1,
+        "lmray_serve_server_prefix_hit_tokens_total": 64,
+        "lmray_serve_server_prompt_tokens_total": 500,
+        "lmray_serve_server_generated_tokens_total": 70,
+    }
+    assert set(METRICS.values()) == SERVER.keys(), "all that is read there"
 
 
 def test_replicas_that_are_gone_or_fail_are_not_told_of(caplog):
