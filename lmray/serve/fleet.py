@@ -89,9 +89,10 @@ class Fleet:
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         """The tokens that continue `request`. Closing it early cancels the request.
 
-        It is sent again where its replica died before the first token; and to the current version where the next one
-        failed before that, so that a canary costs nobody an answer; to the version before the current one where replicas
-        refuse the weights of that; and to the one promoted a moment ago, where that leaves no room. Raises ArtifactError for an unknown adapter, and what the replica raises.
+        It is sent again where its replica died before the first token. Where a version failed before that, another one
+        answers: the current one for the next, so that a canary costs nobody an answer; the one before for the current
+        one, where replicas refuse the weights of that; and the one promoted a moment ago, where that took its room.
+        Raises ArtifactError for an unknown adapter, and what the replica raises.
         """
         if (own := self._merged.get(request.adapter or "")) is not None:
             async with aclosing(self._sent(replace(request, adapter=None), own)) as events:
