@@ -69,7 +69,7 @@ class Catalogue:
         self._reserved, self._only, self._clock = reserved, only, clock
         self._lines: dict[str, Line] = {}
         self._names: tuple[str, ...] = ()
-        self._aliases: dict[str, str] = {}
+        self._aliases: dict[str, tuple[str, str]] = {}
         self._looked = float("-inf")
         self._looking: asyncio.Future[None] | None = None
 
@@ -79,8 +79,9 @@ class Catalogue:
         return self._names
 
     @property
-    def aliases(self) -> dict[str, str]:
-        """`NAME@STAGE` of names that are served from a stage, merged or not, and the name."""
+    def aliases(self) -> dict[str, tuple[str, str]]:
+        """`NAME@STAGE` of names that are served from a stage, merged or not, or have a next version there; name and
+        stage."""
         return self._aliases
 
     @property
@@ -151,8 +152,9 @@ class Catalogue:
         self._lines = lines
         self._names = tuple(name for name, line in lines.items() if line.current is not None)
         answering = (*self._names, *self._merged)
-        stages = {name: served.stage for name in answering if (served := self._served_as(name)) is not None}
-        self._aliases = {f"{name}@{stage}": name for name, stage in stages.items() if stage in STAGES}
+        stages = [(name, served.stage) for name in answering if (served := self._served_as(name)) is not None]
+        stages += [(name, line.settings.stage) for name, line in lines.items() if line.settings is not None]
+        self._aliases = {f"{name}@{stage}": (name, stage) for name, stage in stages if stage in STAGES}
 
     async def look(self, *, now: bool = False) -> None:
         """Refreshes where the last look was `EVERY_S` ago or `now`, on a thread of its own, one at a time."""

@@ -25,7 +25,7 @@ from lmray.errors import (
 from lmray.serve.canaries import Canaries, Comparison, answer_of
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.look import Look
-from lmray.serve.visitors import VISITOR
+from lmray.serve.visitors import STAGE, VISITOR
 
 MAX_ATTEMPTS = 2
 """How often a request may be sent before its first token. No more: a request that ends every replica it meets is not to
@@ -121,8 +121,9 @@ class Fleet:
 
     async def _instead(self, name: str | None, version: str | None, error: LmrayError) -> list[str | None]:
         """What to try once `version`, the last there was to try, has failed with `error`."""
-        if name is None or version is None:
-            return []
+        line = self.catalogue.line(name or "")
+        if name is None or version is None or line is None or (line.canary is not None and version == line.canary.ref):
+            return []  # the next version is the last to try only where its stage was asked for
         other = None
         if isinstance(error, ArtifactError):  # replicas refuse its weights
             other = await self.catalogue.refuse(name, version, str(error))
@@ -139,6 +140,9 @@ class Fleet:
         if line is None or line.current is None:
             hint = did_you_mean(name, self.catalogue.names)
             raise ArtifactError(f"adapter `{name}`", "is not served", hint=hint)
+        if stage := STAGE.get():
+            is_next = line.canary is not None and line.settings is not None and stage == line.settings.stage
+            return [line.canary.ref if is_next and line.canary is not None else line.current.ref], None
         answer = answer_of(request.id)  # all answers to one request come from one version
         keys = {"request": answer, "key": VISITOR.get() or answer}
         chosen, compared = self.canaries.choose(name, line, keys)

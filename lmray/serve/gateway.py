@@ -42,7 +42,7 @@ from lmray.serve.openapi import openapi_document
 from lmray.serve.page import add_page
 from lmray.serve.prompt_filters import PromptFilters
 from lmray.serve.quotas import Quotas
-from lmray.serve.visitors import VISITOR
+from lmray.serve.visitors import STAGE, VISITOR
 
 T = TypeVar("T")
 Pieces = AsyncGenerator[tuple[int, Piece], None]
@@ -67,8 +67,9 @@ class GatewaySettings:
     """Those that are let in. Empty: no key is asked for."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     filters: tuple[TextFilter, ...] = ()
-    aliases: Callable[[], Mapping[str, str]] = dict
-    """Other names of adapters (`NAME@STAGE`), that are answered to and not listed, with the adapter's own."""
+    aliases: Callable[[], Mapping[str, tuple[str, str]]] = dict
+    """Other names of adapters (`NAME@STAGE`), that are answered to and not listed, with the adapter's own and the
+    stage."""
     sends_request_id: bool = True
     """Whether answers carry `x-request-id`; off where what stands before the gateway puts it there."""
     page: bool = True
@@ -208,7 +209,8 @@ class _Gateway:
         """The adapter behind `model` in a request with `key`; None is the base model. Raises AnswerError."""
         base, adapters = self._settings.model, await self._backend.adapters()  # which brings aliases up to date as well
         plain = model.removeprefix(f"{base}:")
-        adapter = None if model == base else self._settings.aliases().get(plain, plain)
+        adapter, stage = (None, "") if model == base else self._settings.aliases().get(plain, (plain, ""))
+        STAGE.set(stage)
         if (adapter is None or adapter in adapters) and (key is None or key.may_ask(adapter or base)):
             return adapter
         names = await self._names(key)

@@ -59,7 +59,10 @@ def test_a_merged_one_is_beside_no_base_whatever_pattern_it_fits_and_has_its_sta
     catalogue = Catalogue(small.store, [ServedAdapter(artifact="*", stage="staging"), merged, newest], FIT)
     catalogue.refresh()
     assert current(catalogue) == {"beside": beside.id} and catalogue.refused == {}
-    assert catalogue.aliases == {"beside@staging": "beside", "fast@production": "fast"}
+    assert catalogue.aliases == {
+        "beside@staging": ("beside", "staging"),
+        "fast@production": ("fast", "production"),
+    }
 
 
 def test_promotions_and_rollbacks_show_and_new_names_too(small):

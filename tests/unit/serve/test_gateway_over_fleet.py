@@ -141,6 +141,17 @@ def test_what_a_stage_moves_to_is_listed_and_counted_under_the_same_name(session
     assert not any("@" in name for name in found)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_stage_in_the_name_is_that_stages_version_whatever_share_the_next_one_has(session, small, share):
+    old = small.keep("helper", "one", stage="production")
+    new = small.keep("helper", "two", stage="staging")
+    names = ("helper@production", "helper@staging", "tiny:helper@staging", "helper", "helper@candidate")
+    answers, replicas = session(*[chat("few", name) for name in names], canary=Canary(share=share))
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 200, 403]
+    drawn = new.ref if share else old.ref
+    assert [request.adapter for request in replicas.requests] == [old.ref, new.ref, new.ref, drawn]
+
+
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 3}], ids=str)
 def test_the_visitor_is_known_wherever_an_answer_is_made(session, small, fields):
     small.keep("helper", stage="production")

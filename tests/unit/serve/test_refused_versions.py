@@ -6,9 +6,11 @@ import asyncio
 
 import pytest
 
+from lmray.artifacts.served import Canary
 from lmray.engines.base import Request, Sampling
 from lmray.errors import ArtifactError
 from lmray.serve.catalogue import UNFIT_S
+from lmray.serve.visitors import STAGE
 from tests.unit.serve.stores import SmallStore
 from tests.unit.serve.test_fleet import FakeReplicas, ask, make
 
@@ -65,6 +67,20 @@ def test_a_refused_version_is_tried_again_later_for_what_was_wrong_may_have_pass
     ask(fleet, "helper")
     assert [request.adapter for request in replicas.requests] == [bad.ref, good.ref, good.ref, bad.ref]
     assert not fleet.catalogue.refused
+
+
+def test_a_next_version_that_was_asked_for_by_its_stage_is_refused_and_not_exchanged(small):
+    small.keep("helper", "good", stage="production")
+    bad = small.keep("helper", "bad", stage="staging")
+    replicas = Picky(bad.ref)
+    fleet = make(small, replicas, Canary(share=0.0))
+    token = STAGE.set("staging")
+    try:
+        with pytest.raises(ArtifactError, match="uses DoRA"):
+            ask(fleet, "helper")
+    finally:
+        STAGE.reset(token)
+    assert ask(fleet, "helper") == [0, 1] and fleet.canaries.report()[0]["canary"]["requests"] == 0
 
 
 def test_of_two_requests_that_meet_a_refused_version_both_are_answered(small):
