@@ -200,6 +200,10 @@ class EngineConfig(MemberConfig):
         """The same with that model as a folder of this machine, as `check` and `start` want it."""
         return self
 
+    def stamp(self) -> str:
+        """Differs once what a running engine took from elsewhere than its fields is another."""
+        return ""
+
     def check_spec(self, model: ModelSpec) -> None:
         """Raises ValueError for what a job wants of its model that this engine does not do."""
         for name in ("quantization", "rope_scaling"):

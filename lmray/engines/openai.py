@@ -6,7 +6,9 @@ of the job's model: that is in the hands of who runs it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -97,6 +99,12 @@ class Openai(EngineConfig):
         vocab_size = int(model.get_input_embeddings().weight.shape[0])
         sizes = self.max_batch_size, self.max_adapters, self.max_length, vocab_size
         return Capabilities(*sizes, has_grammars=self.has_grammars, exact_tokens=self.tokens == "ids")
+
+    def stamp(self) -> str:
+        """Of the key, where its file is on this machine as well."""
+        with suppress(ConfigError):
+            return hashlib.sha256((_read_key(self.api_key_file) or "").encode()).hexdigest()
+        return ""
 
     def _dialect(self, stop_token_ids: tuple[int, ...], tokenizer: Any) -> Any:
         def exact(request: Request) -> Dialect:

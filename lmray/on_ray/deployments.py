@@ -4,6 +4,7 @@ model, so that new weights replace that model's replicas alone. Runs in the driv
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 from ray import serve as ray_serve
@@ -18,9 +19,6 @@ from lmray.serve.prepare import ServePlan
 
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""
-AHEAD_PER_ROW = 1
-"""Of those, so many wait in the replica, each for a row or for its adapter: while some wait for theirs, the rows are
-not kept from others. The rest wait in the gateway, for whichever replica is free first."""
 SPARE_SLOTS = 8
 """Calls that a replica takes besides requests: those that ask every replica, of which a
 gateway has one at a time and operators some. They would wait for the end of an answer else."""
@@ -36,8 +34,8 @@ def merged_application(endpoint: str, name: str) -> str:
     return f"{endpoint}.{name}"
 
 
-def endpoint_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
-    """The gateway, before the base model's replicas."""
+def endpoint_application(job: ServeJob, plan: ServePlan, num_cpus: int, *, num_lost: int = 0) -> ray_serve.Application:
+    """The gateway, before the base model's replicas. `num_lost`: as `engine_version` has it."""
     most = job.engine.max_batch_size * job.autoscaling.max_replicas * (1 + QUEUED_PER_ROW) * (1 + len(plan.merged))
     gateway = ray_serve.deployment(
         ray_serve.ingress()(Gateway),
@@ -48,21 +46,21 @@ def endpoint_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_s
         **_lasting(job),
     )
     merged = {name: merged_application(job.name, name) for name in plan.merged}
-    return gateway.bind(plan, job.engine.max_length, engine_application(job, plan, num_cpus), merged)
+    engines = engine_application(job, plan, num_cpus, num_lost=num_lost)
+    return gateway.bind(plan, job.engine.max_length, engines, merged)
 
 
-def engine_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_serve.Application:
-    """Replicas of one model, with the adapters of `plan` beside it."""
+def engine_application(job: ServeJob, plan: ServePlan, num_cpus: int, *, num_lost: int = 0) -> ray_serve.Application:
+    """Replicas of one model, with the adapters of `plan` beside it. Those that run stay, where they are of the same
+    `engine_version`."""
     rows, num_gpus = job.engine.max_batch_size, job.resources.gpus_per_worker
-    most = rows * (1 + AHEAD_PER_ROW)
     router: dict[str, Any] = {"request_router_class": AdapterRouter}
-    router["request_router_kwargs"] = {"light": max(rows // 2, 1), "most": most}
-    told = (plan.for_engines, job.engine, job.model.dtype, num_cpus, num_gpus)
+    router["request_router_kwargs"] = {"light": max(rows // 2, 1), "rows": rows}
     engines = ray_serve.deployment(
         EngineReplica,
         name=ENGINE,
-        max_ongoing_requests=most + SPARE_SLOTS,
-        max_queued_requests=rows * (QUEUED_PER_ROW - AHEAD_PER_ROW),
+        max_ongoing_requests=2 * rows + SPARE_SLOTS,  # as many again may wait there for their adapters
+        max_queued_requests=rows * QUEUED_PER_ROW,
         autoscaling_config=_autoscaling(job),
         request_router_config=RequestRouterConfig(**router),
         ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus},
@@ -70,8 +68,18 @@ def engine_application(job: ServeJob, plan: ServePlan, num_cpus: int) -> ray_ser
         **_lasting(job),
     )
     # By itself Ray Serve takes each deployment for another version, and replaces all replicas.
-    version = hashlib.sha256(repr(told).encode()).hexdigest()
-    return engines.options(version=version, _internal=True).bind(*told)
+    engines = engines.options(version=engine_version(job, plan, num_cpus, num_lost=num_lost), _internal=True)
+    return engines.bind(plan.for_engines, job.engine, job.model.dtype, num_cpus, num_gpus)
+
+
+def engine_version(job: ServeJob, plan: ServePlan, num_cpus: int, *, num_lost: int = 0) -> str:
+    """Differs where engine replicas have to be replaced: not by what the gateway alone has to know, nor by what stages
+    hold, which replicas follow by themselves. `num_lost`: another number for replicas that failed to start, which Ray
+    Serve does not try a second time."""
+    served = [(one.artifact, one.stage, one.merged, one.canary and one.canary.stage) for one in plan.served]
+    model = replace(plan.for_engines, served=(), adapters={})
+    told = (model, served, job.engine, job.engine.stamp(), job.model.dtype, job.resources.gpus_per_worker)
+    return hashlib.sha256(repr((*told, num_cpus, num_lost)).encode()).hexdigest()
 
 
 def _lasting(job: ServeJob) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from lmray.models.load import load_tokenizer, stop_token_ids
 from lmray.models.precision import resolve_dtype
 from lmray.models.source import ARTIFACT
 from lmray.on_ray.failures import error_inside, reason
+from lmray.on_ray.routing import WAITING, WaitsForAdapter
 from lmray.serve.account import ACCESS_LOG, FILTERS_LOG
 from lmray.serve.admin import add_admin
 from lmray.serve.canaries import Canaries
@@ -64,9 +65,11 @@ class EngineReplica:
         async for _ in self._live.stream(Request("warm-up", (0,), Sampling(max_tokens=1))):
             pass  # reserves memory and fails here rather than at a user's request
 
-    async def stream(self, request: Request) -> AsyncGenerator[list[TokenEvent], None]:
+    async def stream(self, request: Request) -> AsyncGenerator[list[TokenEvent] | WaitsForAdapter, None]:
         version: str | None = self._version  # said once
         try:
+            if not self._live.holds(request.adapter):
+                yield WaitsForAdapter(ray_serve.get_replica_context().replica_id.unique_id)
             async with aclosing(gathered(self._live.stream(request), self._interval_s)) as lists:
                 async for first, *others in lists:
                     yield [replace(first, version=version), *others]
@@ -146,13 +149,21 @@ class RoutedReplicas:
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         response: Any = self._streaming.stream.remote(request)
+        waits: str | None = None
         try:
             async for events in response:
+                if isinstance(events, WaitsForAdapter):
+                    waits = events.replica
+                    WAITING[waits] += 1
+                    continue
+                _waits_no_more(waits)
+                waits = None
                 for event in events:
                     yield event
         except (RayError, RayServeException) as error:
             raise as_lmray_error(error) from None
         finally:
+            _waits_no_more(waits)
             response.cancel()
 
     async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
@@ -168,6 +179,14 @@ class RoutedReplicas:
             if isinstance(one, Exception):
                 raise as_lmray_error(one) from None
         return answers
+
+
+def _waits_no_more(replica: str | None) -> None:
+    """Of a request that waited on `replica`, if on any."""
+    if replica is not None:
+        WAITING[replica] -= 1
+        if WAITING[replica] <= 0:  # replicas come and go
+            del WAITING[replica]
 
 
 def _log_requests() -> None:

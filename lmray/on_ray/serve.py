@@ -39,7 +39,7 @@ START_TIMEOUT_S = 600.0
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 """For Ray Serve to end, besides the answers that were begun."""
-RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
+RETRY_S, LONGEST_RETRY_S, MOST_DOUBLINGS = 60.0, 3600.0, 16
 """After so long a merged version that could not be served is tried again; each time twice as long, up to the second."""
 CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 """Where Ray Serve's own actor is found."""
@@ -87,6 +87,8 @@ class Service:
         self._follower = threading.Thread(target=self._follow, name="lmray-merged", daemon=True)
         self._refused: dict[str, _Refused] = {}
         """Name of a merged model -> the version that its stage holds and that cannot be served."""
+        self._num_lost = 0
+        """How often neither what was new nor what ran before would start: what is deployed next is tried anew."""
         self._said: dict[str, str] = {}
         """Name of a merged model -> what is wrong with it."""
 
@@ -99,7 +101,8 @@ class Service:
             ray_serve.delete(merged_application(self.name, name), _blocking=False)  # what comes may need its room
         for name, plan in new.plan.merged.items():
             self._deploy_merged(new, name, plan)
-        self._deploy(new, self.name, endpoint_application(new.job, new.plan, new.num_cpus), route_prefix="/")
+        application = endpoint_application(new.job, new.plan, new.num_cpus, num_lost=self._num_lost)
+        self._deploy(new, self.name, application, route_prefix="/")
         self._serving = new
         if new.plan.merged and not self._follower.is_alive():
             self._follower.start()
@@ -151,12 +154,13 @@ class Service:
                 try:
                     start()
                 except RemoteError as again:
+                    self._num_lost += 1
                     found = f"{error.found}\nand what ran does not start again: {again.found}"
                     raise RemoteError(error.where, found, allowed=error.allowed, hint=error.hint) from None
             raise
 
     def _deploy_merged(self, serving: _Serving, name: str, plan: ServePlan) -> None:
-        application = engine_application(serving.job, plan, serving.num_cpus)
+        application = engine_application(serving.job, plan, serving.num_cpus, num_lost=self._num_lost)
         self._deploy(serving, merged_application(self.name, name), application, route_prefix=None)
 
     def _deploy(
@@ -203,7 +207,9 @@ class Service:
                 said = ""
         except Exception as error:  # whatever it is, this thread goes on
             said = str(error) or type(error).__name__
-            if not isinstance(error, OSError):  # which pass: tried again
+            if not source:  # the stage holds nothing that could be tried
+                self._refused.pop(name, None)
+            elif not isinstance(error, OSError):  # which pass: looked at again at once
                 self._refuse(name, source, again=not isinstance(error, RemoteError))
         if said and said != self._said.get(name) and not self._ended():
             _LOG.warning("merged model `%s` stays as it is: %s", name, said)
@@ -217,7 +223,7 @@ class Service:
         """`again`: to be tried again; not where its replicas did not start, which may have cost those that ran."""
         known = self._refused.get(name)
         num_tries = 1 + (known.num_tries if known is not None and known.source == source else 0)
-        wait_s = min(RETRY_S * 2 ** (num_tries - 1), LONGEST_RETRY_S)
+        wait_s = min(RETRY_S * 2.0 ** min(num_tries - 1, MOST_DOUBLINGS), LONGEST_RETRY_S)
         self._refused[name] = _Refused(source, num_tries, time.monotonic() + wait_s if again else math.inf)
 
     def _replace(self, serving: _Serving, name: str, plan: ServePlan) -> None:

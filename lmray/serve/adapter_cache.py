@@ -97,6 +97,11 @@ class AdapterCache:
             entry.leases -= 1
             self._settle(entry)
 
+    def holds(self, handle: str) -> bool:
+        """Whether a lease on it would begin at once."""
+        entry = self._entries.get(handle)
+        return entry is not None and entry.state == "ready" and not entry.draining and not entry.unwanted
+
     async def prewarm(self, handle: str) -> None:
         """Loads an adapter before the first request for it. Raises what `lease` raises."""
         async with self.lease(handle):

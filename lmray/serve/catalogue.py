@@ -202,8 +202,10 @@ class Catalogue:
         if served.canary is None or current is None:
             return line
         canary, refused = self._version(name, served.canary.stage)
-        if canary is None or canary.id == current.id:
+        if canary is None:
             return replace(line, refused=line.refused or refused)
+        if canary.id == current.id:  # promoted; its stage's name goes on
+            return replace(line, settings=served.canary)
         return replace(line, canary=canary, settings=served.canary)
 
     def _version(self, name: str, stage: str | None) -> tuple[Artifact | None, str | None]:

@@ -6,6 +6,7 @@ A request names the version from here on, so every replica serves the same one, 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -23,13 +24,16 @@ from lmray.errors import (
     did_you_mean,
 )
 from lmray.serve.canaries import Canaries, Comparison, answer_of
-from lmray.serve.catalogue import Catalogue
+from lmray.serve.catalogue import Catalogue, Line
 from lmray.serve.look import Look
 from lmray.serve.visitors import STAGE, VISITOR
 
 MAX_ATTEMPTS = 2
 """How often a request may be sent before its first token. No more: a request that ends every replica it meets is not to
 meet them all."""
+
+PATIENCE_S, RESEND_S = 10.0, 0.25
+"""So long, and so often, a request whose replica died is sent again where all others are full: it had been taken on."""
 
 
 class Replicas(Protocol):
@@ -122,8 +126,8 @@ class Fleet:
     async def _instead(self, name: str | None, version: str | None, error: LmrayError) -> list[str | None]:
         """What to try once `version`, the last there was to try, has failed with `error`."""
         line = self.catalogue.line(name or "")
-        if name is None or version is None or line is None or (line.canary is not None and version == line.canary.ref):
-            return []  # the next version is the last to try only where its stage was asked for
+        if name is None or version is None or line is None or _asks_next(line):
+            return []
         other = None
         if isinstance(error, ArtifactError):  # replicas refuse its weights
             other = await self.catalogue.refuse(name, version, str(error))
@@ -140,9 +144,8 @@ class Fleet:
         if line is None or line.current is None:
             hint = did_you_mean(name, self.catalogue.names)
             raise ArtifactError(f"adapter `{name}`", "is not served", hint=hint)
-        if stage := STAGE.get():
-            is_next = line.canary is not None and line.settings is not None and stage == line.settings.stage
-            return [line.canary.ref if is_next and line.canary is not None else line.current.ref], None
+        if STAGE.get():
+            return [line.canary.ref if _asks_next(line) and line.canary is not None else line.current.ref], None
         answer = answer_of(request.id)  # all answers to one request come from one version
         keys = {"request": answer, "key": VISITOR.get() or answer}
         chosen, compared = self.canaries.choose(name, line, keys)
@@ -179,8 +182,8 @@ class Fleet:
             raise
 
     async def _sent(self, request: Request, replicas: Replicas) -> AsyncGenerator[TokenEvent, None]:
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            started = False
+        attempt, lost_s, started = 1, math.inf, False
+        while True:
             # a replica that was thought dead may still run the first one
             sent = request if attempt == 1 else replace(request, id=f"{request.id}-{attempt}")
             try:
@@ -189,6 +192,17 @@ class Fleet:
                         started = True
                         yield event
                 return
+            except CapacityError as error:
+                waited_s = self._clock() - lost_s
+                if started or isinstance(error, NoRoomError) or not 0.0 <= waited_s < PATIENCE_S:
+                    raise
+                await asyncio.sleep(RESEND_S)
             except RemoteError:
                 if started or attempt == MAX_ATTEMPTS:
                     raise
+                attempt, lost_s = attempt + 1, self._clock()
+
+
+def _asks_next(line: Line) -> bool:
+    """Whether the request named the stage of the next version, and wants no other."""
+    return line.settings is not None and STAGE.get() == line.settings.stage

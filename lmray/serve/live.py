@@ -90,11 +90,17 @@ class LiveEngine:
                 yield event if before_s is None else replace(event, after_s=now_s - before_s)
                 before_s = now_s
 
+    def holds(self, handle: str | None) -> bool:
+        """Whether a request with this adapter, None for none, has nothing to wait for but a row."""
+        return handle is None or self.cache.holds(handle)
+
     async def _lease(self, handle: str, held: AsyncExitStack) -> None:
         try:
             await held.enter_async_context(self.cache.lease(handle))
         except NoRoomError:  # a stage may have moved since the last look: what it held then need not stay
-            await self.follow(again=True)
+            await self._catalogue.current(handle.partition("@")[0])
+            self._pinned = self._wanted()
+            self.cache.follow(self._pinned)
             await held.enter_async_context(self.cache.lease(handle))
 
     async def follow(self, *, again: bool = False) -> None:

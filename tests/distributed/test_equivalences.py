@@ -108,8 +108,8 @@ PARTS = {
         ("fsdp2", "lora", (1, 4)),
         ("fsdp2", "full", (1, 4)),
         ("zero 2", "lora", (1,)),
-        ("zero 3", "lora", (1, 4)),
-        ("zero 3", "full", (1, 4)),
+        pytest.param("zero 3", "lora", (1, 4), marks=pytest.mark.slow),
+        pytest.param("zero 3", "full", (1, 4), marks=pytest.mark.slow),
     ],
 )
 def test_what_two_ranks_saved_goes_on_at_any_other_number(job, tmp_path, strategy, adapter, others):

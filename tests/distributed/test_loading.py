@@ -79,7 +79,7 @@ def test_an_adapter_that_starts_from_the_weights_has_them_read_whole(job, tiny_m
     assert curve(one) == pytest.approx(curve(alone), rel=5e-6)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "deepspeed"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_layers_that_run_again_give_the_same_curve(job, tiny_model, sharding):
     plain = job(tiny_model, "plain", sharding, model__kernels="plain")
     again = plain.changed({"train.gradient_checkpointing": True, "name": "again"})

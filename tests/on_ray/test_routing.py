@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from contextlib import aclosing
+from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
+from ray.exceptions import ActorDiedError
 from ray.serve._private.common import (
     DeploymentHandleSource,
     DeploymentID,
@@ -14,11 +20,18 @@ from ray.serve._private.common import (
 from ray.serve._private.request_router.common import PendingRequest
 from ray.serve.request_router import RunningReplica
 
-from lmray.engines.base import Request, Sampling
-from lmray.on_ray.deployments import SPARE_SLOTS
-from lmray.on_ray.routing import AdapterRouter
+from lmray.engines.base import Request, Sampling, TokenEvent
+from lmray.engines.openai import Openai
+from lmray.errors import RemoteError
+from lmray.job import ServeJob
+from lmray.on_ray import routing
+from lmray.on_ray.deployments import SPARE_SLOTS, engine_version
+from lmray.on_ray.replicas import RoutedReplicas
+from lmray.on_ray.routing import AdapterRouter, WaitsForAdapter
+from lmray.serve.prepare import prepare
+from lmray.testing.listening import free_port
 
-MOST = 4
+ROWS = 4
 ENGINE = DeploymentID("engine", "endpoint")
 
 
@@ -27,7 +40,7 @@ class Replica(RunningReplica):
 
     def __init__(self, name: str, load: int):
         self.load = load
-        self._replica_info = RunningReplicaInfo(ReplicaID(name, ENGINE), None, None, None, name, MOST + SPARE_SLOTS)
+        self._replica_info = RunningReplicaInfo(ReplicaID(name, ENGINE), None, None, None, name, 2 * ROWS + SPARE_SLOTS)
 
     def update_replica_info(self, replica_info: RunningReplicaInfo) -> None:
         self._replica_info = replica_info
@@ -44,7 +57,7 @@ def chosen(request: Request = ADAPTED, internal: str = "r", /, **loads: int) -> 
 
     async def main() -> str | None:
         router = AdapterRouter(ENGINE, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
-        router.initialize_state(most=MOST, light=2)
+        router.initialize_state(rows=ROWS, light=2)
         router.update_replicas([Replica(name, load) for name, load in loads.items()])
         told = RequestMetadata(request_id=internal, internal_request_id=internal)
         pending = PendingRequest([request], {}, told)
@@ -57,8 +70,96 @@ def chosen(request: Request = ADAPTED, internal: str = "r", /, **loads: int) -> 
 
 
 def test_no_request_takes_a_slot_that_is_for_calls_to_every_replica():
-    assert chosen(full=MOST) is chosen(full=MOST + 1) is None
-    assert chosen(full=MOST, free=MOST - 1) == "free"
+    assert chosen(full=ROWS) is chosen(full=ROWS + 1) is None
+    assert chosen(full=ROWS, free=ROWS - 1) == "free"
+
+
+def test_requests_that_wait_for_their_adapter_keep_no_rows_from_others(monkeypatch):
+    monkeypatch.setattr(routing, "WAITING", Counter(full=2))
+    assert chosen(full=ROWS + 1) == "full" and chosen(full=ROWS + 2) is None
+    monkeypatch.setattr(routing, "WAITING", Counter(full=99))
+    assert chosen(full=2 * ROWS - 1) == "full" and chosen(full=2 * ROWS) is None, "as many again and no more"
+    assert chosen(other=ROWS) is None
+
+
+def test_who_sends_a_request_counts_it_as_waiting_until_its_first_token_or_its_end():
+    seen: list[dict[str, int]] = []
+    first, second = WaitsForAdapter("a"), [TokenEvent("r", 1)]
+
+    async def ask(*lists) -> None:
+        replicas = RoutedReplicas(FakeHandle(lists))  # type: ignore[arg-type]
+        async with aclosing(replicas.stream(ADAPTED)) as events:
+            async for _ in events:
+                seen.append(dict(routing.WAITING))
+
+    asyncio.run(ask(first, lambda: seen.append(dict(routing.WAITING)), second))
+    assert seen == [{"a": 1}, {}]
+    with pytest.raises(RemoteError):
+        asyncio.run(ask(first, ActorDiedError()))
+    assert not routing.WAITING
+
+
+class FakeHandle:
+    """Gives `lists` to whoever streams; calls what can be called, raises what is an error."""
+
+    def __init__(self, lists):
+        self.lists, self.stream = lists, SimpleNamespace(remote=lambda request: self)
+
+    def options(self, **told):
+        return self
+
+    def cancel(self):
+        pass
+
+    async def __aiter__(self):
+        for one in self.lists:
+            if isinstance(one, Exception):
+                raise one
+            if callable(one):
+                one()
+            else:
+                yield one
+
+
+@pytest.mark.parametrize(
+    ("changes", "stays"),
+    [
+        ({"http.limits.max_body_bytes": 5000, "http.page": False, "monitor.sample_fraction": 0.5}, True),
+        ({"adapters": [{"artifact": "*", "stage": "production", "canary": {"share": 0.7}}]}, True),
+        ({"adapters": [{"artifact": "*", "stage": "production", "canary": {"stage": "candidate"}}]}, False),
+        ({"adapters": [{"artifact": "a*", "stage": "production"}]}, False),
+        ({"engine.max_length": 32}, False),
+        ({"engine.max_batch_size": 2}, False),
+        ({"model.dtype": "bfloat16"}, False),
+        ({"http.stream_interval_s": 1.0}, False),
+        ({"adapter_cache.max_bytes": 123456}, False),
+    ],
+)
+def test_engines_are_replaced_for_what_they_need_to_know_alone(tmp_path, tiny_model, changes, stays):
+    job = ServeJob.model_validate(
+        {
+            "name": "endpoint",
+            "model": {"source": str(tiny_model)},
+            "adapters": [{"artifact": "*", "stage": "production", "canary": {"share": 0.1}}],
+            "engine": {"name": "native", "max_length": 64, "max_adapters": 2},
+            "http": {"port": free_port()},
+            "storage": str(tmp_path),
+        }
+    )
+    other = job.changed(changes)
+    plans = [replace(prepare(one), adapters={"a": version}) for one, version in ((job, "1"), (other, "2"))]
+    versions = [engine_version(one, plan, 1) for one, plan in zip((job, other), plans, strict=True)]
+    assert (versions[0] == versions[1]) is stays
+    assert engine_version(job, plans[0], 2) != versions[0] != engine_version(job, plans[0], 1, num_lost=1)
+
+
+def test_another_key_of_the_server_behind_an_engine_replaces_it(tmp_path):
+    path = tmp_path / "key"
+    path.write_text("one")
+    engine = Openai(url="http://localhost:1", model="m", max_length=64, api_key_file=str(path))
+    before = engine.stamp()
+    path.write_text("other")
+    assert engine.stamp() != before != engine.model_copy(update={"api_key_file": None}).stamp()
 
 
 def test_prompts_to_the_base_that_begin_alike_meet_and_others_are_spread():

@@ -67,9 +67,9 @@ def ray_serve(monkeypatch) -> FakeServe:
     monkeypatch.setattr(module, "_end_ray_serve", lambda: None)
     monkeypatch.setattr(module, "cluster_resources", lambda: ClusterResources((node,)))
     monkeypatch.setattr(module, "prepare", lambda job, listens=True: plan_of(job))
-    gateway = lambda job, plan, num_cpus: f"gateway@{job.engine.max_length}:{num_cpus}"  # noqa: E731
+    gateway = lambda job, plan, num_cpus, **told: f"gateway@{job.engine.max_length}:{num_cpus}"  # noqa: E731
     monkeypatch.setattr(module, "endpoint_application", gateway)
-    monkeypatch.setattr(module, "engine_application", lambda job, plan, num_cpus: f"{plan.source}:{num_cpus}")
+    monkeypatch.setattr(module, "engine_application", lambda job, plan, num_cpus, **told: f"{plan.source}:{num_cpus}")
     monkeypatch.setattr(module, "merged_source", lambda served, plan: f"{served.artifact}@1")
     return fake
 
@@ -151,22 +151,46 @@ def test_a_promotion_that_the_disk_refuses_is_tried_again_and_told_once(monkeypa
     assert [one.getMessage() for one in caplog.records] == ["merged model `fn` stays as it is: disk full"]
 
 
-def test_a_refused_version_is_tried_again_by_itself_ever_more_seldom_and_told_once(
-    monkeypatch, ray_serve, start, job, caplog
-):
+def test_a_refused_version_is_tried_again_by_itself_and_told_once(monkeypatch, ray_serve, start, job, caplog):
     monkeypatch.setattr(module, "RETRY_S", 0.001)
-    service, waits = start(job), list[float]()
+    service, tries = start(job), list[int]()
 
     def merge(served, plan):
-        if len(waits) < 4:
-            waits.append(service._refused["fn"].num_tries if service._refused else 0)
+        if len(tries) < 4:
+            tries.append(service._refused["fn"].num_tries if service._refused else 0)
             raise ArtifactError("adapter", "no room at the moment")
         return merged_version("fn@2")
 
     follow(monkeypatch, "fn@2", merge)
     wait_until(lambda: "fn@2:4" in ray_serve.done, "the promoted version")
-    assert waits == [0, 1, 2, 3]
+    assert tries == [0, 1, 2, 3]
     assert len([one for one in caplog.records if "no room at the moment" in one.getMessage()]) == 1
+
+
+def test_a_refused_version_is_tried_ever_more_seldom_however_often_it_was(monkeypatch, job):
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    service, waits = Service(_Serving(job, plan_of(job), 1), ended=lambda: False), list[float]()
+    for _ in range(2000):
+        service._refuse("fn", "fn@2", again=True)
+        waits.append(service._refused["fn"].until_s)
+    assert waits[:8] == [60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 3600.0, 3600.0] and waits[-1] == 3600.0
+    assert not service._is_due("fn", "fn@2") and service._is_due("fn", "fn@3")
+
+
+def test_a_stage_that_holds_nothing_for_long_ends_no_follower(monkeypatch, ray_serve, start, job, caplog):
+    service = start(job)
+    looks: list[str] = []
+
+    def empty(served, plan):
+        looks.append("look")
+        raise ArtifactError("artifact `fn`", "has nothing in production")
+
+    monkeypatch.setattr(module, "merged_source", empty)
+    wait_until(lambda: len(looks) > 20, "looks at it")
+    assert service._refused == {}
+    follow(monkeypatch, "fn@2", lambda served, plan: merged_version("fn@2"))
+    wait_until(lambda: "fn@2:4" in ray_serve.done, "the promoted version")
+    assert len([one for one in caplog.records if "has nothing" in one.getMessage()]) == 1
 
 
 def test_a_refused_version_is_tried_again_once_the_stage_has_been_elsewhere(monkeypatch, ray_serve, start, job):

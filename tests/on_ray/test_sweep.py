@@ -155,6 +155,7 @@ def test_a_trial_with_wrong_input_is_not_tried_again_and_the_others_go_on(ray_cl
     assert counter.read_text() == "x" * len(failed)
 
 
+@pytest.mark.slow  # Ray Tune gives up on each trial by itself; what becomes of failed ones is in the tests above
 def test_a_sweep_whose_trials_all_fail_says_why(ray_cluster, make, folder):
     def broken(job, ctx):
         raise ZeroDivisionError("the reason")

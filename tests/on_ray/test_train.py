@@ -188,6 +188,7 @@ def hanging_at(step: int, until: int):
     return work
 
 
+@pytest.mark.slow  # two waits of its watchdog; that it ends all ranks is a test without Ray
 def test_a_worker_that_hangs_starts_again_and_one_that_hangs_on_is_an_error(
     ray_cluster, job, tmp_path, monkeypatch, capfd
 ):
@@ -321,6 +322,7 @@ def test_one_worker_that_runs_out_of_memory_ends_all(ray_cluster, poor_job):
     assert "on_oom=halve" in caught.value.hint
 
 
+@pytest.mark.slow  # three starts of workers; the same is learnt without Ray in tests/distributed
 def test_one_worker_that_runs_out_of_memory_ends_all_and_halved_the_run_goes_on(
     ray_cluster, job, poor_job, tmp_path, capfd
 ):

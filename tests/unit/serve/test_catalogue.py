@@ -65,6 +65,20 @@ def test_a_merged_one_is_beside_no_base_whatever_pattern_it_fits_and_has_its_sta
     }
 
 
+def test_the_stage_of_a_next_version_is_a_name_while_it_holds_one(small):
+    first = small.keep("helper", "one", stage="production")
+    served = ServedAdapter(artifact="helper", stage="production", canary=Canary(share=0.5))
+    catalogue = Catalogue(small.store, [served], FIT)
+    found = []
+    for ref in (first.ref, small.keep("helper", "two").ref):
+        catalogue.refresh()
+        found.append(set(catalogue.aliases))
+        small.artifacts.promote(ref, "staging")
+    catalogue.refresh()
+    assert found == [{"helper@production"}, {"helper@production", "helper@staging"}]
+    assert set(catalogue.aliases) == {"helper@production", "helper@staging"}
+
+
 def test_promotions_and_rollbacks_show_and_new_names_too(small):
     first = small.keep("helper", "one", stage="production")
     catalogue = make(small)

@@ -12,6 +12,7 @@ import pytest
 from lmray.artifacts.served import Canary, ServedAdapter
 from lmray.engines.base import Request, Sampling, TokenEvent
 from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, NoRoomError, RemoteError
+from lmray.serve import fleet as fleet_module
 from lmray.serve.canaries import Canaries
 from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet
@@ -95,6 +96,18 @@ def test_nothing_is_sent_again_after_a_token_nor_for_ever(small, replicas, num_r
     with pytest.raises((RemoteError, CapacityError)):
         ask(make(small, replicas))
     assert len(replicas.requests) == num_requests
+
+
+def test_a_request_whose_replica_died_waits_for_room_on_the_others(small, monkeypatch):
+    monkeypatch.setattr(fleet_module, "RESEND_S", 0.0)
+    full = CapacityError("endpoint", "too many requests are waiting")
+    replicas = FakeReplicas(DEAD, full, full, num_tokens=(0, 0, 0, 2))
+    assert ask(make(small, replicas)) == [0, 1]
+    assert [request.id for request in replicas.requests] == ["r", "r-2", "r-2", "r-2"]
+    for_ever = FakeReplicas(DEAD, *[full] * 99, num_tokens=(0,) * 99)
+    with pytest.raises(CapacityError):
+        ask(make(small, for_ever))
+    assert 5 < len(for_ever.requests) < 20, "the clock of this test goes on by a second a look"
 
 
 def test_a_second_try_gets_the_version_of_the_first_whatever_was_promoted_meanwhile(small):

@@ -102,7 +102,9 @@ def test_a_version_is_loaded_when_it_is_first_asked_for(place):
         live = place.start("*")
         await live.start()
         assert live.stats()["adapters"] == []
+        assert live.holds(None) and not live.holds(artifact.ref)
         adapted = await text(live, artifact.ref)
+        assert live.holds(artifact.ref)
         assert adapted != await text(live, None)
         assert live.stats()["adapters"] == [artifact.ref]
         assert live.stats()["cache"]["held"][0]["num_bytes"] == artifact.num_bytes
