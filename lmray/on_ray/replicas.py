@@ -29,7 +29,7 @@ from lmray.models.load import load_tokenizer, stop_token_ids
 from lmray.models.precision import resolve_dtype
 from lmray.models.source import ARTIFACT
 from lmray.on_ray.failures import error_inside, reason
-from lmray.on_ray.routing import WAITING, WaitsForAdapter
+from lmray.on_ray.waiting import WaitsForAdapter, waits, waits_no_more
 from lmray.serve.account import ACCESS_LOG, FILTERS_LOG
 from lmray.serve.admin import add_admin
 from lmray.serve.canaries import Canaries
@@ -149,21 +149,21 @@ class RoutedReplicas:
 
     async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
         response: Any = self._streaming.stream.remote(request)
-        waits: str | None = None
+        waiting: str | None = None
         try:
             async for events in response:
                 if isinstance(events, WaitsForAdapter):
-                    waits = events.replica
-                    WAITING[waits] += 1
+                    waiting = events.replica
+                    waits(waiting)
                     continue
-                _waits_no_more(waits)
-                waits = None
+                waits_no_more(waiting)
+                waiting = None
                 for event in events:
                     yield event
         except (RayError, RayServeException) as error:
             raise as_lmray_error(error) from None
         finally:
-            _waits_no_more(waits)
+            waits_no_more(waiting)
             response.cancel()
 
     async def everywhere(self, method: str, *arguments: Any) -> list[Any]:
@@ -179,14 +179,6 @@ class RoutedReplicas:
             if isinstance(one, Exception):
                 raise as_lmray_error(one) from None
         return answers
-
-
-def _waits_no_more(replica: str | None) -> None:
-    """Of a request that waited on `replica`, if on any."""
-    if replica is not None:
-        WAITING[replica] -= 1
-        if WAITING[replica] <= 0:  # replicas come and go
-            del WAITING[replica]
 
 
 def _log_requests() -> None:

@@ -5,26 +5,15 @@ Runs wherever requests start, that is in the gateway. Calls that are no requests
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
 from lmray.engines.base import Request
+from lmray.on_ray import waiting  # the module: Ray Serve makes this class anew from its code, with copies of values
 from lmray.policies.placement import key_of, ranked
-
-WAITING: Counter[str] = Counter()
-"""Replica -> requests there that wait for their adapters, as those who sent them tell, in this process."""
-
-
-@dataclass(frozen=True)
-class WaitsForAdapter:
-    """What a replica says first of a request whose adapter it has yet to load: until that request's first token, its
-    row is another's."""
-
-    replica: str
 
 
 class AdapterRouter(ConsistentHashRouter):
@@ -44,7 +33,7 @@ class AdapterRouter(ConsistentHashRouter):
         super().update_replicas(replicas)
 
     def _limit(self, replica: RunningReplica) -> None:
-        most = self._rows + min(WAITING[replica.replica_id.unique_id], self._rows)
+        most = self._rows + min(waiting.COUNTS[replica.replica_id.unique_id], self._rows)
         if replica.max_ongoing_requests != most:
             replica.update_replica_info(replace(replica._replica_info, max_ongoing_requests=most))
 

@@ -24,10 +24,11 @@ from lmray.engines.base import Request, Sampling, TokenEvent
 from lmray.engines.openai import Openai
 from lmray.errors import RemoteError
 from lmray.job import ServeJob
-from lmray.on_ray import routing
+from lmray.on_ray import waiting
 from lmray.on_ray.deployments import SPARE_SLOTS, engine_version
 from lmray.on_ray.replicas import RoutedReplicas
-from lmray.on_ray.routing import AdapterRouter, WaitsForAdapter
+from lmray.on_ray.routing import AdapterRouter
+from lmray.on_ray.waiting import WaitsForAdapter
 from lmray.serve.prepare import prepare
 from lmray.testing.listening import free_port
 
@@ -75,9 +76,9 @@ def test_no_request_takes_a_slot_that_is_for_calls_to_every_replica():
 
 
 def test_requests_that_wait_for_their_adapter_keep_no_rows_from_others(monkeypatch):
-    monkeypatch.setattr(routing, "WAITING", Counter(full=2))
+    monkeypatch.setattr(waiting, "COUNTS", Counter(full=2))
     assert chosen(full=ROWS + 1) == "full" and chosen(full=ROWS + 2) is None
-    monkeypatch.setattr(routing, "WAITING", Counter(full=99))
+    monkeypatch.setattr(waiting, "COUNTS", Counter(full=99))
     assert chosen(full=2 * ROWS - 1) == "full" and chosen(full=2 * ROWS) is None, "as many again and no more"
     assert chosen(other=ROWS) is None
 
@@ -90,13 +91,13 @@ def test_who_sends_a_request_counts_it_as_waiting_until_its_first_token_or_its_e
         replicas = RoutedReplicas(FakeHandle(lists))  # type: ignore[arg-type]
         async with aclosing(replicas.stream(ADAPTED)) as events:
             async for _ in events:
-                seen.append(dict(routing.WAITING))
+                seen.append(dict(waiting.COUNTS))
 
-    asyncio.run(ask(first, lambda: seen.append(dict(routing.WAITING)), second))
+    asyncio.run(ask(first, lambda: seen.append(dict(waiting.COUNTS)), second))
     assert seen == [{"a": 1}, {}]
     with pytest.raises(RemoteError):
         asyncio.run(ask(first, ActorDiedError()))
-    assert not routing.WAITING
+    assert not waiting.COUNTS
 
 
 class FakeHandle:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -52,7 +55,7 @@ def job(ray_cluster, tmp_path_factory) -> ServeJob:
                 {"artifact": "helper", "stage": "production"},
                 {"artifact": "late*", "stage": "production"},
             ],
-            "engine": {"name": "native", "max_batch_size": 4, "max_length": MAX_LENGTH},
+            "engine": {"name": "native", "max_batch_size": 4, "max_length": MAX_LENGTH, "max_adapters": 2},
             "filters": [{"name": "regex", "label": "code-word", "pattern": "open sesame"}],
             "http": {"port": free_port(), "api_keys_file": str(root / "keys"), "limits": {"send_timeout_s": 3.0}},
             "resources": {"cpus_per_worker": 1},
@@ -151,6 +154,43 @@ def test_a_full_batch_keeps_no_look_waiting_and_a_client_that_leaves_ends_its_re
     wait_until(lambda: not engine.stats.remote().result()["running"], "the end of all")
     stats = engine.stats.remote().result()
     assert stats["generated_tokens"] - before < rows * MAX_LENGTH / 2, "they were generated to their end"
+
+
+def test_requests_that_wait_for_their_adapter_keep_nobody_from_the_batch(service, client, job, tmp_path):
+    artifacts, base = Artifacts(open_store(job.storage)), find_model(job.model.source)
+    about = {"source": job.model.source, "revision": None, "digest": base.digest}
+    for name, seed in (("late-runs", 5), ("late-waits", 6)):
+        artifacts.keep(name, tiny_adapter_folder(base.folder, tmp_path / name, seed=seed), base=about)
+        artifacts.promote(name, "production")
+    wait_until(lambda: {one.id for one in client.models.list()} >= {"late-runs", "late-waits"}, "both names")
+    told = {"messages": MESSAGES, "temperature": 0, "max_tokens": 4}
+    endless = {**told, "max_tokens": MAX_LENGTH - 500, "logit_bias": {STOP: -100}}
+    running = client.chat.completions.create(model="late-runs", **endless, stream=True)
+    next(iter(running))  # it holds the room that `helper` leaves
+    ends = threading.Event()
+
+    def read() -> None:
+        with running:
+            for _ in running:
+                if ends.is_set():
+                    return
+
+    waits = partial(client.chat.completions.create, model="late-waits", **told)
+    with ThreadPoolExecutor(job.engine.max_batch_size + 1) as pool:
+        pool.submit(read)
+        waiting = [pool.submit(waits) for _ in range(job.engine.max_batch_size)]
+        wait_until(lambda: leases(job).get("late-waits") == len(waiting), "all of them at the replica")
+        assert client.chat.completions.create(model="tiny", **told).choices[0].message.content
+        assert client.chat.completions.create(model="helper", **told).choices[0].message.content
+        assert not any(one.done() for one in waiting) and leases(job)["late-runs"] == 1
+        ends.set()
+        assert len({one.result().choices[0].message.content for one in waiting}) == 1
+
+
+def leases(job: ServeJob) -> dict[str, int]:
+    """Adapters that the replica holds or is to load, with how many requests each has."""
+    [told] = ray_serve.get_deployment_handle("engine", job.name).broadcast("stats").results(timeout_s=60)
+    return {one["handle"].partition("@")[0]: one["leases"] for one in told["cache"]["held"]}
 
 
 def test_a_client_that_does_not_read_is_cut_off_and_its_request_ends(service, job):
