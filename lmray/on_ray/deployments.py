@@ -36,11 +36,12 @@ def merged_application(endpoint: str, name: str) -> str:
 
 def endpoint_application(job: ServeJob, plan: ServePlan, num_cpus: int, *, num_lost: int = 0) -> ray_serve.Application:
     """The gateway, before the base model's replicas. `num_lost`: as `engine_version` has it."""
-    most = job.engine.max_batch_size * job.autoscaling.max_replicas * (1 + QUEUED_PER_ROW) * (1 + len(plan.merged))
+    rows = job.engine.max_batch_size * job.autoscaling.max_replicas * (1 + len(plan.merged))
     gateway = ray_serve.deployment(
         ray_serve.ingress()(Gateway),
         name="gateway",
-        max_ongoing_requests=most,  # replicas push back, with an answer that clients understand; the gateway does not
+        max_ongoing_requests=rows * (2 + QUEUED_PER_ROW)
+        + SPARE_SLOTS,  # replicas push back, with an answer that clients understand; the gateway does not
         ray_actor_options={"num_cpus": 0},  # thin: a core of its own would cost a small machine a replica
         max_surge_percent=SURGE_PERCENT,
         **_lasting(job),

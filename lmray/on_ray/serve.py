@@ -10,6 +10,7 @@ import math
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -87,8 +88,10 @@ class Service:
         self._follower = threading.Thread(target=self._follow, name="lmray-merged", daemon=True)
         self._refused: dict[str, _Refused] = {}
         """Name of a merged model -> the version that its stage holds and that cannot be served."""
-        self._num_lost = 0
-        """How often neither what was new nor what ran before would start: what is deployed next is tried anew."""
+        self._failing: set[str] = set()
+        """Applications that did not start when they were deployed last."""
+        self._num_lost: Counter[str] = Counter()
+        """Application -> how often neither what was new nor what ran before would start."""
         self._said: dict[str, str] = {}
         """Name of a merged model -> what is wrong with it."""
 
@@ -101,7 +104,7 @@ class Service:
             ray_serve.delete(merged_application(self.name, name), _blocking=False)  # what comes may need its room
         for name, plan in new.plan.merged.items():
             self._deploy_merged(new, name, plan)
-        application = endpoint_application(new.job, new.plan, new.num_cpus, num_lost=self._num_lost)
+        application = endpoint_application(new.job, new.plan, new.num_cpus, num_lost=self._num_lost[self.name])
         self._deploy(new, self.name, application, route_prefix="/")
         self._serving = new
         if new.plan.merged and not self._follower.is_alive():
@@ -110,11 +113,11 @@ class Service:
     def update(self, job: ServeJob) -> None:
         """Serves `job` instead, at the same address: other adapters, keys, limits or bounds of its replicas.
 
-        Replicas are replaced one after another and end with their last answer, so no request is refused but for a
-        merged model that is left out; where the cluster has no room for one more meanwhile, requests wait for the first
-        new one. Replicas keep their number of CPUs unless `job` names another. Raises ConfigError for another name,
-        address, time to read or base model, what `prepare` raises, and RemoteError where the new replicas do not start:
-        then what ran has been started again, and the error says so where that failed too.
+        Replicas that have to be replaced are, one after another, and end with their last answer, so no request is
+        refused but for a merged model that is left out; where the cluster has no room for one more meanwhile, requests
+        wait for the first new one. Replicas keep their number of CPUs unless `job` names another. Raises ConfigError
+        for another name, address, time to read or base model, what `prepare` raises, and RemoteError where the new
+        replicas do not start: then what ran has been started again, and the error says so where that failed too.
         """
         for field in ("name", "http.host", "http.port", "http.limits.send_timeout_s"):
             _check_kept(field, *(_field(one, field) for one in (self._serving.job, job)))
@@ -154,14 +157,15 @@ class Service:
                 try:
                     start()
                 except RemoteError as again:
-                    self._num_lost += 1
+                    self._num_lost.update(self._failing)
                     found = f"{error.found}\nand what ran does not start again: {again.found}"
                     raise RemoteError(error.where, found, allowed=error.allowed, hint=error.hint) from None
             raise
 
     def _deploy_merged(self, serving: _Serving, name: str, plan: ServePlan) -> None:
-        application = engine_application(serving.job, plan, serving.num_cpus, num_lost=self._num_lost)
-        self._deploy(serving, merged_application(self.name, name), application, route_prefix=None)
+        where = merged_application(self.name, name)
+        application = engine_application(serving.job, plan, serving.num_cpus, num_lost=self._num_lost[where])
+        self._deploy(serving, where, application, route_prefix=None)
 
     def _deploy(
         self, serving: _Serving, name: str, application: ray_serve.Application, *, route_prefix: str | None
@@ -172,6 +176,7 @@ class Service:
         limit_s = serving.job.autoscaling.max_replicas * one_s
         target = ray_serve.RunTarget(application, name=name, route_prefix=route_prefix, logging_config=_QUIET)
         where, deadline = f"endpoint `{name}`", time.monotonic() + limit_s
+        self._failing.add(name)
         try:
             ray_serve.run_many([target], wait_for_applications_running=False)
             while (found := ray_serve.status().applications[name]).status != ApplicationStatus.RUNNING:
@@ -185,6 +190,7 @@ class Service:
                 time.sleep(POLL_S)
         except _START_ERRORS as error:
             raise RemoteError(where, f"did not start: {error}") from None
+        self._failing.discard(name)
 
     def _follow(self) -> None:
         """Replaces the replicas of merged models whose stage has moved, until the endpoint stops."""
@@ -199,7 +205,8 @@ class Service:
         name, source, said = served.artifact, "", self._said.get(served.artifact, "")
         try:
             source = merged_source(served, serving.plan)
-            if source == serving.plan.merged[name].source:
+            runs = merged_application(self.name, name) not in self._failing
+            if source == serving.plan.merged[name].source and runs:
                 self._refused.pop(name, None)
                 said = ""
             elif self._is_due(name, source):
@@ -207,10 +214,12 @@ class Service:
                 said = ""
         except Exception as error:  # whatever it is, this thread goes on
             said = str(error) or type(error).__name__
-            if not source:  # the stage holds nothing that could be tried
-                self._refused.pop(name, None)
-            elif not isinstance(error, OSError):  # which pass: looked at again at once
+            if isinstance(error, OSError):  # which pass: looked at again at once
+                pass
+            elif source:
                 self._refuse(name, source, again=not isinstance(error, RemoteError))
+            else:  # the stage holds nothing that could be tried
+                self._refused.pop(name, None)
         if said and said != self._said.get(name) and not self._ended():
             _LOG.warning("merged model `%s` stays as it is: %s", name, said)
         self._said[name] = said

@@ -6,7 +6,6 @@ A request names the version from here on, so every replica serves the same one, 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -182,7 +181,8 @@ class Fleet:
             raise
 
     async def _sent(self, request: Request, replicas: Replicas) -> AsyncGenerator[TokenEvent, None]:
-        attempt, lost_s, started = 1, math.inf, False
+        attempt, started = 1, False
+        lost_s: float | None = None
         while True:
             # a replica that was thought dead may still run the first one
             sent = request if attempt == 1 else replace(request, id=f"{request.id}-{attempt}")
@@ -193,8 +193,9 @@ class Fleet:
                         yield event
                 return
             except CapacityError as error:
-                waited_s = self._clock() - lost_s
-                if started or isinstance(error, NoRoomError) or not 0.0 <= waited_s < PATIENCE_S:
+                if started or lost_s is None or isinstance(error, NoRoomError):
+                    raise
+                if self._clock() - lost_s > PATIENCE_S:
                     raise
                 await asyncio.sleep(RESEND_S)
             except RemoteError:

@@ -99,6 +99,16 @@ def test_who_sends_a_request_counts_it_as_waiting_until_its_first_token_or_its_e
         asyncio.run(ask(first, ActorDiedError()))
     assert not waiting.COUNTS
 
+    async def leave() -> None:
+        ends = asyncio.ensure_future(ask(first, asyncio.Event()))
+        while not waiting.COUNTS:
+            await asyncio.sleep(0)
+        ends.cancel()
+        await asyncio.gather(ends, return_exceptions=True)
+
+    asyncio.run(leave())
+    assert not waiting.COUNTS
+
 
 class FakeHandle:
     """Gives `lists` to whoever streams; calls what can be called, raises what is an error."""
@@ -116,7 +126,9 @@ class FakeHandle:
         for one in self.lists:
             if isinstance(one, Exception):
                 raise one
-            if callable(one):
+            if isinstance(one, asyncio.Event):
+                await one.wait()
+            elif callable(one):
                 one()
             else:
                 yield one
@@ -126,6 +138,8 @@ class FakeHandle:
     ("changes", "stays"),
     [
         ({"http.limits.max_body_bytes": 5000, "http.page": False, "monitor.sample_fraction": 0.5}, True),
+        ({"filters": [{"name": "regex", "label": "x", "pattern": "x"}], "autoscaling.min_replicas": 0}, True),
+        ({"http.api_keys_file": "KEYS", "http.admin_keys_file": "KEYS"}, True),
         ({"adapters": [{"artifact": "*", "stage": "production", "canary": {"share": 0.7}}]}, True),
         ({"adapters": [{"artifact": "*", "stage": "production", "canary": {"stage": "candidate"}}]}, False),
         ({"adapters": [{"artifact": "a*", "stage": "production"}]}, False),
@@ -147,7 +161,10 @@ def test_engines_are_replaced_for_what_they_need_to_know_alone(tmp_path, tiny_mo
             "storage": str(tmp_path),
         }
     )
-    other = job.changed(changes)
+    keys = {name: tmp_path / name for name, value in changes.items() if value == "KEYS"}
+    for name, path in keys.items():
+        path.write_text(f"key of {name}\n")
+    other = job.changed({**changes, **{name: str(path) for name, path in keys.items()}})
     plans = [replace(prepare(one), adapters={"a": version}) for one, version in ((job, "1"), (other, "2"))]
     versions = [engine_version(one, plan, 1) for one, plan in zip((job, other), plans, strict=True)]
     assert (versions[0] == versions[1]) is stays

@@ -62,7 +62,8 @@ def test_faults_under_load_cost_no_answer_that_had_not_begun(job, root, capfd):
             load.wait_for(10)
             replicas = replica_ids(service.url)
             service.update(updated.changed({"http.limits.max_body_bytes": 2000}))
-            assert replica_ids(service.url) == replicas, "what the gateway alone has to know replaces no engine"
+            wait_until(lambda: replica_ids(service.url), "replicas where requests start")
+            assert replica_ids(service.url) <= replicas, "what the gateway alone has to know replaces no engine"
             load.wait_for(10)
             with pytest.raises(ConfigError, match=r"http.port: is 1, and a running endpoint keeps"):
                 service.update(job.changed({"http.port": 1}))

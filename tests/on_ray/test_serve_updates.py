@@ -69,9 +69,13 @@ def ray_serve(monkeypatch) -> FakeServe:
     monkeypatch.setattr(module, "prepare", lambda job, listens=True: plan_of(job))
     gateway = lambda job, plan, num_cpus, **told: f"gateway@{job.engine.max_length}:{num_cpus}"  # noqa: E731
     monkeypatch.setattr(module, "endpoint_application", gateway)
-    monkeypatch.setattr(module, "engine_application", lambda job, plan, num_cpus, **told: f"{plan.source}:{num_cpus}")
+    monkeypatch.setattr(module, "engine_application", engine_told)
     monkeypatch.setattr(module, "merged_source", lambda served, plan: f"{served.artifact}@1")
     return fake
+
+
+def engine_told(job: ServeJob, plan: Any, num_cpus: int, *, num_lost: int = 0) -> str:
+    return f"{plan.source}:{num_cpus}" + f", lost {num_lost}" * bool(num_lost)
 
 
 def plan_of(job: ServeJob) -> Any:
@@ -218,6 +222,36 @@ def test_a_promotion_that_does_not_start_goes_back_to_what_was_served(monkeypatc
     wait_until(lambda: service._refused, "the refusal")
     assert service._refused["fn"].until_s == math.inf, "each try might cost the replicas that run"
     assert ray_serve.done == ["fn@1:4", "gateway@64:4", "fn@2:4", "fn@1:4"]
+
+
+def test_a_model_that_is_lost_comes_back_with_its_stage_and_costs_no_other_its_replicas(
+    monkeypatch, ray_serve, start, job
+):
+    service = start(job)
+    ray_serve.fates |= {"fn@2:4": FAILS, "fn@1:4": FAILS}
+    follow(monkeypatch, "fn@2", lambda served, plan: merged_version("fn@2"))
+    wait_until(lambda: service._refused, "the refusal")
+    follow(monkeypatch, "fn@1", lambda served, plan: merged_version("fn@1"))
+    wait_until(lambda: not service._failing, "the version before")
+    done = ["fn@1:4", "gateway@64:4", "fn@2:4", "fn@1:4", "fn@1:4, lost 1"]
+    assert ray_serve.done == done, "Ray Serve does not try the same a second time"
+    assert service._num_lost == {"endpoint.fn": 1}
+
+
+def test_a_store_that_cannot_be_read_for_a_moment_forgets_no_refusal(monkeypatch, ray_serve, start, job):
+    service = start(job)
+    ray_serve.fates["fn@2:4"] = FAILS
+    follow(monkeypatch, "fn@2", lambda served, plan: merged_version("fn@2"))
+    wait_until(lambda: service._refused, "the refusal")
+    refused, looks = dict(service._refused), list[str]()
+
+    def unreadable(served, plan):
+        looks.append("look")
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "merged_source", unreadable)
+    wait_until(lambda: len(looks) > 3, "looks")
+    assert service._refused == refused
 
 
 def test_an_update_that_does_not_start_goes_back_to_all_that_ran(monkeypatch, ray_serve, start, job):
