@@ -132,7 +132,8 @@ def _writes(process: psutil.Process) -> bool:
     return bool(told) and not any(agent in told for agent in ("DashboardAgent", "RuntimeEnvAgent"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow  # three minutes; on the shared cluster a run that is asked to stop is a test of every day
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_end_it_saves_and_leaves_with_130(shell, train_file, tmp_path, number):
     """As a terminal's Ctrl-C, `timeout` and Slurm do it: the signal reaches the local Ray's processes too."""
     folder = tmp_path / "store" / "runs" / "tiny"
