@@ -20,8 +20,8 @@ from lmray.serve.prepare import ServePlan
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""
 SPARE_SLOTS = 8
-"""Calls that a replica takes besides requests: those that ask every replica, of which a
-gateway has one at a time and operators some. They would wait for the end of an answer else."""
+"""Calls that a replica takes besides requests: those that ask every replica, of which a gateway has one at a time and
+operators some. They would wait for the end of an answer else."""
 HEALTH_S = 2.0
 """So soon Ray Serve learns of a dead replica and starts another; its own default is 10 s. Requests learn of it at
 once."""
@@ -37,11 +37,11 @@ def merged_application(endpoint: str, name: str) -> str:
 def endpoint_application(job: ServeJob, plan: ServePlan, num_cpus: int, *, num_lost: int = 0) -> ray_serve.Application:
     """The gateway, before the base model's replicas. `num_lost`: as `engine_version` has it."""
     rows = job.engine.max_batch_size * job.autoscaling.max_replicas * (1 + len(plan.merged))
+    most = rows * (2 + QUEUED_PER_ROW) + SPARE_SLOTS
     gateway = ray_serve.deployment(
         ray_serve.ingress()(Gateway),
         name="gateway",
-        max_ongoing_requests=rows * (2 + QUEUED_PER_ROW)
-        + SPARE_SLOTS,  # replicas push back, with an answer that clients understand; the gateway does not
+        max_ongoing_requests=most,  # replicas push back, with an answer that clients understand; the gateway does not
         ray_actor_options={"num_cpus": 0},  # thin: a core of its own would cost a small machine a replica
         max_surge_percent=SURGE_PERCENT,
         **_lasting(job),

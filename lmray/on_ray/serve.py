@@ -40,7 +40,7 @@ START_TIMEOUT_S = 600.0
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 """For Ray Serve to end, besides the answers that were begun."""
-RETRY_S, LONGEST_RETRY_S, MOST_DOUBLINGS = 60.0, 3600.0, 16
+RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0
 """After so long a merged version that could not be served is tried again; each time twice as long, up to the second."""
 CONTROLLER, NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 """Where Ray Serve's own actor is found."""
@@ -72,7 +72,7 @@ class _Refused:
     """A version of a merged model that could not be served."""
 
     source: str
-    num_tries: int
+    wait_s: float
     until_s: float
     """When it is tried again, though its stage has not moved: what was in the way of merging it may have passed."""
 
@@ -176,7 +176,7 @@ class Service:
         limit_s = serving.job.autoscaling.max_replicas * one_s
         target = ray_serve.RunTarget(application, name=name, route_prefix=route_prefix, logging_config=_QUIET)
         where, deadline = f"endpoint `{name}`", time.monotonic() + limit_s
-        self._failing.add(name)
+        self._failing.discard(name)
         try:
             ray_serve.run_many([target], wait_for_applications_running=False)
             while (found := ray_serve.status().applications[name]).status != ApplicationStatus.RUNNING:
@@ -188,9 +188,11 @@ class Service:
                     hint = "its replicas may find no room: lower `resources`, or stop the endpoint and start it again"
                     raise RemoteError(where, f"did not start within {limit_s:.0f} s: {_why(found)}", hint=hint)
                 time.sleep(POLL_S)
-        except _START_ERRORS as error:
+        except (RemoteError, *_START_ERRORS) as error:
+            self._failing.add(name)
+            if isinstance(error, RemoteError):
+                raise
             raise RemoteError(where, f"did not start: {error}") from None
-        self._failing.discard(name)
 
     def _follow(self) -> None:
         """Replaces the replicas of merged models whose stage has moved, until the endpoint stops."""
@@ -231,9 +233,10 @@ class Service:
     def _refuse(self, name: str, source: str, *, again: bool) -> None:
         """`again`: to be tried again; not where its replicas did not start, which may have cost those that ran."""
         known = self._refused.get(name)
-        num_tries = 1 + (known.num_tries if known is not None and known.source == source else 0)
-        wait_s = min(RETRY_S * 2.0 ** min(num_tries - 1, MOST_DOUBLINGS), LONGEST_RETRY_S)
-        self._refused[name] = _Refused(source, num_tries, time.monotonic() + wait_s if again else math.inf)
+        wait_s = RETRY_S
+        if known is not None and known.source == source:
+            wait_s = min(2 * known.wait_s, LONGEST_RETRY_S)
+        self._refused[name] = _Refused(source, wait_s, time.monotonic() + wait_s if again else math.inf)
 
     def _replace(self, serving: _Serving, name: str, plan: ServePlan) -> None:
         """Does nothing where the endpoint has been changed meanwhile: the next look is at that."""

@@ -13,15 +13,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from lmray.engines.base import Request, TokenEvent
-from lmray.errors import (
-    ArtifactError,
-    CapacityError,
-    DataError,
-    LmrayError,
-    NoRoomError,
-    RemoteError,
-    did_you_mean,
-)
+from lmray.errors import ArtifactError, CapacityError, DataError, LmrayError, NoRoomError, RemoteError, did_you_mean
 from lmray.serve.canaries import Canaries, Comparison, answer_of
 from lmray.serve.catalogue import Catalogue, Line
 from lmray.serve.look import Look
@@ -30,7 +22,6 @@ from lmray.serve.visitors import STAGE, VISITOR
 MAX_ATTEMPTS = 2
 """How often a request may be sent before its first token. No more: a request that ends every replica it meets is not to
 meet them all."""
-
 PATIENCE_S, RESEND_S = 10.0, 0.25
 """So long, and so often, a request whose replica died is sent again where all others are full: it had been taken on."""
 

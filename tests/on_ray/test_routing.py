@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -53,13 +54,17 @@ class Replica(RunningReplica):
 ADAPTED = Request("r", (1,), Sampling(max_tokens=1), "helper@1")
 
 
-def chosen(request: Request = ADAPTED, internal: str = "r", /, **loads: int) -> str | None:
-    """The replica that a request is sent to, or None where it waits."""
+def chosen(
+    request: Request = ADAPTED, internal: str = "r", waits: dict[str, int] | None = None, /, **loads: int
+) -> str | None:
+    """The replica that a request is sent to, or None where it waits. `waits`: replica -> those that have begun to wait
+    for their adapters there by then."""
 
     async def main() -> str | None:
         router = AdapterRouter(ENGINE, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
         router.initialize_state(rows=ROWS, light=2)
         router.update_replicas([Replica(name, load) for name, load in loads.items()])
+        waiting.COUNTS.update(waits or {})
         told = RequestMetadata(request_id=internal, internal_request_id=internal)
         pending = PendingRequest([request], {}, told)
         for candidates in await router.choose_replicas(list(router.curr_replicas.values()), pending):
@@ -75,11 +80,19 @@ def test_no_request_takes_a_slot_that_is_for_calls_to_every_replica():
     assert chosen(full=ROWS, free=ROWS - 1) == "free"
 
 
-def test_requests_that_wait_for_their_adapter_keep_no_rows_from_others(monkeypatch):
-    monkeypatch.setattr(waiting, "COUNTS", Counter(full=2))
-    assert chosen(full=ROWS + 1) == "full" and chosen(full=ROWS + 2) is None
-    monkeypatch.setattr(waiting, "COUNTS", Counter(full=99))
-    assert chosen(full=2 * ROWS - 1) == "full" and chosen(full=2 * ROWS) is None, "as many again and no more"
+@pytest.mark.parametrize(
+    ("num_waiting", "load", "replica"),
+    [
+        (2, ROWS + 1, "full"),
+        (2, ROWS + 2, None),
+        (99, 2 * ROWS - 1, "full"),
+        (99, 2 * ROWS, None),
+    ],
+)
+def test_requests_that_wait_for_their_adapter_keep_no_rows_from_others(monkeypatch, num_waiting, load, replica):
+    """As many again as there are rows, and no more."""
+    monkeypatch.setattr(waiting, "COUNTS", Counter())
+    assert chosen(ADAPTED, "r", {"full": num_waiting}, full=load) == replica
     assert chosen(other=ROWS) is None
 
 
@@ -134,6 +147,19 @@ class FakeHandle:
                 yield one
 
 
+def endpoint(model: Path, root: Path) -> ServeJob:
+    return ServeJob.model_validate(
+        {
+            "name": "endpoint",
+            "model": {"source": str(model)},
+            "adapters": [{"artifact": "*", "stage": "production", "canary": {"share": 0.1}}],
+            "engine": {"name": "native", "max_length": 64, "max_adapters": 2},
+            "http": {"port": free_port()},
+            "storage": str(root),
+        }
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "stays"),
     [
@@ -151,16 +177,7 @@ class FakeHandle:
     ],
 )
 def test_engines_are_replaced_for_what_they_need_to_know_alone(tmp_path, tiny_model, changes, stays):
-    job = ServeJob.model_validate(
-        {
-            "name": "endpoint",
-            "model": {"source": str(tiny_model)},
-            "adapters": [{"artifact": "*", "stage": "production", "canary": {"share": 0.1}}],
-            "engine": {"name": "native", "max_length": 64, "max_adapters": 2},
-            "http": {"port": free_port()},
-            "storage": str(tmp_path),
-        }
-    )
+    job = endpoint(tiny_model, tmp_path)
     keys = {name: tmp_path / name for name, value in changes.items() if value == "KEYS"}
     for name, path in keys.items():
         path.write_text(f"key of {name}\n")
@@ -171,13 +188,17 @@ def test_engines_are_replaced_for_what_they_need_to_know_alone(tmp_path, tiny_mo
     assert engine_version(job, plans[0], 2) != versions[0] != engine_version(job, plans[0], 1, num_lost=1)
 
 
-def test_another_key_of_the_server_behind_an_engine_replaces_it(tmp_path):
+def test_another_key_of_the_server_behind_an_engine_replaces_it(tmp_path, tiny_model):
     path = tmp_path / "key"
-    path.write_text("one")
     engine = Openai(url="http://localhost:1", model="m", max_length=64, api_key_file=str(path))
-    before = engine.stamp()
-    path.write_text("other")
-    assert engine.stamp() != before != engine.model_copy(update={"api_key_file": None}).stamp()
+    plain = endpoint(tiny_model, tmp_path)
+    job, plan = plain.model_copy(update={"engine": engine}), prepare(plain)
+
+    def version(key: str) -> str:
+        path.write_text(key)
+        return engine_version(job, plan, 1)
+
+    assert version("one") == version("one") != version("other")
 
 
 def test_prompts_to_the_base_that_begin_alike_meet_and_others_are_spread():

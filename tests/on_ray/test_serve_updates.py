@@ -157,17 +157,17 @@ def test_a_promotion_that_the_disk_refuses_is_tried_again_and_told_once(monkeypa
 
 def test_a_refused_version_is_tried_again_by_itself_and_told_once(monkeypatch, ray_serve, start, job, caplog):
     monkeypatch.setattr(module, "RETRY_S", 0.001)
-    service, tries = start(job), list[int]()
+    service, waits = start(job), list[float]()
 
     def merge(served, plan):
-        if len(tries) < 4:
-            tries.append(service._refused["fn"].num_tries if service._refused else 0)
+        if len(waits) < 4:
+            waits.append(service._refused["fn"].wait_s if service._refused else 0.0)
             raise ArtifactError("adapter", "no room at the moment")
         return merged_version("fn@2")
 
     follow(monkeypatch, "fn@2", merge)
     wait_until(lambda: "fn@2:4" in ray_serve.done, "the promoted version")
-    assert tries == [0, 1, 2, 3]
+    assert waits == [0.0, 0.001, 0.002, 0.004]
     assert len([one for one in caplog.records if "no room at the moment" in one.getMessage()]) == 1
 
 
@@ -232,7 +232,7 @@ def test_a_model_that_is_lost_comes_back_with_its_stage_and_costs_no_other_its_r
     follow(monkeypatch, "fn@2", lambda served, plan: merged_version("fn@2"))
     wait_until(lambda: service._refused, "the refusal")
     follow(monkeypatch, "fn@1", lambda served, plan: merged_version("fn@1"))
-    wait_until(lambda: not service._failing, "the version before")
+    wait_until(lambda: "fn@1:4, lost 1" in ray_serve.done, "the version before")
     done = ["fn@1:4", "gateway@64:4", "fn@2:4", "fn@1:4", "fn@1:4, lost 1"]
     assert ray_serve.done == done, "Ray Serve does not try the same a second time"
     assert service._num_lost == {"endpoint.fn": 1}
