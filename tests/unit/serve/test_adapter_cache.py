@@ -40,12 +40,14 @@ def test_requests_for_one_adapter_share_one_loading_and_others_load_beside_it():
         tasks = [asyncio.create_task(cache.prewarm(handle)) for handle in ("a", "a", "b", "a")]
         await idle()
         assert [(kind, handle) for kind, handle, _ in loader.steps] == [("find", "a"), ("find", "b")]
+        assert not cache.holds("a"), "it is on its way"
         for _ in range(2):
             for _, _, ends in loader.steps:
                 ends.done() or ends.set_result(None)
             await idle()
         assert loader.calls == [("find", "a"), ("find", "b"), ("load", "a"), ("load", "b")]
         assert all(task.done() and task.exception() is None for task in tasks)
+        assert cache.holds("a")
 
     asyncio.run(main())
 
@@ -81,8 +83,10 @@ def test_a_hot_adapter_lets_one_in_that_waits_for_its_room():
         cache, loader = make(max_adapters=1)
         async with AsyncExitStack() as running:
             await running.enter_async_context(cache.lease("a"))
+            assert cache.holds("a")
             other = asyncio.create_task(cache.prewarm("b"))
             await idle()
+            assert not cache.holds("a"), "another request would wait"
             overtaking = asyncio.create_task(cache.prewarm("a"))
             await idle()
             assert not overtaking.done(), "it would keep `b` out for ever"
