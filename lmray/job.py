@@ -26,6 +26,7 @@ from lmray.config import (
 from lmray.config.endpoint import Autoscaling, Http
 from lmray.config.generation import AnswerFiles, SamplingArgs
 from lmray.config.monitor import Monitor
+from lmray.config.search import Scheduler, Search, Seed, Space
 from lmray.data.filters.base import TextFilter
 from lmray.data.spec import DataSpec, PromptSpec
 from lmray.engines.base import EngineConfig
@@ -42,8 +43,6 @@ from lmray.tasks.base import Task
 from lmray.trackers.base import Tracker
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What torch, numpy and optuna all take."""
 
 
 class TrainArgs(Config):
@@ -256,42 +255,6 @@ class EvaluateJob(Job):
         return self
 
 
-class Space(Config):
-    """Where one key's values are drawn from: exactly one of the three."""
-
-    choice: tuple[Any, ...] | None = None
-    uniform: tuple[float, float] | None = None
-    loguniform: tuple[float, float] | None = None
-
-    @model_validator(mode="after")
-    def _one(self):
-        given = [self.choice, self.uniform, self.loguniform]
-        if sum(value is not None for value in given) != 1:
-            raise ValueError("needs exactly one of `choice`, `uniform`, `loguniform`; hint: `{choice: [4, 8, 16]}`")
-        bounds = self.uniform or self.loguniform
-        if bounds and not bounds[0] < bounds[1]:
-            raise ValueError(f"bounds {list(bounds)} are not ascending")
-        if self.loguniform and self.loguniform[0] <= 0:
-            raise ValueError("`loguniform` needs bounds above 0")
-        if self.choice == ():
-            raise ValueError("`choice` is empty")
-        return self
-
-
-class Search(Config):
-    name: Literal["optuna", "random"] = "optuna"
-    num_trials: Annotated[int, Field(ge=1)] = 8
-    seed: Seed = 0
-
-
-class Scheduler(Config):
-    name: Literal["asha", "none"] = "asha"
-    grace_steps: Annotated[int, Field(ge=1)] = 20
-    """Optimizer steps before a trial may be stopped."""
-    reduction_factor: Annotated[int, Field(ge=2)] = 2
-    """One in this many trials goes on at each rung."""
-
-
 class SweepJob(Job):
     kind: Literal["sweep"] = "sweep"
     job: TrainJob
@@ -325,6 +288,35 @@ class SweepJob(Job):
         return self
 
 
+class ScheduledEvaluation(Config):
+    """An evaluation of what is served, again and again."""
+
+    job: EvaluateJob
+    """Its targets name stages, like `function-calls@production`; its `tolerances` say what counts as worse. Without
+    `cpus_per_worker` it reserves one core."""
+    every_hours: Annotated[float, Field(gt=0.0)] = 24.0
+    """Besides at once for a version that it has not measured yet, as after a promotion."""
+
+    @model_validator(mode="after")
+    def _can_be_worse(self):
+        if not self.job.tolerances:
+            raise ValueError("`job` says nothing of what is worse; hint: `tolerances: {eval.loss: 0.05}`")
+        return self
+
+
+class EndpointMonitor(Monitor):
+    evaluations: tuple[ScheduledEvaluation, ...] = ()
+    """Run beside the replicas, one at a time, wherever the cluster has room."""
+
+    @field_validator("evaluations")
+    @classmethod
+    def _names_differ(cls, value: tuple[ScheduledEvaluation, ...]):
+        names = [one.job.name for one in value]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two evaluations are named `{twice[0]}`, and would share a run folder")
+        return value
+
+
 class ServeJob(Job):
     kind: Literal["serve"] = "serve"
     model: ModelSpec
@@ -336,8 +328,17 @@ class ServeJob(Job):
     """Of prompts and answers, one after the other; see `lmray show filters`."""
     autoscaling: Autoscaling = Autoscaling()
     resources: Resources = Resources()
-    monitor: Monitor = Monitor()
+    monitor: EndpointMonitor = EndpointMonitor()
     """Whether answers stay what they were."""
+
+    @property
+    def evaluations(self) -> tuple[ScheduledEvaluation, ...]:
+        """Those of `monitor`, as they are run: in the endpoint's store, on one core where they name no number."""
+        return tuple(one.model_copy(update={"job": self._beside(one.job)}) for one in self.monitor.evaluations)
+
+    def _beside(self, job: EvaluateJob) -> EvaluateJob:
+        cores = job.resources.cpus_per_worker or 1
+        return job.changed({"storage": job.storage or self.storage, "resources.cpus_per_worker": cores})
 
     @model_validator(mode="after")
     def _read_elsewhere(self):

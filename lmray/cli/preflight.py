@@ -163,6 +163,8 @@ def check_serve(job: ServeJob, *, cluster: bool, examples: int) -> Found:
         f"replicas   {job.autoscaling.min_replicas} to {job.autoscaling.max_replicas}"
         + (f" of each of {1 + len(plan.merged)} models" if plan.merged else ""),
     ]
+    if job.evaluations:
+        head.append("evaluates  " + ", ".join(f"{one.job.name} every {one.every_hours:g} h" for one in job.evaluations))
     value = {"model": plan.model_name, "digest": plan.digest, "adapters": plan.adapters, "keys": len(plan.keys)}
     return Found(value | memory, head + lines)
 

@@ -33,6 +33,21 @@ def versions(job: EvaluateJob) -> dict[str, str]:
     return {label: artifacts.find(reference).ref for label, reference in references.items()}
 
 
+def is_due(job: EvaluateJob, *, every_s: float, now: float) -> bool:
+    """Whether one of the versions that `job` would measure has not been for `every_s` seconds, or never. `now`: seconds
+    since 1970. Raises what `versions` raises."""
+    evaluations, asked = Evaluations(open_store(job.storage)), _asked(job)
+    for version in versions(job).values():
+        times = [
+            one.time
+            for one in evaluations.of(version.partition("@")[0])
+            if (one.version, one.asked) == (version, asked)
+        ]
+        if now - max(times, default=-every_s) >= every_s:
+            return True
+    return False
+
+
 def recheck(
     job: EvaluateJob, measured: Mapping[str, Mapping[str, float]], kept: Mapping[str, str], *, run: str
 ) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,13 +20,16 @@ from lmray.job import EvaluateJob
 from lmray.on_ray.cluster import connected
 from lmray.on_ray.train import placed
 
+POLL_S = 1.0
 STOP_TIMEOUT_S = 10.0
 """What a task that was asked to end may take until this process ends without it."""
 
 
-def evaluate(job: EvaluateJob, *, progress: bool = True) -> Result:
+def evaluate(job: EvaluateJob, *, progress: bool = True, ended: Callable[[], bool] = lambda: False) -> Result:
     """Evaluates `job` on the cluster; after an interrupt the same job goes on with what it had not asked yet.
-    `progress`: show it on stderr."""
+
+    `progress`: show it on stderr. `ended` says whether to give up, for threads, which no signal interrupts: the result
+    is `stopped` then."""
     prepare(job)
     check_writable(run_folder(job))
     with connected():
@@ -34,17 +38,26 @@ def evaluate(job: EvaluateJob, *, progress: bool = True) -> Result:
         task = ray.remote(**options, max_retries=job.resources.max_failures)(_evaluate)
         folder = run_folder(job)
         with only_writer(folder), follow(folder) if progress else nullcontext():
-            return _outcome(task.remote(job))
+            return _outcome(task.remote(job), ended) or Result("stopped", run=str(folder))
 
 
-def _outcome(running: ray.ObjectRef) -> Result:
-    """What the task gives. An interrupt ends the task too: the cluster may outlive this process's wish for it."""
+def _outcome(running: ray.ObjectRef, ended: Callable[[], bool]) -> Result | None:
+    """What the task gives; nothing where it has `ended` before. An interrupt ends the task too: the cluster may outlive
+    this process's wish for it."""
     try:
-        return ray.get(running)
+        while not ended():
+            if ray.wait([running], timeout=POLL_S)[0]:
+                return ray.get(running)
     except KeyboardInterrupt:
-        ray.cancel(running)
-        ray.wait([running], timeout=STOP_TIMEOUT_S)
+        _cancel(running)
         raise
+    _cancel(running)
+    return None
+
+
+def _cancel(running: ray.ObjectRef) -> None:
+    ray.cancel(running)
+    ray.wait([running], timeout=STOP_TIMEOUT_S)
 
 
 def _evaluate(job: EvaluateJob) -> Result:

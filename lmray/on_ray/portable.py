@@ -71,3 +71,5 @@ def _paths(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str, bool]]
             yield prefix + key, str(Path(text).expanduser().absolute()), True
     if isinstance(tree.get("job"), dict):
         yield from _paths(tree["job"], f"{prefix}job.")
+    for i, one in enumerate((tree.get("monitor") or {}).get("evaluations") or ()):
+        yield from _paths(one["job"], f"{prefix}monitor.evaluations.{i}.job.")

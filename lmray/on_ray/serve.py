@@ -29,6 +29,7 @@ from lmray.errors import CapacityError, ConfigError, RemoteError
 from lmray.job import ServeJob
 from lmray.on_ray.cluster import cluster_resources
 from lmray.on_ray.deployments import endpoint_application, engine_application, merged_application, num_models
+from lmray.on_ray.evaluations import Evaluator
 from lmray.on_ray.proxy import proxy_environment
 from lmray.policies.autoscaling import shutdown_s
 from lmray.serve.catalogue import EVERY_S
@@ -86,6 +87,7 @@ class Service:
         self._serving, self._told_to_end = serving, ended
         self._turn, self._ends = threading.Lock(), threading.Event()
         self._follower = threading.Thread(target=self._follow, name="lmray-merged", daemon=True)
+        self._evaluator = Evaluator(lambda: self._serving.job, self._ends)
         self._refused: dict[str, _Refused] = {}
         """Name of a merged model -> the version that its stage holds and that cannot be served."""
         self._failing: set[str] = set()
@@ -109,6 +111,8 @@ class Service:
         self._serving = new
         if new.plan.merged and not self._follower.is_alive():
             self._follower.start()
+        if new.job.evaluations:
+            self._evaluator.start()
 
     def update(self, job: ServeJob) -> None:
         """Serves `job` instead, at the same address: other adapters, keys, limits or bounds of its replicas.
@@ -133,6 +137,7 @@ class Service:
     def stop(self) -> None:
         """Takes the endpoint down, once the answers it has begun are done."""
         self._ends.set()
+        self._evaluator.join()
         with self._turn:
             for name in ray_serve.status().applications:
                 ray_serve.delete(name, _blocking=False)  # which would wait for a minute at most
@@ -295,7 +300,8 @@ def _cpus_per_replica(job: ServeJob, *, running: int = 0) -> int:
     where the fewest replicas do not fit."""
     offered = cluster_resources()
     smallest = min((node.cpus for node in offered.nodes), default=0.0)
-    share = int(smallest) // (job.autoscaling.max_replicas * num_models(job))
+    beside = max((one.job.resources.cpus_per_worker or 0 for one in job.evaluations), default=0)
+    share = (int(smallest) - beside) // (job.autoscaling.max_replicas * num_models(job))
     num_cpus = job.resources.cpus_per_worker or running or max(1, share)
     num_gpus, fewest = job.resources.gpus_per_worker, max(job.autoscaling.min_replicas, 1) * num_models(job)
     room = offered.room_for(cpus=num_cpus, gpus=num_gpus)

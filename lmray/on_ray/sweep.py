@@ -29,9 +29,10 @@ from lmray.artifacts.artifact import Artifacts
 from lmray.artifacts.files import check_writable, only_writer, read_json, write_atomic
 from lmray.artifacts.store import Store, open_store, run_folder
 from lmray.config import dump
+from lmray.config.search import Space
 from lmray.context import LocalContext, Result, RunContext
 from lmray.errors import LmrayError
-from lmray.job import Space, SweepJob, TrainJob
+from lmray.job import SweepJob, TrainJob
 from lmray.metrics.display import followed
 from lmray.on_ray.cluster import check_resources, cluster_resources, connected
 from lmray.on_ray.failures import reason

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lmray.artifacts.store import Store
 from lmray.serve.drift import Drift
+from lmray.serve.evaluated import Evaluated
 from lmray.serve.fleet import Fleet, Replicas
 from lmray.serve.metrics import Metrics
 from lmray.serve.prepare import ServePlan
@@ -22,6 +23,7 @@ class Monitoring:
         """`replicas`: of the base model."""
         settings = plan.monitor
         self._fraction = settings.sample_fraction
+        self._evaluated = Evaluated(store, [one.job for one in settings.evaluations])
         self.drift: Drift | None = None
         """Nothing where no answer is sampled."""
         self.scoring: Scoring | None = None
@@ -49,5 +51,6 @@ class Monitoring:
         metrics: Metrics = app.state.metrics
         numbers = ReplicaMetrics(fleet.stats)
         metrics.add(numbers, numbers.look)
+        metrics.add(self._evaluated, self._evaluated.look)
         if self.drift is not None:
             metrics.add(self.drift)

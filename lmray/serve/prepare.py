@@ -15,11 +15,11 @@ from lmray.artifacts.artifact import Artifact, ArtifactRef, Artifacts
 from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.artifacts.store import Store, open_store
 from lmray.config.endpoint import HttpLimits
-from lmray.config.monitor import Monitor
 from lmray.data.filters.base import TextFilter
 from lmray.engines.base import EngineConfig
-from lmray.errors import ArtifactError, CapacityError, ConfigError
-from lmray.job import ServeJob
+from lmray.errors import ArtifactError, CapacityError, ConfigError, LmrayError
+from lmray.evaluate.program import prepare as prepare_evaluation
+from lmray.job import EndpointMonitor, ServeJob
 from lmray.models.load import load_empty_model, load_tokenizer
 from lmray.models.quantised import check_quantised, check_unquantised
 from lmray.models.rope import RopeScaling
@@ -74,7 +74,7 @@ class ServePlan:
     """Of adapters with a copy of the base model to themselves: name in requests -> what their replicas serve."""
     draft: PlannedDraft | None = None
     page: bool = True
-    monitor: Monitor = field(default_factory=Monitor)
+    monitor: EndpointMonitor = field(default_factory=EndpointMonitor)
 
     @property
     def fit(self) -> Fit:
@@ -86,7 +86,7 @@ class ServePlan:
     def for_engines(self) -> ServePlan:
         """What engine replicas need of it: without what the gateway alone has to know, as the keys."""
         told: dict[str, Any] = {"keys": (), "admin_keys": (), "filters": (), "merged": {}, "page": True}
-        return replace(self, **told, limits=HttpLimits(), monitor=Monitor(), min_replicas=1)
+        return replace(self, **told, limits=HttpLimits(), monitor=EndpointMonitor(), min_replicas=1)
 
     @property
     def merged_fit(self) -> Fit:
@@ -149,6 +149,7 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         check_quantised(model, job.model.quantization)
     engine = job.engine if draft is None else job.engine.with_draft(draft.folder)
     engine.check(model, folders)
+    _check_evaluations(job)
     merged = {one.artifact: merged_plan(one, plan) for one in job.adapters if one.merged}
     return replace(plan, adapters={name: artifact.id for name, artifact in named.items()}, merged=merged)
 
@@ -219,6 +220,15 @@ def _admin_keys(job: ServeJob, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
         hint = "give those who administer the endpoint keys of their own"
         raise ConfigError(field, "holds a key of `http.api_keys_file`", hint=hint)
     return found
+
+
+def _check_evaluations(job: ServeJob) -> None:
+    for place, one in enumerate(job.evaluations):
+        try:
+            prepare_evaluation(one.job)
+        except LmrayError as error:
+            where = f"monitor.evaluations.{place}.job: {error.where}"
+            raise type(error)(where, error.found, allowed=error.allowed, hint=error.hint) from None
 
 
 def _named_adapters(job: ServeJob, store: Store, plan: ServePlan) -> dict[str, Artifact]:

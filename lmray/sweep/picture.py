@@ -9,7 +9,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lmray.job import Space, SweepJob
+from lmray.config.search import Space
+from lmray.job import SweepJob
 from lmray.metrics.plots import set_fonts
 from lmray.sweep.program import Trial, objective_of, shown
 

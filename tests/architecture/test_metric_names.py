@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ def is_known(name: str) -> bool:
     return name in METRICS or (name.startswith("base.") and "eval." + name.removeprefix("base.") in METRICS)
 
 
+@cache
 def job_keys() -> set[str]:
     """Dotted keys of all jobs in configs/, defaults included."""
     keys: set[str] = set()

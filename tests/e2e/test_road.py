@@ -112,18 +112,18 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
 def test_killed_in_the_middle_the_same_command_goes_on(shell, train_file, tmp_path):
     """kill -9 of the driver; the Ray it started goes with it, so nothing writes beside the second attempt."""
     events = tmp_path / "store" / "runs" / "tiny" / "events.jsonl"
-    arguments = ("run", "train.yaml", "train.max_steps=600", "train.save_steps=20", "--json")
+    arguments = ("run", "train.yaml", "train.max_steps=300", "train.save_steps=20", "--json")
     first = shell.start(*arguments)
     wait_until(lambda: len(read_events(events)) >= 12 or first.poll() is not None, "twelve steps")
     first.kill()
     first.communicate()
     wait_until(lambda: not any(_writes(process) for process in shell.alive(first)), "its Ray to end")
     done = len(read_events(events))
-    assert done < 600, "killed in the middle, else the test says nothing"
+    assert done < 300, "killed in the middle, else the test says nothing"
     last = shell.lmray(*arguments)
     assert last.returncode == 0, last.stderr
     assert one_json(last.stdout)["status"] == "succeeded"
-    assert [event["step"] for event in read_events(events)] == list(range(1, 601))
+    assert [event["step"] for event in read_events(events)] == list(range(1, 301))
 
 
 def _writes(process: psutil.Process) -> bool:

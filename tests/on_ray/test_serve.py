@@ -18,6 +18,7 @@ from ray import serve as ray_serve
 from ray.serve._private.logging_utils import get_serve_logs_dir
 
 from lmray.artifacts.artifact import Artifacts
+from lmray.artifacts.evaluations import Evaluations
 from lmray.artifacts.store import open_store
 from lmray.data.tokenise import prompt_ids
 from lmray.errors import CapacityError
@@ -26,6 +27,7 @@ from lmray.models.load import load_model, load_tokenizer
 from lmray.models.source import find_model
 from lmray.on_ray.serve import serve
 from lmray.serve.client import chat_stream, list_models
+from lmray.testing.jobs import tiny_rows, write_jsonl
 from lmray.testing.listening import free_port, is_cut
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
 from lmray.testing.waiting import wait_until
@@ -39,7 +41,7 @@ KEY = "a key"
 
 @pytest.fixture(scope="module")
 def job(ray_cluster, tmp_path_factory) -> ServeJob:
-    """An endpoint over the tiny model, with one adapter in production and a key."""
+    """An endpoint over the tiny model, with a key and one adapter in production, which it evaluates again and again."""
     root = tmp_path_factory.mktemp("serve")
     model = tiny_model_folder(root / "tiny", max_position_embeddings=MAX_LENGTH)
     artifacts = Artifacts(open_store(str(root / "store")))
@@ -47,6 +49,15 @@ def job(ray_cluster, tmp_path_factory) -> ServeJob:
     artifacts.keep("helper", tiny_adapter_folder(model, root / "adapter", seed=1), base=base)
     artifacts.promote("helper", "production")
     (root / "keys").write_text(f"# the test's\n{KEY}\n")
+    rows = write_jsonl(root / "rows.jsonl", tiny_rows())
+    daily = {
+        "name": "daily",
+        "model": {"source": str(model), "dtype": "float32"},
+        "data": {"train": [{"source": str(rows)}], "eval": {"split": 0.25}, "max_length": 256},
+        "targets": [{"label": "production", "adapter": "helper@production"}],
+        "evaluate": {"tasks": ["loss"], "base": False},
+        "tolerances": {"eval.loss": 0.1},
+    }
     return ServeJob.model_validate(
         {
             "name": "endpoint",
@@ -58,6 +69,7 @@ def job(ray_cluster, tmp_path_factory) -> ServeJob:
             "engine": {"name": "native", "max_batch_size": 4, "max_length": MAX_LENGTH, "max_adapters": 2},
             "filters": [{"name": "regex", "label": "code-word", "pattern": "open sesame"}],
             "http": {"port": free_port(), "api_keys_file": str(root / "keys"), "limits": {"send_timeout_s": 3.0}},
+            "monitor": {"evaluations": [{"job": daily}]},
             "resources": {"cpus_per_worker": 1},
             "storage": str(root / "store"),
         }
@@ -229,6 +241,19 @@ def test_an_adapter_promoted_while_the_endpoint_runs_is_served_and_rolled_back(c
     assert answer("helper") == answer("late")
     artifacts.rollback("helper", "production")
     wait_until(lambda: answer("helper") == texts["helper"], "the old version")
+
+
+def test_what_is_in_production_is_evaluated_beside_it_and_the_page_tells_the_result(service, job):
+    evaluations = Evaluations(open_store(job.storage))
+    wait_until(lambda: evaluations.of("helper"), "an evaluation")
+    first = evaluations.of("helper")[0]
+    assert first.version.startswith("helper@") and first.run.endswith("runs/daily") and not first.worse
+
+    def page() -> str:
+        return httpx.get(f"{service.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+
+    told = 'lmray_serve_evaluation_score{evaluation="daily",measure="eval.loss",model="helper"'
+    wait_until(lambda: told in page(), "its result on the page")
 
 
 def test_a_second_endpoint_is_refused_while_one_runs(service, job):

@@ -193,6 +193,25 @@ def test_check_of_an_endpoint_counts_the_replicas_of_merged_models(cli, tmp_path
     assert value["worker_memory_bytes"] == pytest.approx(alone["worker_memory_bytes"] / 3, abs=1)
 
 
+def test_check_of_an_endpoint_tells_what_it_evaluates_again(cli, tmp_path, tiny_model, tiny_data, free_port):
+    artifacts = Artifacts(open_store(str(tmp_path / "store")))
+    base = {"source": str(tiny_model), "digest": find_model(str(tiny_model)).digest}
+    artifacts.keep("one", tiny_adapter_folder(tiny_model, tmp_path / "one", seed=1), base=base)
+    nightly = {"name": "nightly", "model": {"source": str(tiny_model), "dtype": "float32"}}
+    nightly |= {"data": {"train": [{"source": str(tiny_data)}], "eval": {"split": 0.25}, "max_length": 256}}
+    nightly |= {"targets": [{"label": "one", "adapter": "one"}], "evaluate": {"tasks": ["loss"]}}
+    nightly |= {"tolerances": {"eval.loss": 0.1}}
+    job = {"kind": "serve", "name": "s", "model": {"source": str(tiny_model)}}
+    job |= {"http": {"port": free_port}, "storage": str(tmp_path / "store")}
+    job |= {"engine": {"name": "native", "max_length": 512}, "monitor": {"evaluations": [{"job": nightly}]}}
+    path = tmp_path / "serve.yaml"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    said = cli("check", path)
+    assert said.code == 0 and "evaluates  nightly every 24 h" in said.out
+    said = cli("check", path, "monitor.evaluations.0.job.targets.0.adapter=two")
+    assert said.code == 2 and "monitor.evaluations.0.job: " in said.err and "`two`: unknown name" in said.err
+
+
 def test_show_prints_a_job_that_decodes_to_itself(cli, train_file, tmp_path):
     said = cli("show", train_file, "adapter.r=3")
     again = tmp_path / "again.yaml"

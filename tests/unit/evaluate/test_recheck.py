@@ -15,7 +15,7 @@ from lmray.config import Document, decode
 from lmray.context import LocalContext
 from lmray.errors import ArtifactError, ConfigError
 from lmray.evaluate import program
-from lmray.evaluate.recheck import recheck, versions
+from lmray.evaluate.recheck import is_due, recheck, versions
 from lmray.job import EvaluateJob, load
 from lmray.models.source import find_model
 from lmray.testing.tiny import tiny_adapter_folder
@@ -122,6 +122,22 @@ def test_a_new_version_is_compared_with_the_one_before_it_and_then_with_itself(j
     [told] = again(job(), 2.5)
     assert "eval.loss is 2.5, was 2" in told and f"with {first}" in told
     assert again(job(), 2.5) == [], "it was said once; from now on this is what it is"
+
+
+def test_it_is_due_for_a_version_that_was_not_measured_lately(job, kept, monkeypatch):
+    kept(1)
+    due = lambda now, **changes: is_due(job(**changes), every_s=100.0, now=now)  # noqa: E731
+    monkeypatch.setattr("lmray.artifacts.evaluations.time.time", lambda: 1000.0)
+    assert due(1000.0), "never measured"
+    again(job(), 2.0)
+    assert [due(now) for now in (1000.0, 1099.9, 1100.0)] == [False, False, True]
+    assert not due(1000.0, name="other", tolerances={"eval.loss": 9.0}), "it would measure the same"
+    assert due(1000.0, evaluate={"tasks": ["loss"]}), "it would not"
+    kept(2)
+    assert due(1000.0), "another version"
+    again(job(), 2.0)
+    kept(1)
+    assert not due(1099.0), "rolled back to one that was measured"
 
 
 def test_more_is_better_where_the_list_of_metrics_says_so(job, kept):

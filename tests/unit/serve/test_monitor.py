@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lmray.artifacts.artifact import Artifact
 from lmray.config.monitor import Monitor
+from lmray.job import EndpointMonitor
 from lmray.models.load import load_model
 from lmray.serve import catalogue
 from lmray.serve.admin import add_admin
@@ -62,7 +63,7 @@ class Endpoint:
 
     def __init__(self, place: Place, live: LiveEngine, tokenizer, **settings):
         admin = ApiKey(name="admin", sha256=hashlib.sha256(b"operator").hexdigest())
-        plan = replace(place.plan("*"), admin_keys=(admin,), monitor=Monitor(**settings))
+        plan = replace(place.plan("*"), admin_keys=(admin,), monitor=EndpointMonitor(**settings))
         self.monitoring = Monitoring(Here(live), plan, tokenizer, place.store)
         adapters = Catalogue(place.store, plan.served, plan.fit, reserved="tiny")
         adapters.refresh()
