@@ -15,7 +15,7 @@ from lmray.on_ray.cluster import cluster_resources
 from lmray.on_ray.replicas import ENGINE, EngineReplica, Gateway
 from lmray.on_ray.routing import AdapterRouter
 from lmray.policies.autoscaling import TokenPolicy, autoscaling_arguments, shutdown_s
-from lmray.serve.prepare import ServePlan
+from lmray.serve.plan import ServePlan
 
 QUEUED_PER_ROW = 4
 """Requests that may wait for each row of a replica's batch before more are told to come back later."""

@@ -39,7 +39,7 @@ from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.gathered import gathered
 from lmray.serve.live import LiveEngine
 from lmray.serve.monitor import Monitoring
-from lmray.serve.prepare import ServePlan, check_out, check_out_engine
+from lmray.serve.plan import ServePlan, check_out, check_out_engine
 
 ENGINE = "engine"
 """Name of the deployment of engine replicas, in each application."""

@@ -33,7 +33,8 @@ from lmray.on_ray.evaluations import Evaluator
 from lmray.on_ray.proxy import proxy_environment
 from lmray.policies.autoscaling import shutdown_s
 from lmray.serve.catalogue import EVERY_S
-from lmray.serve.prepare import ServePlan, merged_plan, merged_source, prepare
+from lmray.serve.plan import ServePlan
+from lmray.serve.prepare import merged_plan, merged_source, prepare
 
 POLL_S = 0.1
 START_TIMEOUT_S = 600.0

@@ -21,7 +21,7 @@ from lmray.serve.drift import Drift
 from lmray.serve.fleet import Fleet
 from lmray.serve.keys import find_key
 from lmray.serve.pins import Pins
-from lmray.serve.prepare import ServePlan
+from lmray.serve.plan import ServePlan
 
 
 class Judged(BaseModel):

@@ -22,7 +22,7 @@ from lmray.serve.catalogue import Catalogue
 from lmray.serve.demand import Demand
 from lmray.serve.fit import StoredAdapters
 from lmray.serve.pins import Pins
-from lmray.serve.prepare import ServePlan
+from lmray.serve.plan import ServePlan
 
 AHEAD_S = 60.0
 """How long a replica's start waits for what it can begin without."""

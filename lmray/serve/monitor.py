@@ -10,7 +10,7 @@ from lmray.serve.drift import Drift
 from lmray.serve.evaluated import Evaluated
 from lmray.serve.fleet import Fleet, Replicas
 from lmray.serve.metrics import Metrics
-from lmray.serve.prepare import ServePlan
+from lmray.serve.plan import ServePlan
 from lmray.serve.replica_metrics import ReplicaMetrics
 from lmray.serve.sampled import SampledReplicas, Scoring
 from lmray.serve.samples import KeptAnswers, Scorer

@@ -47,7 +47,8 @@ from lmray.serve.catalogue import Catalogue
 from lmray.serve.fleet import Fleet
 from lmray.serve.gateway import GatewaySettings, make_app
 from lmray.serve.live import LiveEngine
-from lmray.serve.prepare import ServePlan, check_out, prepare
+from lmray.serve.plan import ServePlan, check_out
+from lmray.serve.prepare import prepare
 from lmray.testing.tiny import tiny_adapter_folder, tiny_tokenizer
 from lmray.testing.waiting import wait_until
 

@@ -121,8 +121,20 @@ class Outcome:
 class Load:
     """`at_once` clients that ask the adapters in turn, each answer streamed, until `stop`."""
 
-    def __init__(self, url: str, names: Sequence[str], *, at_once: int, max_tokens: int = 32, messages: Any = MESSAGES):
+    def __init__(
+        self,
+        url: str,
+        names: Sequence[str],
+        *,
+        at_once: int,
+        max_tokens: int = 32,
+        messages: Any = MESSAGES,
+        rest_s: float = 0.0,
+    ):
+        """`rest_s`: what each client leaves between its requests, so that replicas that start get some of a small
+        machine."""
         self.outcomes: list[Outcome] = []
+        self._rest_s = rest_s
         self._url = url
         self._told = {"messages": messages, "temperature": 0, "max_tokens": max_tokens, "stream": True}
         self._coming = itertools.cycle(names)
@@ -151,7 +163,7 @@ class Load:
 
     def _run(self) -> None:
         with openai.OpenAI(base_url=f"{self._url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-            while not self._ends.is_set():
+            while not self._ends.wait(self._rest_s):
                 self.outcomes.append(self._ask(client, next(self._coming)))
 
     def _ask(self, client: openai.OpenAI, model: str) -> Outcome:

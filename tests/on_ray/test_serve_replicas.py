@@ -28,7 +28,7 @@ from tests.on_ray.endpoints import (
 )
 
 NAMES = tuple(f"adapter-{number}" for number in range(4))
-MAX_TOKENS = 32
+MAX_TOKENS, REST_S = 32, 0.3
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_faults_under_load_cost_no_answer_that_had_not_begun(job, root, capfd):
         one, other = held(service.url)
         assert one | other == set(NAMES) and not one & other, "each adapter is held by one replica"
         allowed = {name: {text} for name, text in answers.items()}
-        with Load(service.url, NAMES, at_once=6, max_tokens=MAX_TOKENS) as load:
+        with Load(service.url, NAMES, at_once=6, max_tokens=MAX_TOKENS, rest_s=REST_S) as load:
             load.wait_for(10)
             kill_replica(job)
             load.wait_for(10)
@@ -130,6 +130,7 @@ def test_an_endpoint_goes_down_to_no_replica_and_comes_back_when_asked(job, monk
         assert ask(service.url, NAMES) == answers, "a replica has come back"
 
 
+@pytest.mark.slow  # a minute; what the follower does is in test_serve_updates
 def test_a_merged_model_answers_under_its_name_and_a_promotion_replaces_it_without_a_lost_request(job, root):
     """In fp32 the merged weights say what the same adapter says beside the base model."""
     name, beside = NAMES[1], "twin"
@@ -142,7 +143,7 @@ def test_a_merged_model_answers_under_its_name_and_a_promotion_replaces_it_witho
     told["monitor"] = {"sample_fraction": 1.0}
     with serve(job.changed(told)) as service:
         old = ask(service.url, (beside,), max_tokens=MAX_TOKENS)[beside]
-        with Load(service.url, (name,), at_once=3, max_tokens=MAX_TOKENS) as load:
+        with Load(service.url, (name,), at_once=3, max_tokens=MAX_TOKENS, rest_s=REST_S) as load:
             load.wait_for(10)
             version = keep_version(root, name, seed=102).partition("@")[2]
             wait_until(lambda: load.outcomes[-1].text != old, "the new version's answers")

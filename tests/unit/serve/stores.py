@@ -13,7 +13,7 @@ from lmray.artifacts.served import AdapterCache, ServedAdapter
 from lmray.engines.base import Capabilities, Request, TokenEvent
 from lmray.serve.fit import Fit
 from lmray.serve.keys import ApiKey
-from lmray.serve.prepare import ServePlan
+from lmray.serve.plan import ServePlan
 
 BASE = {"source": "tiny", "revision": None, "digest": "d" * 64}
 FIT = Fit("tiny", BASE["digest"], None, max_adapter_bytes=10_000)

@@ -21,7 +21,7 @@ from lmray.models.source import find_model
 from lmray.serve import catalogue
 from lmray.serve.live import LiveEngine
 from lmray.serve.pins import Pins
-from lmray.serve.prepare import ServePlan
+from lmray.serve.plan import ServePlan
 from lmray.testing.tiny import tiny_adapter_folder
 
 PROMPT, MAX_TOKENS = (10, 20, 30), 12

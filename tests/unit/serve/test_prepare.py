@@ -19,7 +19,8 @@ from lmray.job import ServeJob
 from lmray.models import quantised
 from lmray.models.load import load_empty_model, load_model, load_tokenizer, stop_token_ids
 from lmray.models.source import find_model
-from lmray.serve.prepare import PlannedDraft, check_out, check_out_engine, check_port, prepare
+from lmray.serve.plan import PlannedDraft, check_out, check_out_engine
+from lmray.serve.prepare import check_port, prepare
 from lmray.testing.tiny import tiny_adapter_folder, tiny_model_folder
 
 
