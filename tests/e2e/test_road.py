@@ -109,6 +109,7 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
     assert not answers(f"http://127.0.0.1:{port}/health")
 
 
+@pytest.mark.slow  # two minutes; kills at every write, and of workers and controllers on Ray, are tests of every day
 def test_killed_in_the_middle_the_same_command_goes_on(shell, train_file, tmp_path):
     """kill -9 of the driver; the Ray it started goes with it, so nothing writes beside the second attempt."""
     events = tmp_path / "store" / "runs" / "tiny" / "events.jsonl"
