@@ -292,21 +292,24 @@ class ScheduledEvaluation(Config):
     """An evaluation of what is served, again and again."""
 
     job: EvaluateJob
-    """Its targets name stages, like `function-calls@production`; its `tolerances` say what counts as worse. Without
-    `cpus_per_worker` it reserves one core."""
+    """Its targets name stages, like `function-calls@production`; its `tolerances` say what counts as worse. It computes
+    on `cpus_per_worker` cores, one by default, that it does not reserve: replicas come first. GPUs must be free."""
     every_hours: Annotated[float, Field(gt=0.0)] = 24.0
-    """Besides at once for a version that it has not measured yet, as after a promotion."""
+    """Besides at once for a version that was not measured yet, as after a promotion. What another run measured of a
+    version in the same way counts."""
 
     @model_validator(mode="after")
     def _can_be_worse(self):
         if not self.job.tolerances:
             raise ValueError("`job` says nothing of what is worse; hint: `tolerances: {eval.loss: 0.05}`")
+        if self.job.storage is not None:
+            raise ValueError("`job` has a store of its own, and runs in the endpoint's; hint: leave out its `storage`")
         return self
 
 
 class EndpointMonitor(Monitor):
     evaluations: tuple[ScheduledEvaluation, ...] = ()
-    """Run beside the replicas, one at a time, wherever the cluster has room."""
+    """Run beside the replicas, one at a time."""
 
     @field_validator("evaluations")
     @classmethod
@@ -337,8 +340,8 @@ class ServeJob(Job):
         return tuple(one.model_copy(update={"job": self._beside(one.job)}) for one in self.monitor.evaluations)
 
     def _beside(self, job: EvaluateJob) -> EvaluateJob:
-        cores = job.resources.cpus_per_worker or 1
-        return job.changed({"storage": job.storage or self.storage, "resources.cpus_per_worker": cores})
+        resources = job.resources.model_copy(update={"cpus_per_worker": job.resources.cpus_per_worker or 1})
+        return job.model_copy(update={"storage": self.storage, "resources": resources})
 
     @model_validator(mode="after")
     def _read_elsewhere(self):

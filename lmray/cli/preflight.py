@@ -165,7 +165,8 @@ def check_serve(job: ServeJob, *, cluster: bool, examples: int) -> Found:
     ]
     if job.evaluations:
         head.append("evaluates  " + ", ".join(f"{one.job.name} every {one.every_hours:g} h" for one in job.evaluations))
-    value = {"model": plan.model_name, "digest": plan.digest, "adapters": plan.adapters, "keys": len(plan.keys)}
+    value: dict[str, Any] = {"evaluations": [one.job.name for one in job.evaluations]}
+    value |= {"model": plan.model_name, "digest": plan.digest, "adapters": plan.adapters, "keys": len(plan.keys)}
     return Found(value | memory, head + lines)
 
 

@@ -28,7 +28,7 @@ from lmray.evaluate.confidence import deltas_json, reference_label
 from lmray.evaluate.kept import Kept, forget, kept_path
 from lmray.evaluate.measure import HeldOut, Measured, Progress, check_tasks, measure
 from lmray.evaluate.progress import ProgressFile
-from lmray.evaluate.recheck import recheck, versions
+from lmray.evaluate.recheck import pinned, recheck, versions
 from lmray.job import EvaluateJob, Target
 from lmray.metrics.display import Standing
 from lmray.models.adapters import find_adapter
@@ -101,13 +101,14 @@ def evaluate(job: EvaluateJob, ctx: RunContext) -> Result:
     started = time.time()
     torch.set_num_threads(ctx.threads)
     keep_few_products()
-    ready, kept = prepare(job), versions(job)
+    kept = versions(job)
+    ready = prepare(pinned(job, kept))
     if (ctx.folder / RESULT).is_file():
         forget(ctx.folder)  # what is kept beside no result is an interrupted run's: go on from there
     for old in (ctx.folder / RESULT, *ctx.folder.glob("answers-*.jsonl")):
         old.unlink(missing_ok=True)
     write_atomic(ctx.folder / "job.yaml", yaml.safe_dump(dump(job), sort_keys=False, allow_unicode=True))
-    measured = _measure(job, ready, ctx)
+    measured = _measure(pinned(job, kept), ready, ctx)
     for label, one in measured.items():
         save_answers(one.answers, answers_path(ctx.folder, label))
     details = {

@@ -33,19 +33,28 @@ def versions(job: EvaluateJob) -> dict[str, str]:
     return {label: artifacts.find(reference).ref for label, reference in references.items()}
 
 
+def pinned(job: EvaluateJob, kept: Mapping[str, str]) -> EvaluateJob:
+    """`job` with the targets `kept` (label -> `NAME@VERSION`) named by their versions: a stage may move while it
+    runs."""
+    return job.model_copy(update={"targets": tuple(_pinned(target, kept.get(target.label)) for target in job.targets)})
+
+
+def last_evaluations(job: EvaluateJob) -> dict[str, Evaluation | None]:
+    """Of each version that `job` would measure now, `NAME@VERSION`, the last time that it was asked the same. Raises
+    what `versions` raises."""
+    evaluations, labels = Evaluations(open_store(job.storage)), versions(job)
+    found: dict[str, Evaluation | None] = {}
+    for target in [one for one in job.targets if one.label in labels]:
+        version, asked = labels[target.label], _asked(job, target)
+        alike = [one for one in evaluations.of(version.partition("@")[0]) if one.asked == asked]
+        found[version] = next((one for one in reversed(alike) if one.version == version), None)
+    return found
+
+
 def is_due(job: EvaluateJob, *, every_s: float, now: float) -> bool:
     """Whether one of the versions that `job` would measure has not been for `every_s` seconds, or never. `now`: seconds
-    since 1970. Raises what `versions` raises."""
-    evaluations, asked = Evaluations(open_store(job.storage)), _asked(job)
-    for version in versions(job).values():
-        times = [
-            one.time
-            for one in evaluations.of(version.partition("@")[0])
-            if (one.version, one.asked) == (version, asked)
-        ]
-        if now - max(times, default=-every_s) >= every_s:
-            return True
-    return False
+    since 1970; what lies further ahead than `every_s` was written by a wrong clock. Raises what `versions` raises."""
+    return any(one is None or abs(now - one.time) >= every_s for one in last_evaluations(job).values())
 
 
 def recheck(
@@ -53,10 +62,9 @@ def recheck(
 ) -> list[str]:
     """Adds the metrics of targets `kept` (label -> `NAME@VERSION`) to their artifacts' records. What got worse by more
     than `job.tolerances`, in words. Raises ConfigError for a tolerance of what was not measured."""
-    evaluations = Evaluations(open_store(job.storage))
-    asked, words = _asked(job), []
-    for label, version in kept.items():
-        metrics = measured[label]
+    evaluations, words = Evaluations(open_store(job.storage)), []
+    for target in [one for one in job.targets if one.label in kept]:
+        version, metrics, asked = kept[target.label], measured[target.label], _asked(job, target)
         _check_measured(job.tolerances, metrics)
         before = _earlier(evaluations.of(version.partition("@")[0]), version, asked)
         worse = {} if before is None else _worse(job.tolerances, before.metrics, metrics)
@@ -75,10 +83,19 @@ def _reference(target: Target) -> str | None:
     return None
 
 
-def _asked(job: EvaluateJob) -> str:
-    """Of two jobs that differ in targets or tolerances alone it is the same."""
+def _pinned(target: Target, version: str | None) -> Target:
+    if version is None:
+        return target
+    if target.adapter is not None:
+        return target.model_copy(update={"adapter": version})
+    return target.model_copy(update={"model": f"{ARTIFACT}{version}"})
+
+
+def _asked(job: EvaluateJob, target: Target) -> str:
+    """Of two jobs that differ in other targets or tolerances alone it is the same."""
     told = dump(job)
-    return sha256_json([told[name] for name in ("model", "data", "evaluate")])
+    shots = [target.num_fewshot] if target.num_fewshot else []
+    return sha256_json([*(told[name] for name in ("model", "data", "evaluate")), *shots])
 
 
 def _check_measured(tolerances: Mapping[str, float], metrics: Mapping[str, float]) -> None:

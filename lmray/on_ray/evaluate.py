@@ -25,16 +25,21 @@ STOP_TIMEOUT_S = 10.0
 """What a task that was asked to end may take until this process ends without it."""
 
 
-def evaluate(job: EvaluateJob, *, progress: bool = True, ended: Callable[[], bool] = lambda: False) -> Result:
+def evaluate(
+    job: EvaluateJob, *, progress: bool = True, reserves: bool = True, ended: Callable[[], bool] = lambda: False
+) -> Result:
     """Evaluates `job` on the cluster; after an interrupt the same job goes on with what it had not asked yet.
 
-    `progress`: show it on stderr. `ended` says whether to give up, for threads, which no signal interrupts: the result
-    is `stopped` then."""
+    `progress`: show it on stderr. `reserves`: it takes its CPU cores away from others; without, it needs no room.
+    `ended` says whether to give up, for threads, which no signal interrupts: the result is `stopped` then."""
     prepare(job)
     check_writable(run_folder(job))
+    if ended():
+        return Result("stopped", run=str(run_folder(job)))
     with connected():
         job = placed(job)
-        options = {"num_cpus": job.resources.cpus_per_worker, "num_gpus": job.resources.gpus_per_worker}
+        num_cpus = job.resources.cpus_per_worker if reserves else 0
+        options = {"num_cpus": num_cpus, "num_gpus": job.resources.gpus_per_worker}
         task = ray.remote(**options, max_retries=job.resources.max_failures)(_evaluate)
         folder = run_folder(job)
         with only_writer(folder), follow(folder) if progress else nullcontext():
@@ -57,7 +62,8 @@ def _outcome(running: ray.ObjectRef, ended: Callable[[], bool]) -> Result | None
 
 def _cancel(running: ray.ObjectRef) -> None:
     ray.cancel(running)
-    ray.wait([running], timeout=STOP_TIMEOUT_S)
+    if not ray.wait([running], timeout=STOP_TIMEOUT_S)[0]:
+        ray.cancel(running, force=True)  # else it would write beside whoever goes on with the run
 
 
 def _evaluate(job: EvaluateJob) -> Result:

@@ -34,7 +34,7 @@ from lmray.on_ray.proxy import proxy_environment
 from lmray.policies.autoscaling import shutdown_s
 from lmray.serve.catalogue import EVERY_S
 from lmray.serve.plan import ServePlan
-from lmray.serve.prepare import merged_plan, merged_source, prepare
+from lmray.serve.prepare import check_evaluations, merged_plan, merged_source, prepare
 
 POLL_S = 0.1
 START_TIMEOUT_S = 600.0
@@ -127,6 +127,7 @@ class Service:
         for field in ("name", "http.host", "http.port", "http.limits.send_timeout_s"):
             _check_kept(field, *(_field(one, field) for one in (self._serving.job, job)))
         plan = prepare(job, listens=True)
+        check_evaluations(job, known=self._serving.job.evaluations)
         if plan.digest != self._serving.plan.digest:  # prompts are tokenised for one model, wherever they go
             _check_kept("model.source", self._serving.job.model.source, f"`{job.model.source}`, with other weights")
         new = _Serving(job, plan, _cpus_per_replica(job, running=self._serving.num_cpus))
@@ -138,13 +139,13 @@ class Service:
     def stop(self) -> None:
         """Takes the endpoint down, once the answers it has begun are done."""
         self._ends.set()
-        self._evaluator.join()
         with self._turn:
             for name in ray_serve.status().applications:
                 ray_serve.delete(name, _blocking=False)  # which would wait for a minute at most
             deadline = time.monotonic() + shutdown_s(self._serving.job.http.limits.answer_timeout_s) + STOP_TIMEOUT_S
             while ray_serve.status().applications and time.monotonic() < deadline:
                 time.sleep(POLL_S)
+            self._evaluator.join(STOP_TIMEOUT_S)
             _end_ray_serve()
 
     def __enter__(self) -> Service:
@@ -301,8 +302,7 @@ def _cpus_per_replica(job: ServeJob, *, running: int = 0) -> int:
     where the fewest replicas do not fit."""
     offered = cluster_resources()
     smallest = min((node.cpus for node in offered.nodes), default=0.0)
-    beside = max((one.job.resources.cpus_per_worker or 0 for one in job.evaluations), default=0)
-    share = (int(smallest) - beside) // (job.autoscaling.max_replicas * num_models(job))
+    share = int(smallest) // (job.autoscaling.max_replicas * num_models(job))
     num_cpus = job.resources.cpus_per_worker or running or max(1, share)
     num_gpus, fewest = job.resources.gpus_per_worker, max(job.autoscaling.min_replicas, 1) * num_models(job)
     room = offered.room_for(cpus=num_cpus, gpus=num_gpus)

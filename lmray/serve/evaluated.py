@@ -1,4 +1,4 @@
-"""What scheduled evaluations found last of each version of an endpoint, as Prometheus reads it."""
+"""What scheduled evaluations found of what an endpoint has in production, as Prometheus reads it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lmray.artifacts.evaluations import Evaluation, Evaluations
-from lmray.artifacts.store import Store
+from lmray.artifacts.evaluations import Evaluation
 from lmray.errors import LmrayError
-from lmray.job import EvaluateJob, Target
+from lmray.evaluate.recheck import last_evaluations
+from lmray.job import EvaluateJob
 from lmray.metrics.names import SERVE, metric
-from lmray.models.source import ARTIFACT
 
 READ_S = 30.0
 """Records are read again after so long."""
@@ -24,49 +22,48 @@ _LOG = logging.getLogger(__name__)
 
 
 class Evaluated(Collector):
-    """Of the artifacts that `jobs` measure."""
+    """Of the versions that `jobs`, which name their store, would measure now."""
 
-    def __init__(self, store: Store, jobs: Sequence[EvaluateJob], *, clock: Callable[[], float] = time.monotonic):
-        self._runs = {job.name for job in jobs}
-        self._names = sorted({name for job in jobs for target in job.targets if (name := _artifact(target))})
-        self._evaluations, self._clock = Evaluations(store), clock
+    def __init__(self, jobs: Sequence[EvaluateJob], *, clock: Callable[[], float] = time.monotonic):
+        self._jobs, self._clock = jobs, clock
         self._read_s = -READ_S
-        self._last: dict[tuple[str, str], Evaluation] = {}
-        """Artifact and run -> the last evaluation there."""
+        self._last: dict[str, dict[str, Evaluation]] = {}
+        """Name of a job -> version -> what was found last."""
+        self._said: dict[str, str] = {}
+        """Name of a job -> why nothing new is told of it."""
 
     async def look(self) -> None:
         """What the page tells next."""
-        if self._names and self._clock() - self._read_s >= READ_S:
+        if self._jobs and self._clock() - self._read_s >= READ_S:
             self._read_s = self._clock()
-            self._last = await asyncio.to_thread(self._read)
+            await asyncio.to_thread(self._read)
 
     def collect(self) -> Iterator[Metric]:
-        worse = _family("lmray_serve_evaluation_worse", "model", "version", "evaluation")
-        scores = _family("lmray_serve_evaluation_score", "model", "version", "evaluation", "measure")
-        for (name, run), one in self._last.items():
-            labels = (name, one.version.partition("@")[2], run)
-            worse.add_metric(labels, len(one.worse))
-            for measure, value in one.metrics.items():
-                if _can_be_worse(measure):
-                    scores.add_metric((*labels, measure), value)
-        yield worse
-        yield scores
+        labels = ("model", "version", "evaluation")
+        worse = _family("lmray_serve_evaluation_worse", *labels)
+        made = _family("lmray_serve_evaluation_time", *labels)
+        scores = _family("lmray_serve_evaluation_score", *labels, "measure")
+        for job, versions in self._last.items():
+            for version, one in versions.items():
+                values = (*version.partition("@")[::2], job)
+                worse.add_metric(values, len(one.worse))
+                made.add_metric(values, one.time)
+                for measure, value in one.metrics.items():
+                    if _can_be_worse(measure):
+                        scores.add_metric((*values, measure), value)
+        yield from (worse, made, scores)
 
-    def _read(self) -> dict[tuple[str, str], Evaluation]:
-        found = {}
-        for name in self._names:
+    def _read(self) -> None:
+        """Of a job whose records cannot be read, what was told before stays."""
+        last, said = dict(self._last), {}
+        for job in self._jobs:
             try:
-                runs = [(Path(one.run).name, one) for one in self._evaluations.of(name)]
-            except LmrayError as error:
-                _LOG.warning("the evaluations of `%s` cannot be told: %s", name, error)
-            else:
-                found |= {(name, run): one for run, one in runs if run in self._runs}
-        return found
-
-
-def _artifact(target: Target) -> str:
-    """Its name; that of a folder is of none."""
-    return (target.adapter or target.model or "").removeprefix(ARTIFACT).partition("@")[0]
+                last[job.name] = {version: one for version, one in last_evaluations(job).items() if one is not None}
+            except (LmrayError, OSError) as error:
+                said[job.name] = str(error)
+                if said[job.name] != self._said.get(job.name):
+                    _LOG.warning("evaluation `%s` cannot be told: %s", job.name, error)
+        self._last, self._said = last, said
 
 
 def _can_be_worse(measure: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lmray.artifacts.served import ServedAdapter
 from lmray.artifacts.store import Store, open_store
 from lmray.errors import CapacityError, ConfigError, LmrayError
 from lmray.evaluate.program import prepare as prepare_evaluation
-from lmray.job import ServeJob
+from lmray.job import ScheduledEvaluation, ServeJob
 from lmray.models.load import load_empty_model, load_tokenizer
 from lmray.models.quantised import check_quantised, check_unquantised
 from lmray.models.source import ARTIFACT, FoundModel, find_model, model_of
@@ -76,7 +77,8 @@ def prepare(job: ServeJob, *, listens: bool = False) -> ServePlan:
         check_quantised(model, job.model.quantization)
     engine = job.engine if draft is None else job.engine.with_draft(draft.folder)
     engine.check(model, folders)
-    _check_evaluations(job)
+    if not listens:
+        check_evaluations(job)
     merged = {one.artifact: merged_plan(one, plan) for one in job.adapters if one.merged}
     return replace(plan, adapters={name: artifact.id for name, artifact in named.items()}, merged=merged)
 
@@ -128,8 +130,12 @@ def _admin_keys(job: ServeJob, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
     return found
 
 
-def _check_evaluations(job: ServeJob) -> None:
+def check_evaluations(job: ServeJob, *, known: Sequence[ScheduledEvaluation] = ()) -> None:
+    """Raises what is wrong with one of the scheduled evaluations of `job`, but for those that are `known`: what they
+    need may be out of reach for a while, which is no reason to refuse an update."""
     for place, one in enumerate(job.evaluations):
+        if one in known:
+            continue
         try:
             prepare_evaluation(one.job)
         except LmrayError as error:

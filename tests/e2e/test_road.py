@@ -74,7 +74,7 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
     assert result["status"] == "succeeded" and result["artifact"].startswith("colours@")
     assert {"status", "run", "artifact", "metrics", "seconds"} <= result.keys()
     assert "step 6/6" in trained.stderr
-    again = shell.lmray("run", "train.yaml", "--json")
+    again = shell.lmray_here("run", "train.yaml", "--json")
     assert (again.returncode, one_json(again.stdout)["status"]) == (0, "already-done")
     other = shell.lmray_here("run", "train.yaml", "adapter.r=2")
     assert other.returncode == 2 and "adapter.r: 4 -> 2" in other.stderr
@@ -82,9 +82,9 @@ def test_train_keep_serve_ask(shell, train_file, tmp_path):
     compare(shell, train_file)
     early = shell.lmray_here("run", str(serve_file(shell, train_file, free_port())))
     assert early.returncode == 2 and "no version or stage `production`" in early.stderr
-    promoted = shell.lmray("artifacts", "promote", "colours", "production", "--json")
+    promoted = shell.lmray_here("artifacts", "promote", "colours", "production", "--json")
     assert promoted.returncode == 0, promoted.stderr
-    exported = shell.lmray("artifacts", "export", "colours@production", "out", "--json")
+    exported = shell.lmray_here("artifacts", "export", "colours@production", "out", "--json")
     assert exported.returncode == 0, exported.stderr
     assert (shell.folder / "out" / "model.safetensors").is_file()
 

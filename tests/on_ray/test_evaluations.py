@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
 
-from lmray.artifacts.evaluations import Evaluation, Evaluations
-from lmray.artifacts.store import open_store
+from lmray.config import dump
 from lmray.context import Result
-from lmray.errors import ConfigError, LmrayError, RemoteError
-from lmray.evaluate.recheck import _asked, versions
+from lmray.errors import ArtifactError, ConfigError, LmrayError, RemoteError
+from lmray.evaluate.recheck import recheck, versions
 from lmray.job import EvaluateJob, ServeJob
 from lmray.on_ray import evaluations as module
+from lmray.on_ray.deployments import engine_version
+from lmray.on_ray.evaluate import evaluate
 from lmray.on_ray.evaluations import RETRY_S, Evaluator
 from lmray.on_ray.portable import portable
-from lmray.serve.prepare import prepare
+from lmray.serve.prepare import check_evaluations, prepare
 from lmray.testing.waiting import wait_until
 from tests.on_ray.endpoints import keep_version, make_job
 
@@ -56,15 +62,19 @@ class Runs:
     def __init__(self) -> None:
         self.jobs: list[EvaluateJob] = []
         self.fails: Exception | None = None
+        self.keeps, self.waits = True, False
         self.worse: list[str] = []
 
-    def __call__(self, job: EvaluateJob, *, progress: bool, ended: Any) -> Result:
-        assert not progress and not ended()
+    def __call__(self, job: EvaluateJob, *, progress: bool, reserves: bool, ended: Callable[[], bool]) -> Result:
+        assert not progress and not reserves and not ended(), "replicas come first"
         self.jobs.append(job)
         if self.fails is not None:
             raise self.fails
-        for version in versions(job).values():
-            Evaluations(open_store(job.storage)).add(Evaluation(version, _asked(job), {"eval.loss": 1.0}, job.name))
+        if self.waits:
+            wait_until(ended, "the end")
+            return Result("stopped", run=job.name)
+        if self.keeps:
+            recheck(job, {"production": {"eval.loss": 1.0}}, versions(job), run=job.name)
         return Result("failed" if self.worse else "succeeded", run=job.name, details={"worse": self.worse})
 
     @property
@@ -111,21 +121,122 @@ def test_what_got_worse_is_said(serving, now, caplog):
     assert [one.getMessage() for one in caplog.records] == ["evaluation `nightly`: adapter-0@1: eval.loss is 3, was 2"]
 
 
-@pytest.mark.parametrize("error", [RemoteError("cluster", "a node is lost"), ZeroDivisionError("a mistake")])
-def test_one_that_cannot_be_made_is_said_and_tried_again_later_and_the_others_are_made(serving, now, caplog, error):
+def as_ray_raises_it(error: Exception) -> Exception:
+    return RayTaskError("_evaluate", "Traceback, many lines", error).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RemoteError("cluster", "a node is lost"), "cluster: a node is lost"),
+        (as_ray_raises_it(ArtifactError("adapter", "is gone")), "adapter: is gone"),
+        (ZeroDivisionError("a mistake"), "a mistake"),
+    ],
+    ids=str,
+)
+def test_one_that_cannot_be_made_is_said_and_tried_again_later_and_the_others_are_made(
+    serving, now, caplog, error, said
+):
     runs, job = Runs(), serving("first", "second")
     job = job.changed({"monitor.evaluations.1.job.evaluate.tasks": ["f1", "loss"]})
     one = evaluator(job, runs, now)
     runs.fails = error
     one.look()
     assert runs.names == ["first", "second"]
-    assert "`first` could not be made" in caplog.text and str(error.args[-1]) in caplog.text
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"evaluation `{name}` could not be made: {said}" for name in ("first", "second")]
     runs.fails = None
     one.look()
     assert len(runs.names) == 2
     now[0] += RETRY_S
     one.look()
     assert runs.names == ["first", "second"] * 2
+
+
+def test_a_disk_that_fails_for_a_moment_costs_no_hour(serving, now, caplog):
+    runs = Runs()
+    one = evaluator(serving("nightly"), runs, now)
+    runs.fails = OSError("stale handle")
+    one.look()
+    one.look()
+    assert len(caplog.records) == 1, "said once"
+    runs.fails = None
+    one.look()
+    one.look()
+    assert len(runs.names) == 3
+
+
+def test_another_version_or_another_job_does_not_wait_for_the_next_try(serving, now, tmp_path):
+    runs, jobs = Runs(), [serving("nightly")]
+    runs.fails = RemoteError("cluster", "a node is lost")
+    one = Evaluator(lambda: jobs[0], threading.Event(), run=runs, clock=lambda: now[0])
+    one.look()
+    one.look()
+    assert len(runs.names) == 1
+    keep_version(tmp_path, "adapter-0", seed=9)
+    one.look()
+    assert len(runs.names) == 2
+    jobs[0] = jobs[0].changed({"monitor.evaluations.0.job.tolerances": {"eval.loss": 0.5}})
+    one.look()
+    assert len(runs.names) == 3
+
+
+def test_one_that_leaves_no_record_is_not_made_again_and_again(serving, now):
+    runs = Runs()
+    runs.keeps = False
+    one = evaluator(serving("nightly"), runs, now)
+    one.look()
+    one.look()
+    now[0] -= 10 * RETRY_S  # a clock that was wrong
+    one.look()
+    assert len(runs.names) == 2
+
+
+def test_one_that_an_update_leaves_out_ends_and_its_successor_is_made(serving, now):
+    runs, jobs = Runs(), [serving("nightly", "late")]
+    runs.waits = True
+    one = Evaluator(lambda: jobs[0], threading.Event(), run=runs, clock=lambda: now[0])
+    looking = threading.Thread(target=one.look)
+    looking.start()
+    wait_until(lambda: runs.names, "the first")
+    runs.waits = False
+    jobs[0] = jobs[0].changed({"monitor.evaluations": dump(jobs[0])["monitor"]["evaluations"][1:]})
+    looking.join()
+    assert runs.names == ["nightly", "late"]
+
+
+def test_one_that_finds_no_free_gpu_is_said_and_nothing_waits_for_it(serving, now, caplog, monkeypatch):
+    monkeypatch.setattr(module.ray, "available_resources", lambda: {"CPU": 4.0, "GPU": 0.5})
+    runs = Runs()
+    job = serving("nightly").changed({"monitor.evaluations.0.job.resources.gpus_per_worker": 1})
+    evaluator(job, runs, now).look()
+    assert not runs.names and "resources.gpus_per_worker: 1 asked for, 0 free" in caplog.text
+
+
+def test_one_that_has_ended_before_it_begins_starts_no_ray(serving, monkeypatch):
+    monkeypatch.setattr("lmray.on_ray.evaluate.connected", lambda: pytest.fail("Ray started"))
+    (one,) = serving("nightly").evaluations
+    assert evaluate(one.job, progress=False, ended=lambda: True).status == "stopped"
+
+
+def test_one_that_ends_while_it_waits_for_room_is_cancelled(ray_cluster, serving, tmp_path):
+    (one,) = serving("nightly").evaluations
+    looks = iter((False, False, True))
+    job = one.job.model_copy(update={"resources": one.job.resources.model_copy(update={"cpus_per_worker": 4})})
+    with occupied(cpus=1):
+        assert evaluate(job, progress=False, ended=lambda: next(looks)).status == "stopped"
+    assert not (tmp_path / "store" / "runs" / "nightly" / "result.json").exists()
+
+
+@contextmanager
+def occupied(*, cpus: int) -> Iterator[None]:
+    """So many of the cluster's CPUs are taken."""
+    group = placement_group([{"CPU": cpus}])
+    ray.get(group.ready())
+    try:
+        yield
+    finally:
+        remove_placement_group(group)
 
 
 def test_it_looks_until_the_endpoint_stops(serving, now, monkeypatch):
@@ -136,7 +247,7 @@ def test_it_looks_until_the_endpoint_stops(serving, now, monkeypatch):
     one.start()
     wait_until(lambda: runs.names, "a first one")
     ends.set()
-    one.join()
+    one.join(60)
     now[0] += 25 * HOUR_S
     one.look()
     assert runs.names == ["nightly"]
@@ -146,6 +257,7 @@ def test_it_looks_until_the_endpoint_stops(serving, now, monkeypatch):
     ("changes", "found"),
     [
         ({"tolerances": {}}, "says nothing of what is worse"),
+        ({"storage": "elsewhere"}, "has a store of its own"),
         ({"tolerances": {"eval.los": 0.1}}, "is no metric"),
         ({"targets": [{"label": "base"}]}, "no target is an artifact"),
         ({"targets": [{"label": "gone", "adapter": "gone@production"}]}, r"evaluations\.0\.job: .*gone"),
@@ -157,6 +269,20 @@ def test_what_could_not_be_evaluated_is_refused_before_the_endpoint_starts(servi
     with pytest.raises(LmrayError, match=found):
         prepare(serving("nightly", **changes))
     prepare(serving("nightly"))
+
+
+def test_an_update_does_not_depend_on_the_data_of_evaluations_that_it_keeps(serving, tiny_data):
+    job = serving("nightly")
+    tiny_data.unlink()
+    prepare(job, listens=True)
+    check_evaluations(job, known=job.evaluations)
+    with pytest.raises(LmrayError, match=r"evaluations\.0\.job: .*データ"):
+        check_evaluations(job)
+
+
+def test_they_replace_no_engine(serving):
+    plain, job = serving(), serving("nightly")
+    assert engine_version(plain, prepare(plain), 1) == engine_version(job, prepare(job), 1)
 
 
 def test_two_of_one_name_are_refused(serving):

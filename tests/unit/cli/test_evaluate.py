@@ -57,7 +57,8 @@ def test_as_json(compared):
 
 def test_how_far_it_is_goes_to_stderr(cli, monkeypatch, tiny_model, tiny_data):
     """With what Ray does replaced by a call."""
-    monkeypatch.setattr(on_ray, "ray", SimpleNamespace(remote=lambda **_: _called_at_once, get=lambda result: result))
+    done = {"wait": lambda refs, timeout: (refs, []), "get": lambda result: result}
+    monkeypatch.setattr(on_ray, "ray", SimpleNamespace(remote=lambda **_: _called_at_once, **done))
     monkeypatch.setattr(on_ray, "connected", nullcontext)
     monkeypatch.setattr(on_ray, "placed", lambda job: job)
     words = ["base", "--model", tiny_model, "--tasks", "f1", "--data", tiny_data, "--max-new-tokens", "2"]

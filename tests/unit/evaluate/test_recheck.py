@@ -131,6 +131,8 @@ def test_it_is_due_for_a_version_that_was_not_measured_lately(job, kept, monkeyp
     assert due(1000.0), "never measured"
     again(job(), 2.0)
     assert [due(now) for now in (1000.0, 1099.9, 1100.0)] == [False, False, True]
+    assert [due(now) for now in (950.0, 900.0)] == [False, True], "made by a clock that was wrong"
+    assert due(1000.0, targets=[{"label": "p", "adapter": "helper@production", "num_fewshot": 2}])
     assert not due(1000.0, name="other", tolerances={"eval.loss": 9.0}), "it would measure the same"
     assert due(1000.0, evaluate={"tasks": ["loss"]}), "it would not"
     kept(2)
@@ -138,6 +140,19 @@ def test_it_is_due_for_a_version_that_was_not_measured_lately(job, kept, monkeyp
     again(job(), 2.0)
     kept(1)
     assert not due(1099.0), "rolled back to one that was measured"
+
+
+def test_a_promotion_while_it_measures_changes_nothing_of_what_it_measures(job, kept, tmp_path, monkeypatch):
+    first, measure = kept(1), program._measure
+
+    def promoted_meanwhile(asked, *told):
+        kept(2)
+        assert [target.adapter for target in asked.targets] == [first]
+        return measure(asked, *told)
+
+    monkeypatch.setattr(program, "_measure", promoted_meanwhile)
+    program.evaluate(job(), LocalContext(run_folder(job()), scratch=tmp_path / "scratch"))
+    assert [one.version for one in Evaluations(open_store(str(tmp_path / "store"))).of("helper")] == [first]
 
 
 def test_more_is_better_where_the_list_of_metrics_says_so(job, kept):

@@ -7,28 +7,35 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 
-from lmray.artifacts.evaluations import Evaluation, Evaluations
-from lmray.artifacts.file_store import FileStore
+from lmray.evaluate.recheck import recheck, versions
 from lmray.job import EvaluateJob
 from lmray.serve.evaluated import READ_S, Evaluated
+from tests.unit.serve.stores import SmallStore
 
-LABELS = {"model": "helper", "evaluation": "nightly"}
+WORSE = "lmray_serve_evaluation_worse"
 
 
 @pytest.fixture
-def store(tmp_path) -> FileStore:
-    return FileStore(tmp_path)
+def small(tmp_path) -> SmallStore:
+    return SmallStore(tmp_path)
 
 
-def job(name: str = "nightly", **target: str) -> EvaluateJob:
-    told = {"model": {"source": "tiny"}, "targets": [{"label": "one", **target}], "evaluate": {"tasks": []}}
-    return EvaluateJob.model_validate({"name": name, **told})
+@pytest.fixture
+def job(small):
+    def make(*adapters: str, name: str = "nightly", tasks: tuple[str, ...] = ()) -> EvaluateJob:
+        targets = [{"label": one.replace("@", "-"), "adapter": one} for one in adapters]
+        told = {"model": {"source": "tiny"}, "targets": targets, "evaluate": {"tasks": tasks, "base": False}}
+        told |= {"tolerances": {"eval.loss": 0.1}, "storage": str(small.store.root)}
+        told |= {"data": {"train": [{"source": "rows.jsonl"}], "eval": {"split": 0.5}}}
+        return EvaluateJob.model_validate({"name": name, **told})
+
+    return make
 
 
-def keep(store: FileStore, version: str, loss: float, *, run: str = "nightly", worse: bool = False) -> None:
-    metrics = {"eval.loss": loss, "eval.samples": 7.0, "eval.of_old": 7.0}
-    was = {"eval.loss": 1.0} if worse else {}
-    Evaluations(store).add(Evaluation(version, "asked", metrics, f"/store/runs/{run}", was))
+def measure(job: EvaluateJob, *losses: float) -> None:
+    """Keeps an evaluation of each target of `job`."""
+    metrics = [{"eval.loss": loss, "eval.samples": 7.0, "eval.of_old": 7.0} for loss in losses]
+    recheck(job, dict(zip([one.label for one in job.targets], metrics, strict=True)), versions(job), run="run")
 
 
 def page(evaluated: Evaluated) -> CollectorRegistry:
@@ -38,34 +45,62 @@ def page(evaluated: Evaluated) -> CollectorRegistry:
     return registry
 
 
-def test_the_last_evaluation_of_each_run_is_told(store):
-    keep(store, "helper@1", 1.0)
-    keep(store, "helper@2", 3.0, worse=True)
-    keep(store, "helper@2", 5.0, run="somebody-elses")
-    keep(store, "other@1", 5.0)
-    found = page(Evaluated(store, [job(adapter="helper@production")]))
-    told = [one for metric in found.collect() for one in metric.samples]
-    assert found.get_sample_value("lmray_serve_evaluation_worse", {**LABELS, "version": "2"}) == 1
-    loss = {**LABELS, "version": "2", "measure": "eval.loss"}
-    assert found.get_sample_value("lmray_serve_evaluation_score", loss) == 3.0
-    assert len(told) == 2, "neither of others, nor what is better neither way"
+def label(version: str, evaluation: str = "nightly", **more: str) -> dict[str, str]:
+    name, _, number = version.partition("@")
+    return {"model": name, "version": number, "evaluation": evaluation, **more}
 
 
-def test_records_are_read_now_and_then(store):
-    now = [0.0]
-    evaluated = Evaluated(store, [job(model="artifact:helper@production")], clock=lambda: now[0])
-    name, labels = "lmray_serve_evaluation_worse", {**LABELS, "version": "1"}
-    assert page(evaluated).get_sample_value(name, labels) is None
-    keep(store, "helper@1", 1.0)
+def test_what_is_in_production_is_told_and_after_a_rollback_that(small, job):
+    one = job("helper@production")
+    first = small.keep("helper", "1", stage="production").ref
+    measure(one, 1.0)
+    second = small.keep("helper", "2", stage="production").ref
+    measure(one, 3.0)
+    found = page(Evaluated([one]))
+    assert found.get_sample_value(WORSE, label(second)) == 1
+    assert found.get_sample_value("lmray_serve_evaluation_score", label(second, measure="eval.loss")) == 3.0
+    assert found.get_sample_value("lmray_serve_evaluation_time", label(second)) > 1e9
+    told = [sample for metric in found.collect() for sample in metric.samples]
+    assert len(told) == 3, "neither of what was before, nor what is better neither way"
+    small.artifacts.promote(first, "production")
+    found = page(Evaluated([one]))
+    assert found.get_sample_value(WORSE, label(first)) == 0 and found.get_sample_value(WORSE, label(second)) is None
+
+
+def test_two_stages_of_one_artifact_and_two_evaluations_of_one_version_are_told(small, job):
+    both, other = job("helper@production", "helper@staging"), job("helper@production", name="f1", tasks=("f1",))
+    first = small.keep("helper", "1", stage="production").ref
+    second = small.keep("helper", "2", stage="staging").ref
+    measure(both, 1.0, 3.0)
+    measure(other, 5.0)
+    found = page(Evaluated([both, other]))
+    told = {version: found.get_sample_value(WORSE, label(version)) for version in (first, second)}
+    assert told == {first: 0, second: 1}
+    loss = label(first, "f1", measure="eval.loss")
+    assert found.get_sample_value("lmray_serve_evaluation_score", loss) == 5.0
+
+
+def test_records_are_read_now_and_then(small, job):
+    now, one = [0.0], job("helper@production")
+    version = small.keep("helper", stage="production").ref
+    evaluated = Evaluated([one], clock=lambda: now[0])
+    assert page(evaluated).get_sample_value(WORSE, label(version)) is None
+    measure(one, 1.0)
     now[0] = READ_S - 1
-    assert page(evaluated).get_sample_value(name, labels) is None
+    assert page(evaluated).get_sample_value(WORSE, label(version)) is None
     now[0] = READ_S
-    assert page(evaluated).get_sample_value(name, labels) == 0
+    assert page(evaluated).get_sample_value(WORSE, label(version)) == 0
 
 
-def test_a_spoilt_record_hides_no_other_artifact(store, caplog):
-    keep(store, "helper@1", 1.0)
-    store.put("artifacts/broken/evaluations/1.json", b"{")
-    found = page(Evaluated(store, [job(adapter="broken"), job(adapter="helper")]))
-    assert found.get_sample_value("lmray_serve_evaluation_worse", {**LABELS, "version": "1"}) == 0
-    assert "`broken` cannot be told" in caplog.text
+def test_what_cannot_be_read_is_said_once_and_what_was_told_stays(small, job, caplog):
+    now, one, other = [0.0], job("helper@production"), job("gone@production", name="other")
+    version = small.keep("helper", stage="production").ref
+    measure(one, 1.0)
+    evaluated = Evaluated([other, one], clock=lambda: now[0])
+    assert page(evaluated).get_sample_value(WORSE, label(version)) == 0
+    small.store.put("artifacts/helper/evaluations/9.json", b"{")
+    for _ in range(2):
+        now[0] += READ_S
+        assert page(evaluated).get_sample_value(WORSE, label(version)) == 0
+    said = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert said == ["evaluation `other` cannot be told", "evaluation `nightly` cannot be told"]
