@@ -306,6 +306,11 @@ class ScheduledEvaluation(Config):
             raise ValueError("`job` has a store of its own, and runs in the endpoint's; hint: leave out its `storage`")
         return self
 
+    def at(self, storage: str | None) -> ScheduledEvaluation:
+        """As it is run in that store."""
+        resources = self.job.resources.model_copy(update={"cpus_per_worker": self.job.resources.cpus_per_worker or 1})
+        return self.model_copy(update={"job": self.job.model_copy(update={"storage": storage, "resources": resources})})
+
 
 class EndpointMonitor(Monitor):
     evaluations: tuple[ScheduledEvaluation, ...] = ()
@@ -314,9 +319,8 @@ class EndpointMonitor(Monitor):
     @field_validator("evaluations")
     @classmethod
     def _names_differ(cls, value: tuple[ScheduledEvaluation, ...]):
-        names = [one.job.name for one in value]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two evaluations are named `{twice[0]}`, and would share a run folder")
+        if len({one.job.name for one in value}) < len(value):
+            raise ValueError("two evaluations have the same name, and would share a run folder")
         return value
 
 
@@ -337,11 +341,7 @@ class ServeJob(Job):
     @property
     def evaluations(self) -> tuple[ScheduledEvaluation, ...]:
         """Those of `monitor`, as they are run: in the endpoint's store, on one core where they name no number."""
-        return tuple(one.model_copy(update={"job": self._beside(one.job)}) for one in self.monitor.evaluations)
-
-    def _beside(self, job: EvaluateJob) -> EvaluateJob:
-        resources = job.resources.model_copy(update={"cpus_per_worker": job.resources.cpus_per_worker or 1})
-        return job.model_copy(update={"storage": self.storage, "resources": resources})
+        return tuple(one.at(self.storage) for one in self.monitor.evaluations)
 
     @model_validator(mode="after")
     def _read_elsewhere(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from lmray.artifacts.store import Store
@@ -43,6 +43,11 @@ class Evaluations:
     def of(self, name: str) -> list[Evaluation]:
         """Those of all versions of `name`, oldest first. Raises ArtifactError for a record that is none."""
         return [self._read(key) for key in self._store.list(f"artifacts/{name}/evaluations")]
+
+    def newest_first(self, name: str) -> Iterator[Evaluation]:
+        """The same from the other end, each read when it is asked for."""
+        for key in reversed(list(self._store.list(f"artifacts/{name}/evaluations"))):
+            yield self._read(key)
 
     def _read(self, key: str) -> Evaluation:
         try:

@@ -7,6 +7,7 @@ So a version is compared with its own first evaluation, and at its first one wit
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lmray.artifacts.artifact import Artifacts
@@ -18,6 +19,9 @@ from lmray.errors import ConfigError, did_you_mean
 from lmray.job import EvaluateJob, Target
 from lmray.metrics.names import metric
 from lmray.models.source import ARTIFACT
+
+AHEAD_S = 3600.0
+"""So far clocks of a cluster may lie apart."""
 
 
 def versions(job: EvaluateJob) -> dict[str, str]:
@@ -39,22 +43,32 @@ def pinned(job: EvaluateJob, kept: Mapping[str, str]) -> EvaluateJob:
     return job.model_copy(update={"targets": tuple(_pinned(target, kept.get(target.label)) for target in job.targets)})
 
 
-def last_evaluations(job: EvaluateJob) -> dict[str, Evaluation | None]:
-    """Of each version that `job` would measure now, `NAME@VERSION`, the last time that it was asked the same. Raises
-    what `versions` raises."""
+@dataclass(frozen=True)
+class Standing:
+    """What is known of one target's version."""
+
+    label: str
+    version: str
+    """`NAME@VERSION`."""
+    last: Evaluation | None
+    """When it was asked the same last."""
+
+    def is_due(self, *, every_s: float, now: float) -> bool:
+        """Whether that was `every_s` seconds ago or more, or never."""
+        return self.last is None or now - self.last.time >= every_s
+
+
+def standings(job: EvaluateJob, *, now: float) -> list[Standing]:
+    """Of each target that is an artifact, in the version that `job` would measure now. `now`: seconds since 1970;
+    records of much later were written by a wrong clock, and do not count. Raises what `versions` raises."""
     evaluations, labels = Evaluations(open_store(job.storage)), versions(job)
-    found: dict[str, Evaluation | None] = {}
+    found = []
     for target in [one for one in job.targets if one.label in labels]:
         version, asked = labels[target.label], _asked(job, target)
-        alike = [one for one in evaluations.of(version.partition("@")[0]) if one.asked == asked]
-        found[version] = next((one for one in reversed(alike) if one.version == version), None)
+        records = evaluations.newest_first(version.partition("@")[0])
+        alike = (one for one in records if (one.version, one.asked) == (version, asked) and one.time < now + AHEAD_S)
+        found.append(Standing(target.label, version, next(alike, None)))
     return found
-
-
-def is_due(job: EvaluateJob, *, every_s: float, now: float) -> bool:
-    """Whether one of the versions that `job` would measure has not been for `every_s` seconds, or never. `now`: seconds
-    since 1970; what lies further ahead than `every_s` was written by a wrong clock. Raises what `versions` raises."""
-    return any(one is None or abs(now - one.time) >= every_s for one in last_evaluations(job).values())
 
 
 def recheck(
@@ -63,10 +77,13 @@ def recheck(
     """Adds the metrics of targets `kept` (label -> `NAME@VERSION`) to their artifacts' records. What got worse by more
     than `job.tolerances`, in words. Raises ConfigError for a tolerance of what was not measured."""
     evaluations, words = Evaluations(open_store(job.storage)), []
-    for target in [one for one in job.targets if one.label in kept]:
+    targets = [one for one in job.targets if one.label in kept]
+    names = {version.partition("@")[0] for version in kept.values()}
+    known = {name: evaluations.of(name) for name in names}  # before this run adds to them
+    for target in targets:
         version, metrics, asked = kept[target.label], measured[target.label], _asked(job, target)
         _check_measured(job.tolerances, metrics)
-        before = _earlier(evaluations.of(version.partition("@")[0]), version, asked)
+        before = _earlier(known[version.partition("@")[0]], version, asked)
         worse = {} if before is None else _worse(job.tolerances, before.metrics, metrics)
         evaluations.add(Evaluation(version, asked, dict(metrics), run, worse))
         for name, was in worse.items():
@@ -94,8 +111,8 @@ def _pinned(target: Target, version: str | None) -> Target:
 def _asked(job: EvaluateJob, target: Target) -> str:
     """Of two jobs that differ in other targets or tolerances alone it is the same."""
     told = dump(job)
-    shots = [target.num_fewshot] if target.num_fewshot else []
-    return sha256_json([*(told[name] for name in ("model", "data", "evaluate")), *shots])
+    more = [target.num_fewshot] * bool(target.num_fewshot) + ["model"] * (target.model is not None)
+    return sha256_json([*(told[name] for name in ("model", "data", "evaluate")), *more])
 
 
 def _check_measured(tolerances: Mapping[str, float], metrics: Mapping[str, float]) -> None:

@@ -112,8 +112,8 @@ SERVE = {
     "lmray_serve_drift_alert": Metric("", "1 while a version's last window of answers is unlike its baseline.", "min"),
     "lmray_serve_drift_distance": Metric("", "A measure's distance between window and baseline, over what is allowed."),
     "lmray_serve_evaluation_worse": Metric("metrics", "That got worse, at the last evaluation of a version.", "min"),
-    "lmray_serve_evaluation_time": Metric("", "When that was, in seconds since 1970."),
     "lmray_serve_evaluation_score": Metric("", "What was measured then."),
+    "lmray_serve_evaluation_due": Metric("", "1 while a version has yet to be evaluated, for the first time or again."),
 }
 """What a running endpoint counts, as `/metrics` tells it. A histogram adds `_bucket`, `_sum`, `_count` to its name."""
 

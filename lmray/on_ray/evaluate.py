@@ -7,8 +7,10 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lmray.artifacts.files import check_writable, only_writer
 from lmray.artifacts.store import run_folder
@@ -38,12 +40,21 @@ def evaluate(
         return Result("stopped", run=str(run_folder(job)))
     with connected():
         job = placed(job)
-        num_cpus = job.resources.cpus_per_worker if reserves else 0
-        options = {"num_cpus": num_cpus, "num_gpus": job.resources.gpus_per_worker}
+        options: dict[str, Any] = {"num_cpus": job.resources.cpus_per_worker}
+        if not reserves:
+            options = {"num_cpus": 0, "scheduling_strategy": _where_cores_are()}
+        options["num_gpus"] = job.resources.gpus_per_worker
         task = ray.remote(**options, max_retries=job.resources.max_failures)(_evaluate)
         folder = run_folder(job)
         with only_writer(folder), follow(folder) if progress else nullcontext():
             return _outcome(task.remote(job), ended) or Result("stopped", run=str(folder))
+
+
+def _where_cores_are() -> NodeAffinitySchedulingStrategy:
+    """Ray would take any node for what reserves no core, such as a head that offers none."""
+    nodes = [one for one in ray.nodes() if one["Alive"]]
+    largest = max(nodes, key=lambda one: one["Resources"].get("CPU", 0.0))
+    return NodeAffinitySchedulingStrategy(largest["NodeID"], soft=True)
 
 
 def _outcome(running: ray.ObjectRef, ended: Callable[[], bool]) -> Result | None:

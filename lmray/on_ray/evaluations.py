@@ -16,7 +16,7 @@ import ray
 
 from lmray.context import Result
 from lmray.errors import CapacityError
-from lmray.evaluate.recheck import is_due, versions
+from lmray.evaluate.recheck import standings, versions
 from lmray.job import EvaluateJob, ScheduledEvaluation, ServeJob
 from lmray.on_ray.evaluate import evaluate
 from lmray.on_ray.failures import reason
@@ -56,8 +56,8 @@ class Evaluator:
         """By the name of its job, what was in the way of one."""
 
     def start(self) -> None:
-        """Does nothing where it has been started."""
-        if not self._thread.is_alive():
+        """Does nothing where it has been started, or is to stop already."""
+        if not self._thread.is_alive() and not self._ends.is_set():
             self._thread.start()
 
     def join(self, timeout_s: float) -> None:
@@ -80,13 +80,11 @@ class Evaluator:
         return not self._ends.is_set() and one in self._serving().evaluations
 
     def _look_at(self, one: ScheduledEvaluation) -> None:
-        every_s, asked, said = 3600 * one.every_hours, None, ""
+        asked, said = None, ""
         try:
             asked = versions(one.job)
-            if not self._rests(one.job, asked, every_s) and is_due(one.job, every_s=every_s, now=self._clock()):
+            if self._is_due(one, asked):
                 self._make(one, asked)
-        except OSError as error:  # which pass: looked at again at once
-            said = str(error)
         except Exception as error:  # whatever it is, the endpoint goes on and so does this thread
             said = reason(error)
             self._tried[one.job.name] = _Tried(one.job, asked, self._clock())
@@ -94,12 +92,12 @@ class Evaluator:
             _LOG.warning("evaluation `%s` could not be made: %s", one.job.name, said)
         self._said[one.job.name] = said
 
-    def _rests(self, job: EvaluateJob, asked: Mapping[str, str], every_s: float) -> bool:
-        """Whether the same has been tried a short while ago."""
-        tried = self._tried.get(job.name)
-        if tried is None or (tried.job, tried.versions) != (job, asked):
+    def _is_due(self, one: ScheduledEvaluation, asked: Mapping[str, str]) -> bool:
+        """Not while the same has been tried a short while ago."""
+        now, tried, every_s = self._clock(), self._tried.get(one.job.name), 3600 * one.every_hours
+        if tried and (tried.job, tried.versions) == (one.job, asked) and abs(now - tried.time) < min(every_s, RETRY_S):
             return False
-        return abs(self._clock() - tried.time) < min(every_s, RETRY_S)
+        return any(each.is_due(every_s=every_s, now=now) for each in standings(one.job, now=now))
 
     def _make(self, one: ScheduledEvaluation, asked: Mapping[str, str]) -> None:
         _check_free(one.job)

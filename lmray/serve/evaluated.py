@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lmray.artifacts.evaluations import Evaluation
 from lmray.errors import LmrayError
-from lmray.evaluate.recheck import last_evaluations
-from lmray.job import EvaluateJob
+from lmray.evaluate.recheck import Standing, standings
+from lmray.job import ScheduledEvaluation
 from lmray.metrics.names import SERVE, metric
 
 READ_S = 30.0
@@ -22,48 +21,49 @@ _LOG = logging.getLogger(__name__)
 
 
 class Evaluated(Collector):
-    """Of the versions that `jobs`, which name their store, would measure now."""
+    """Of the versions that `scheduled` evaluations, whose jobs name their store, would measure now."""
 
-    def __init__(self, jobs: Sequence[EvaluateJob], *, clock: Callable[[], float] = time.monotonic):
-        self._jobs, self._clock = jobs, clock
+    def __init__(self, scheduled: Sequence[ScheduledEvaluation], *, clock: Callable[[], float] = time.time):
+        self._scheduled, self._clock = scheduled, clock
         self._read_s = -READ_S
-        self._last: dict[str, dict[str, Evaluation]] = {}
-        """Name of a job -> version -> what was found last."""
+        self._found: dict[str, list[Standing]] = {}
+        """By the name of a job."""
         self._said: dict[str, str] = {}
         """Name of a job -> why nothing new is told of it."""
 
     async def look(self) -> None:
         """What the page tells next."""
-        if self._jobs and self._clock() - self._read_s >= READ_S:
+        if self._scheduled and abs(self._clock() - self._read_s) >= READ_S:
             self._read_s = self._clock()
             await asyncio.to_thread(self._read)
 
     def collect(self) -> Iterator[Metric]:
-        labels = ("model", "version", "evaluation")
+        labels = ("model", "version", "evaluation", "target")
+        due = _family("lmray_serve_evaluation_due", *labels)
         worse = _family("lmray_serve_evaluation_worse", *labels)
-        made = _family("lmray_serve_evaluation_time", *labels)
         scores = _family("lmray_serve_evaluation_score", *labels, "measure")
-        for job, versions in self._last.items():
-            for version, one in versions.items():
-                values = (*version.partition("@")[::2], job)
-                worse.add_metric(values, len(one.worse))
-                made.add_metric(values, one.time)
-                for measure, value in one.metrics.items():
-                    if _can_be_worse(measure):
-                        scores.add_metric((*values, measure), value)
-        yield from (worse, made, scores)
+        for one in self._scheduled:
+            for found in self._found.get(one.job.name, ()):
+                values = (*found.version.partition("@")[::2], one.job.name, found.label)
+                due.add_metric(values, found.is_due(every_s=3600 * one.every_hours, now=self._clock()))
+                if found.last is not None:
+                    worse.add_metric(values, len(found.last.worse))
+                    for measure, value in found.last.metrics.items():
+                        if _can_be_worse(measure):
+                            scores.add_metric((*values, measure), value)
+        yield from (due, worse, scores)
 
     def _read(self) -> None:
         """Of a job whose records cannot be read, what was told before stays."""
-        last, said = dict(self._last), {}
-        for job in self._jobs:
+        found, said = dict(self._found), {}
+        for job in [one.job for one in self._scheduled]:
             try:
-                last[job.name] = {version: one for version, one in last_evaluations(job).items() if one is not None}
+                found[job.name] = standings(job, now=self._clock())
             except (LmrayError, OSError) as error:
                 said[job.name] = str(error)
                 if said[job.name] != self._said.get(job.name):
                     _LOG.warning("evaluation `%s` cannot be told: %s", job.name, error)
-        self._last, self._said = last, said
+        self._found, self._said = found, said
 
 
 def _can_be_worse(measure: str) -> bool:

@@ -23,8 +23,7 @@ class Monitoring:
         """`replicas`: of the base model."""
         settings = plan.monitor
         self._fraction = settings.sample_fraction
-        stored = {"storage": plan.store}
-        self._evaluated = Evaluated([one.job.model_copy(update=stored) for one in settings.evaluations])
+        self._evaluated = Evaluated([one.at(plan.store) for one in settings.evaluations])
         self.drift: Drift | None = None
         """Nothing where no answer is sampled."""
         self.scoring: Scoring | None = None

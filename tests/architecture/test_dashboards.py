@@ -19,7 +19,7 @@ from tests.architecture.source import ROOT, docstrings, name_of, python_files, t
 BOARD = json.loads((ROOT / "dashboards" / "serve.json").read_text(encoding="utf-8"))
 RULES = yaml.safe_load((ROOT / "dashboards" / "alerts.yaml").read_text(encoding="utf-8"))
 NAME = re.compile(r"\blmray_serve_\w+")
-ELSEWHERE = {"replica", "version", "measure", "evaluation", "le"}
+ELSEWHERE = {"replica", "version", "measure", "evaluation", "target", "le"}
 """Labels of metrics that the gateway does not count itself."""
 LABELS_OF = {"model", "key", "path", "status", "filter", "on", "kind", "action", *ELSEWHERE}
 HISTOGRAM = ("_bucket", "_sum", "_count")

@@ -67,10 +67,11 @@ class Runs:
 
     def __call__(self, job: EvaluateJob, *, progress: bool, reserves: bool, ended: Callable[[], bool]) -> Result:
         assert not progress and not reserves and not ended(), "replicas come first"
+        waits = self.waits  # before the test hears of it
         self.jobs.append(job)
         if self.fails is not None:
             raise self.fails
-        if self.waits:
+        if waits:
             wait_until(ended, "the end")
             return Result("stopped", run=job.name)
         if self.keeps:
@@ -122,7 +123,8 @@ def test_what_got_worse_is_said(serving, now, caplog):
 
 
 def as_ray_raises_it(error: Exception) -> Exception:
-    return RayTaskError("_evaluate", "Traceback, many lines", error).as_instanceof_cause()
+    told = f"Traceback, many lines\n{type(error).__name__}: {error}"
+    return RayTaskError("_evaluate", told, error).as_instanceof_cause()
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,7 @@ def as_ray_raises_it(error: Exception) -> Exception:
         (RemoteError("cluster", "a node is lost"), "cluster: a node is lost"),
         (as_ray_raises_it(ArtifactError("adapter", "is gone")), "adapter: is gone"),
         (ZeroDivisionError("a mistake"), "a mistake"),
+        (as_ray_raises_it(OSError("disk full")), "OSError: disk full"),
     ],
     ids=str,
 )
@@ -153,17 +156,20 @@ def test_one_that_cannot_be_made_is_said_and_tried_again_later_and_the_others_ar
     assert runs.names == ["first", "second"] * 2
 
 
-def test_a_disk_that_fails_for_a_moment_costs_no_hour(serving, now, caplog):
+def test_a_store_that_is_away_for_a_moment_costs_no_hour(serving, now, caplog, monkeypatch):
     runs = Runs()
     one = evaluator(serving("nightly"), runs, now)
-    runs.fails = OSError("stale handle")
+
+    def away(job):
+        raise OSError("stale handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "versions", away)
+        one.look()
+        one.look()
+    assert len(caplog.records) == 1 and not runs.names, "said once"
     one.look()
-    one.look()
-    assert len(caplog.records) == 1, "said once"
-    runs.fails = None
-    one.look()
-    one.look()
-    assert len(runs.names) == 3
+    assert runs.names == ["nightly"]
 
 
 def test_another_version_or_another_job_does_not_wait_for_the_next_try(serving, now, tmp_path):
@@ -217,6 +223,12 @@ def test_one_that_has_ended_before_it_begins_starts_no_ray(serving, monkeypatch)
     monkeypatch.setattr("lmray.on_ray.evaluate.connected", lambda: pytest.fail("Ray started"))
     (one,) = serving("nightly").evaluations
     assert evaluate(one.job, progress=False, ended=lambda: True).status == "stopped"
+
+
+def test_one_beside_replicas_needs_no_room(ray_cluster, serving):
+    (one,) = serving("nightly").evaluations
+    with occupied(cpus=4):
+        assert evaluate(one.job, progress=False, reserves=False).status == "succeeded"
 
 
 def test_one_that_ends_while_it_waits_for_room_is_cancelled(ray_cluster, serving, tmp_path):
@@ -286,7 +298,7 @@ def test_they_replace_no_engine(serving):
 
 
 def test_two_of_one_name_are_refused(serving):
-    with pytest.raises(ConfigError, match="two evaluations are named `nightly`"):
+    with pytest.raises(ConfigError, match="two evaluations have the same name"):
         serving("nightly", "nightly")
 
 

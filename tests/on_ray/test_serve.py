@@ -253,8 +253,8 @@ def test_what_is_in_production_is_evaluated_beside_it_and_the_page_tells_the_res
         return httpx.get(f"{service.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
 
     now = Artifacts(open_store(job.storage)).find("helper@production").ref.partition("@")[2]
-    told = f'lmray_serve_evaluation_score{{evaluation="daily",measure="eval.loss",model="helper",version="{now}"}}'
-    wait_until(lambda: told in page(), "what is in production on the page")
+    told = f'{{evaluation="daily",model="helper",target="production",version="{now}"}} 0.0'
+    wait_until(lambda: f"lmray_serve_evaluation_worse{told}" in page(), "what is in production on the page")
 
 
 def test_a_second_endpoint_is_refused_while_one_runs(service, job):

@@ -15,7 +15,7 @@ from lmray.config import Document, decode
 from lmray.context import LocalContext
 from lmray.errors import ArtifactError, ConfigError
 from lmray.evaluate import program
-from lmray.evaluate.recheck import is_due, recheck, versions
+from lmray.evaluate.recheck import recheck, standings, versions
 from lmray.job import EvaluateJob, load
 from lmray.models.source import find_model
 from lmray.testing.tiny import tiny_adapter_folder
@@ -126,12 +126,14 @@ def test_a_new_version_is_compared_with_the_one_before_it_and_then_with_itself(j
 
 def test_it_is_due_for_a_version_that_was_not_measured_lately(job, kept, monkeypatch):
     kept(1)
-    due = lambda now, **changes: is_due(job(**changes), every_s=100.0, now=now)  # noqa: E731
+
+    def due(now: float, **changes) -> bool:
+        return any(one.is_due(every_s=100.0, now=now) for one in standings(job(**changes), now=now))
+
     monkeypatch.setattr("lmray.artifacts.evaluations.time.time", lambda: 1000.0)
     assert due(1000.0), "never measured"
     again(job(), 2.0)
     assert [due(now) for now in (1000.0, 1099.9, 1100.0)] == [False, False, True]
-    assert [due(now) for now in (950.0, 900.0)] == [False, True], "made by a clock that was wrong"
     assert due(1000.0, targets=[{"label": "p", "adapter": "helper@production", "num_fewshot": 2}])
     assert not due(1000.0, name="other", tolerances={"eval.loss": 9.0}), "it would measure the same"
     assert due(1000.0, evaluate={"tasks": ["loss"]}), "it would not"
@@ -140,6 +142,15 @@ def test_it_is_due_for_a_version_that_was_not_measured_lately(job, kept, monkeyp
     again(job(), 2.0)
     kept(1)
     assert not due(1099.0), "rolled back to one that was measured"
+
+
+def test_a_record_of_a_wrong_clock_does_not_count(job, kept, monkeypatch):
+    kept(1)
+    for made in (1e6, 1000.0):
+        monkeypatch.setattr("lmray.artifacts.evaluations.time.time", lambda made=made: made)
+        again(job(), 2.0)
+        (one,) = standings(job(), now=1000.0)
+        assert (one.last and one.last.time) == (1000.0 if made == 1000.0 else None)
 
 
 def test_a_promotion_while_it_measures_changes_nothing_of_what_it_measures(job, kept, tmp_path, monkeypatch):
